@@ -1,0 +1,118 @@
+"""The journal: one line per fact and per plan, exact, so that a run can be told apart and replayed.
+
+Rules: times are written as `float.hex()`, so nothing is rounded; lines are JSON arrays
+`[kind, now, …]`. Same facts, same plans, same hash, in any process. Must not know: files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput
+from fastserve.core.request import SamplingParams
+from fastserve.core.scheduler import Scheduler
+
+
+def _plain(value: Any) -> Any:
+    """Write what JSON has no word for."""
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop]}
+    if isinstance(value, SamplingParams):
+        return {name: getattr(value, name) for name in SamplingParams.__slots__}
+    if isinstance(value, frozenset):
+        return sorted(value)
+    raise TypeError(f"cannot write {type(value).__name__} into a journal")
+
+
+class Journal:
+    """A running sha256 over lines, which also go to `sink` if there is one."""
+
+    def __init__(self, sink: Callable[[str], object] | None = None) -> None:
+        self._hash = hashlib.sha256()
+        self._sink = sink
+
+    def write(self, kind: str, now: float, *fields: Any) -> None:
+        """Append one line."""
+        line = json.dumps([kind, now.hex(), *fields], default=_plain, separators=(",", ":"))
+        self._hash.update(line.encode() + b"\n")
+        if self._sink is not None:
+            self._sink(line + "\n")
+
+    @property
+    def sha256(self) -> str:
+        """Return the hash of everything written so far."""
+        return self._hash.hexdigest()
+
+
+class JournaledScheduler(Scheduler):
+    """A Scheduler that writes down what it is told and what it answers."""
+
+    def __init__(self, *parts: Any, journal: Journal) -> None:
+        """Take the parts of a Scheduler and the journal to write to."""
+        super().__init__(*parts)
+        self._journal = journal
+
+    def add(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        now: float,
+        *,
+        arrived_at: float | None = None,
+        output_token_ids: Sequence[int] = (),
+        block_hashes: Sequence[bytes] | None = None,
+        priority: int = 0,
+        client: str = "",
+    ) -> int:
+        """Write the request down and add it."""
+        hashes = None if block_hashes is None else [item.hex() for item in block_hashes]
+        arrival = None if arrived_at is None else arrived_at.hex()
+        self._journal.write(
+            "add",
+            now,
+            prompt_token_ids,
+            params,
+            arrival,
+            output_token_ids,
+            hashes,
+            priority,
+            client,
+        )
+        return super().add(
+            prompt_token_ids,
+            params,
+            now,
+            arrived_at=arrived_at,
+            output_token_ids=output_token_ids,
+            block_hashes=block_hashes,
+            priority=priority,
+            client=client,
+        )
+
+    def abort(self, handle: int, now: float) -> RequestUpdate | None:
+        """Write the abort down and do it."""
+        self._journal.write("abort", now, handle)
+        return super().abort(handle, now)
+
+    def finish(self, handle: int, num_output_tokens: int, now: float) -> RequestUpdate | None:
+        """Write the finish down and do it."""
+        self._journal.write("finish", now, handle, num_output_tokens)
+        return super().finish(handle, num_output_tokens, now)
+
+    def schedule(self, now: float, can_compute: bool) -> SchedulerOutput | None:
+        """Write the question and the plan down."""
+        plan = super().schedule(now, can_compute)
+        self._journal.write("schedule", now, can_compute, plan)
+        return plan
+
+    def update(self, output: ExecutorOutput, now: float) -> list[RequestUpdate]:
+        """Write down what finished: ids and times, not log probabilities, which decide nothing."""
+        steps = [
+            [done.step_id, [sample.token_id for sample in done.samples], done.device_s.hex()]
+            for done in output.steps
+        ]
+        self._journal.write("update", now, steps, output.copies)
+        return super().update(output, now)

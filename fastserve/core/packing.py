@@ -1,0 +1,182 @@
+"""Packing: one bounded scan of the policy's order, from claims to shares of a step.
+
+Rules: an earlier request's claim on blocks comes before a later one's, met or not. KV is taken only
+from requests that have not been scanned yet and whose estimated next schedule time is no sooner
+than the claimant's; the head of the order may take from anyone. Two rules make livelock
+impossible: a request that recomputes holds, from its start, the blocks to get beyond where it was
+before, and cannot lose them until it has; and when the scan leaves room in the step, whoever
+holds KV may fill it. So every recomputation yields a new token, and somebody can always run.
+Decodes come first in a step, prefill chunks fill the rest of the token budget.
+Must not know: what a plan looks like, samples, any time but `now`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fastserve.config import SchedulerConfig
+from fastserve.core.kv_cache import KVCacheManager
+from fastserve.core.policies.protocol import Policy
+from fastserve.core.request import Request
+
+SCAN_MARGIN = 64  # requests looked at beyond those that can run
+
+
+class Packing:
+    """The budget of one step; `chosen` are (request, num_tokens), best first."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: KVCacheManager,
+        policy: Policy,
+        num_requests: int,
+        now: float,
+    ) -> None:
+        self._cache = cache
+        self._policy = policy
+        self._now = now
+        self._is_chunked = config.enable_chunked_prefill
+        slots = config.num_slots
+        # Steps of disjoint requests are in flight: each takes its share, so that they fill evenly.
+        self._max_seqs = min(config.max_num_seqs, -(-num_requests // slots))
+        share = -(-config.max_num_batched_tokens // slots)
+        self._max_tokens = (
+            max(share, self._max_seqs) if self._is_chunked else config.max_num_batched_tokens
+        )
+        self.max_scan = config.max_num_seqs * slots + SCAN_MARGIN
+        self._num_requests = num_requests
+        self._max_in_flight = config.lookahead if slots == 1 else 0
+        self._prefill_left = self._max_tokens
+        self._blocks_left = cache.num_available
+        self._leaving_left = cache.num_leaving
+        self._seats_left = (config.max_live_seqs or num_requests) - cache.num_tables
+        self._scanned: set[int] = set()
+        self._victims: list[tuple[float, int, Request]] | None = None
+        self.chosen: list[tuple[Request, int]] = []
+
+    def scan(self, order: Iterable[Request]) -> None:
+        """Choose the requests of the step from the order, then from those that hold KV."""
+        self._scan(order)
+        if len(self.chosen) < self._max_seqs and len(self._scanned) < self._num_requests:
+            self._scan([r for r in self._cache.holders() if r.handle not in self._scanned])
+
+    def trimmed(self) -> list[tuple[Request, int]]:
+        """Return the shares, prefill chunks cut to what the decodes leave of the budget."""
+        num_decodes = sum(num_tokens == 1 for _, num_tokens in self.chosen)
+        if num_decodes == len(self.chosen) or not self._is_chunked:
+            return self.chosen
+        left = self._max_tokens - num_decodes
+        shares: list[tuple[Request, int]] = []
+        for request, num_tokens in self.chosen:
+            if num_tokens == 1:
+                shares.append((request, 1))
+            elif left:
+                shares.append((request, min(num_tokens, left)))
+                left -= shares[-1][1]
+        return shares
+
+    def _scan(self, order: Iterable[Request]) -> None:
+        scanned, chosen = self._scanned, self.chosen
+        max_seqs, max_in_flight = self._max_seqs, self._max_in_flight
+        for request in order:
+            scanned.add(request.handle)
+            if request.steps_in_flight > max_in_flight or request.is_at_length_limit:
+                continue
+            num_tokens = self._claim(request) if request.table else self._claim_first(request)
+            if num_tokens:
+                chosen.append((request, num_tokens))
+                if len(chosen) == max_seqs:
+                    break
+
+    def _claim(self, request: Request) -> int:
+        """Give a request the blocks of its next share and return its tokens; 0: not this time."""
+        table = request.table
+        assert table is not None
+        num_tokens = self._share(request.num_unscheduled_tokens)
+        end = request.num_scheduled_tokens + num_tokens
+        lacking = self._cache.num_blocks(end) - len(table.blocks)
+        if lacking > 0:
+            if self._take(request, lacking):
+                self._cache.grow(table, lacking)
+            else:
+                room = len(table.blocks) * self._cache.block_size - request.num_scheduled_tokens
+                num_tokens = min(num_tokens, room) if self._is_chunked else 0
+        if num_tokens > 1:
+            self._prefill_left -= num_tokens
+        return num_tokens
+
+    def _claim_first(self, request: Request) -> int:
+        """The same for a request without KV, which also needs a seat among the live."""
+        if not self._prefill_left or not self._take_seat(request):
+            return 0
+        # Opened before anything is taken, so that nobody's KV which it shares can vanish meanwhile.
+        available = self._cache.num_available
+        table = self._cache.open(request)
+        self._blocks_left -= available - self._cache.num_available
+        start = request.num_computed_tokens
+        num_tokens = self._share(request.num_tokens - start)
+        end = max(start + num_tokens, min(request.num_lost_tokens + 1, request.num_tokens))
+        lacking = self._cache.num_blocks(end) - len(table.blocks)
+        if not num_tokens or not self._take(request, lacking):
+            self._cache.close(table)
+            request.table = None
+            request.num_computed_tokens = request.num_scheduled_tokens = 0
+            return 0
+        self._cache.grow(table, lacking)
+        self._seats_left -= 1
+        if num_tokens > 1:
+            self._prefill_left -= num_tokens
+        return num_tokens
+
+    def _share(self, num_unscheduled: int) -> int:
+        """Return the tokens of a request's next share under the token budget."""
+        if num_unscheduled == 1:
+            return 1
+        if self._is_chunked:
+            return min(num_unscheduled, self._prefill_left)
+        # A whole prompt may overshoot the budget by the decodes beside it: else it could wait
+        # for ever for a step without any.
+        return num_unscheduled if num_unscheduled <= self._prefill_left else 0
+
+    def _take(self, request: Request, num_blocks: int) -> bool:
+        """Claim blocks; a claim that is not met stands, and whoever comes later goes without."""
+        while num_blocks > self._blocks_left + self._leaving_left:
+            if not self._evict_for(request):
+                break
+        self._blocks_left -= num_blocks
+        return self._blocks_left >= 0
+
+    def _take_seat(self, request: Request) -> bool:
+        return self._seats_left > 0 or self._evict_for(request)
+
+    def _evict_for(self, request: Request) -> bool:
+        """Take the KV of the coldest request, if it may lose it to this one."""
+        victims = self._victims
+        if victims is None:
+            victims = self._victims = self._rank_victims()
+        while victims and victims[-1][2].handle in self._scanned:
+            victims.pop()
+        is_head = len(self._scanned) == 1
+        if not victims or not (is_head or victims[-1][0] >= self._enst(request)):
+            return False
+        victim = victims.pop()[2]
+        assert victim.table is not None
+        available, leaving = self._cache.num_available, self._cache.num_leaving
+        self._cache.close(victim.table)
+        victim.restart()
+        self._blocks_left += self._cache.num_available - available
+        self._leaving_left += self._cache.num_leaving - leaving
+        self._seats_left += 1
+        return True
+
+    def _rank_victims(self) -> list[tuple[float, int, Request]]:
+        """Return those who may lose their KV, the largest ENST last, the youngest among equals."""
+        return sorted(
+            (self._enst(request), request.handle, request)
+            for request in self._cache.holders()
+            if not request.is_recomputing and request.handle not in self._scanned
+        )
+
+    def _enst(self, request: Request) -> float:
+        return self._policy.estimated_next_schedule_time(request, self._now)

@@ -1,0 +1,242 @@
+"""One request as the core sees it: what was asked, how far it has come, and why it ended.
+
+Rules: a request has no phases. `num_computed_tokens` catches up with `num_tokens`, so prefill,
+chunked prefill, decode, prefix hits and recomputation are one rule. Only the scheduler and its
+cache write here.
+Must not know: text, public ids, tensors, wall-clock time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastserve.core.kv_cache import BlockTable
+
+
+class FinishReason(StrEnum):
+    """Why a request ended; the values are OpenAI's `finish_reason` where it has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is drawn and when to stop; vLLM's names and defaults.
+
+    Raises ValueError naming the field when a value is out of range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse values that no sampler can honour."""
+        for name, is_valid, rule in (
+            ("n", self.n >= 1, "at least 1"),
+            ("temperature", 0.0 <= self.temperature < float("inf"), "non-negative"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]"),
+            ("top_k", self.top_k >= -1, "-1 or 0 (off), or at least 1"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "in [-2, 2]"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "in [-2, 2]"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "positive"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "non-negative"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or self.prompt_logprobs >= 0,
+                "non-negative",
+            ),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
+            ("min_tokens", self.min_tokens >= 0, "non-negative"),
+            (
+                "min_tokens",
+                self.max_tokens is None or self.min_tokens <= self.max_tokens,
+                "at most max_tokens",
+            ),
+            (
+                "logit_bias",
+                all(-100.0 <= bias <= 100.0 for bias in self.logit_bias.values()),
+                "within [-100, 100]",
+            ),
+            ("stop", "" not in self.stop_strings, "free of empty strings"),
+        ):
+            if not is_valid:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings, whether one or several were given."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature < 1e-5
+
+
+class Request:
+    """Progress of one request.
+
+    `num_tokens` ids are known; `num_computed_tokens` have KV that is confirmed;
+    `num_scheduled_tokens` counts the steps in flight too, and `num_pending_samples` of these will
+    append an id. Times are seconds of the engine's clock.
+    """
+
+    __slots__ = (
+        "arrived_at",
+        "block_hashes",
+        "client",
+        "epoch",
+        "finish_reason",
+        "first_scheduled_at",
+        "first_token_at",
+        "handle",
+        "last_ran_at",
+        "max_computed_tokens",
+        "max_output_tokens",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_lost_tokens",
+        "num_pending_samples",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_recomputed_tokens",
+        "num_scheduled_tokens",
+        "num_scored_tokens",
+        "num_swaps",
+        "num_tokens",
+        "output_token_ids",
+        "params",
+        "priority",
+        "prompt_token_ids",
+        "queue_s",
+        "steps_in_flight",
+        "stop_reason",
+        "stop_token_ids",
+        "table",
+    )
+
+    def __init__(
+        self,
+        handle: int,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        max_output_tokens: int,
+        stop_token_ids: frozenset[int] = frozenset(),
+        output_token_ids: Sequence[int] = (),
+        block_hashes: Sequence[bytes] | None = None,
+        priority: int = 0,
+        client: str = "",
+        arrived_at: float = 0.0,
+    ) -> None:
+        self.handle = handle
+        self.prompt_token_ids = prompt_token_ids
+        self.output_token_ids = list(output_token_ids)
+        self.params = params
+        self.max_output_tokens = max_output_tokens
+        self.stop_token_ids = stop_token_ids
+        self.priority = priority
+        self.client = client
+        self.arrived_at = arrived_at
+        self.block_hashes = list(block_hashes) if block_hashes is not None else []
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_tokens = self.num_prompt_tokens + len(self.output_token_ids)
+        self.num_computed_tokens = 0
+        self.num_scheduled_tokens = 0
+        self.num_pending_samples = 0
+        self.steps_in_flight = 0
+        self.epoch = 0
+        self.table: BlockTable | None = None
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | None = None
+        self.first_scheduled_at: float | None = None
+        self.first_token_at: float | None = None
+        self.last_ran_at = arrived_at
+        self.queue_s = 0.0
+        self.max_computed_tokens = 0  # over all epochs
+        self.num_scored_tokens = 0
+        self.num_lost_tokens = 0  # of the epochs before this one
+        self.num_preemptions = 0
+        self.num_swaps = 0
+        self.num_recomputed_tokens = 0
+        self.num_cached_tokens = 0
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Number of generated ids known so far."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_unscheduled_tokens(self) -> int:
+        """Tokens whose KV is neither computed nor in flight, the unfinished sample included."""
+        return self.num_tokens + self.num_pending_samples - self.num_scheduled_tokens
+
+    @property
+    def is_at_length_limit(self) -> bool:
+        """Whether every sample that `max_output_tokens` allows is known or in flight."""
+        return self.num_output_tokens + self.num_pending_samples >= self.max_output_tokens
+
+    @property
+    def is_recomputing(self) -> bool:
+        """Whether this epoch has not yet computed more than the earlier ones had."""
+        return self.epoch > 0 and self.num_computed_tokens <= self.num_lost_tokens
+
+    def restart(self) -> None:
+        """Begin a new epoch: the KV is gone. Steps in flight still are, but yield nothing."""
+        self.epoch += 1
+        self.num_lost_tokens = self.max_computed_tokens
+        self.table = None
+        self.num_computed_tokens = 0
+        self.num_scheduled_tokens = 0
+        self.num_pending_samples = 0
+
+    def token_ids(self, start: int, stop: int) -> Sequence[int]:
+        """Return the known ids at positions [start, stop); shorter where ids are not known yet."""
+        split = self.num_prompt_tokens
+        if start >= split:
+            return tuple(self.output_token_ids[start - split : stop - split])
+        if stop <= split:
+            return self.prompt_token_ids[start:stop]
+        return (*self.prompt_token_ids[start:], *self.output_token_ids[: stop - split])
+
+    def append(self, token_id: int) -> None:
+        """Add one sampled id."""
+        self.output_token_ids.append(token_id)
+        self.num_tokens += 1
+
+    def block_hash(self, index: int, block_size: int, salt: bytes) -> bytes:
+        """Return the chained sha256 over the ids of blocks 0..index, which must all be known."""
+        while len(self.block_hashes) <= index:
+            start = len(self.block_hashes) * block_size
+            previous = self.block_hashes[-1] if self.block_hashes else salt
+            ids = array("q", self.token_ids(start, start + block_size)).tobytes()
+            self.block_hashes.append(hashlib.sha256(previous + ids).digest())
+        return self.block_hashes[index]

@@ -1,0 +1,200 @@
+"""A device that computes no network but checks every plan against a naive model of KV.
+
+It remembers which ids every block slot was written for, so a table that names the wrong block, a
+block that is reused too early, or a position that was never computed is an assertion, not a
+wrong token. Its samples are a function of (request, position), like a seeded sampler's, so a
+preempted request must produce what an undisturbed one does. Time is virtual.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from fastserve.core.output import (
+    ExecutorOutput,
+    NewRequest,
+    Sample,
+    SchedulerOutput,
+    StepDone,
+    Work,
+)
+
+
+class VirtualClock:
+    """Time that passes only when the executor waits."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def now(self) -> float:
+        """Return the current time."""
+        return self.time
+
+
+@dataclass
+class _State:
+    """What a worker knows of one request."""
+
+    new: NewRequest
+    token_ids: list[int]
+    table: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Running:
+    plan: SchedulerOutput
+    finishes_at: float
+    samples: list[Sample]
+    written: set[int]
+    read: set[int]
+    device_s: float
+
+
+def default_token(seed: int, position: int) -> int:
+    """Return the id that request `seed` has at an output position: any deterministic function."""
+    return (seed * 1_000_003 + position * 7919) % 50_000 + 10
+
+
+class FakeExecutor:
+    """Fits `Executor`: `num_slots` pipelined steps, or `lookahead` behind an unfinished one."""
+
+    def __init__(
+        self,
+        clock: VirtualClock,
+        block_size: int,
+        *,
+        num_slots: int = 1,
+        lookahead: int = 0,
+        step_s: Callable[[SchedulerOutput], float] = lambda plan: 1.0,
+        token: Callable[[int, int], int] = default_token,
+    ) -> None:
+        self.num_slots = num_slots
+        self.lookahead = lookahead
+        self.clock = clock
+        self.block_size = block_size
+        self.step_s = step_s
+        self.token = token
+        self.states: dict[int, _State] = {}
+        self.slots: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, offset) → ids so far
+        self.running: list[_Running] = []
+        self.plans: list[SchedulerOutput] = []
+        self.is_woken = False
+
+    def can_submit(self) -> bool:
+        """Whether a step may be added to those in flight."""
+        return len(self.running) < self.num_slots + (self.lookahead if self.num_slots == 1 else 0)
+
+    def submit(self, plan: SchedulerOutput) -> None:
+        """Check a plan and carry it out at once; it is reported when its time has come."""
+        assert self.can_submit()
+        assert plan.work
+        self.plans.append(plan)
+        for handle in plan.forget:
+            del self.states[handle]
+        for new in plan.new_requests:
+            old = self.states.get(new.request)
+            assert old is None or old.new.epoch < new.epoch
+            self.states[new.request] = _State(new, list(new.cached_token_ids))
+        in_flight = {work.request for run in self.running for work in run.plan.work}
+        if self.num_slots > 1:
+            assert not in_flight & {work.request for work in plan.work}, "slots must be disjoint"
+        run = _Running(plan, 0.0, [], set(), set(), self.step_s(plan))
+        assert len({work.request for work in plan.work}) == len(plan.work)
+        for work in plan.work:
+            self._execute(work, run)
+        start = max([self.clock.time, *(other.finishes_at for other in self.running[-1:])])
+        if self.num_slots > 1:
+            start = self.clock.time
+        last = self.running[-1].finishes_at if self.running else 0.0
+        run.finishes_at = max(start + run.device_s, last)
+        self.running.append(run)
+
+    def _execute(self, work: Work, run: _Running) -> None:
+        state = self.states[work.request]
+        assert state.new.epoch == work.epoch
+        assert work.num_tokens >= 1
+        assert work.table_from <= len(state.table), "the table has a hole"
+        state.table[work.table_from :] = work.block_ids
+        stop = work.start + work.num_tokens
+        known = list(work.token_ids)
+        if len(known) == work.num_tokens - 1:
+            assert self.lookahead, "an id is missing"
+            assert len(state.token_ids) == stop
+        else:
+            assert len(known) == work.num_tokens
+            state.token_ids[work.start : work.start + len(known)] = known
+        assert len(state.token_ids) >= stop
+        assert len(state.table) * self.block_size >= stop, "no block for a position"
+        for position in range(work.start):
+            slot = self._slot(state, position)
+            expected = tuple(state.token_ids[: position + 1])
+            assert self.slots.get(slot) == expected, f"KV of position {position} is not there"
+            run.read.add(slot[0])
+        for position in range(work.start, stop):
+            slot = self._slot(state, position)
+            self.slots[slot] = tuple(state.token_ids[: position + 1])
+            run.written.add(slot[0])
+        self._check_races(work, run)
+        if work.sample:
+            assert stop == len(state.token_ids)
+            seed = state.new.params.seed
+            assert seed is not None
+            sample = self.token(seed, stop - state.new.num_prompt_tokens)
+            state.token_ids.append(sample)
+            run.samples.append(Sample(sample))
+
+    def _check_races(self, work: Work, run: _Running) -> None:
+        """No block may be written while an earlier step of somebody else touches it."""
+        table = set(self.states[work.request].table)
+        for other in self.running:
+            mine = any(earlier.request == work.request for earlier in other.plan.work)
+            if not mine:
+                fresh = {
+                    self._slot(self.states[work.request], p)[0]
+                    for p in range(work.start, work.start + work.num_tokens)
+                }
+                assert fresh <= table
+                assert not fresh & (other.written | other.read), "a block is reused in flight"
+
+    def _slot(self, state: _State, position: int) -> tuple[int, int]:
+        return state.table[position // self.block_size], position % self.block_size
+
+    def wait(self, until: float) -> ExecutorOutput | None:
+        """Let time pass to the next finished step, `until`, or not at all when woken."""
+        if self.is_woken:
+            self.is_woken = False
+            return None
+        if not self.running or self.running[0].finishes_at > until:
+            assert until < float("inf"), "waiting for ever"
+            self.clock.time = max(self.clock.time, until)
+            return None
+        self.clock.time = max(self.clock.time, self.running[0].finishes_at)
+        steps = []
+        while self.running and self.running[0].finishes_at <= self.clock.time:
+            run = self.running.pop(0)
+            steps.append(StepDone(run.plan.step_id, tuple(run.samples), run.device_s))
+        return ExecutorOutput(tuple(steps))
+
+    def wake(self) -> None:
+        """End the next wait early."""
+        self.is_woken = True
+
+    def close(self) -> None:
+        """There is nothing to free."""
+
+
+def random_durations(rng: random.Random) -> Callable[[SchedulerOutput], float]:
+    """Return step times that vary without reason."""
+    return lambda plan: rng.uniform(0.2, 2.0)
+
+
+def output_tokens(
+    updates: Sequence[tuple[int, Sequence[Sample]]],
+) -> dict[int, list[int]]:
+    """Collect the ids of each request from (handle, samples) pairs."""
+    outputs: dict[int, list[int]] = {}
+    for handle, samples in updates:
+        outputs.setdefault(handle, []).extend(sample.token_id for sample in samples)
+    return outputs
