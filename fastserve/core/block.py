@@ -8,6 +8,7 @@ recently used first to go. Must not know: requests, policies, tensors.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from enum import Enum, auto
 
 
@@ -51,7 +52,8 @@ class BlockPool:
         self.num_device_blocks = num_device_blocks
         self.num_host_blocks = num_host_blocks
         self._free = list(range(num_device_blocks - 1, -1, -1))
-        self._cached: dict[Block, None] = {}  # unreferenced, least recently used first
+        # Unreferenced, least recently used first; a plain dict is slow to give up its first key.
+        self._cached: OrderedDict[Block, None] = OrderedDict()
         self._by_hash: dict[bytes, Block] = {}
         self._used: dict[int, Block] = {}
 
@@ -84,8 +86,7 @@ class BlockPool:
         if self._free:
             block = Block(self._free.pop())
         else:
-            evicted = next(iter(self._cached))
-            del self._cached[evicted]
+            evicted, _ = self._cached.popitem(last=False)
             assert evicted.hash is not None
             del self._by_hash[evicted.hash]
             block = Block(evicted.device_id)

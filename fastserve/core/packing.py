@@ -13,11 +13,13 @@ Must not know: what a plan looks like, samples, any time but `now`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 from fastserve.config import SchedulerConfig
 from fastserve.core.kv_cache import KVCacheManager
 from fastserve.core.policies.protocol import Policy
 from fastserve.core.request import Request
+from fastserve.core.victims import VictimRanking
 
 SCAN_MARGIN = 64  # requests looked at beyond those that can run
 
@@ -30,6 +32,7 @@ class Packing:
         config: SchedulerConfig,
         cache: KVCacheManager,
         policy: Policy,
+        victims: VictimRanking,
         num_requests: int,
         now: float,
     ) -> None:
@@ -44,7 +47,7 @@ class Packing:
         self._max_tokens = (
             max(share, self._max_seqs) if self._is_chunked else config.max_num_batched_tokens
         )
-        self.max_scan = config.max_num_seqs * slots + SCAN_MARGIN
+        self._max_scan = config.max_num_seqs * slots + SCAN_MARGIN
         self._num_requests = num_requests
         self._max_in_flight = config.lookahead if slots == 1 else 0
         self._prefill_left = self._max_tokens
@@ -52,14 +55,17 @@ class Packing:
         self._leaving_left = cache.num_leaving
         self._seats_left = (config.max_live_seqs or num_requests) - cache.num_tables
         self._scanned: set[int] = set()
-        self._victims: list[tuple[float, int, Request]] | None = None
+        self._victims = victims
+        victims.begin_plan()
         self.chosen: list[tuple[Request, int]] = []
 
     def scan(self, order: Iterable[Request]) -> None:
         """Choose the requests of the step from the order, then from those that hold KV."""
-        self._scan(order)
+        self._scan(islice(order, self._max_scan))
         if len(self.chosen) < self._max_seqs and len(self._scanned) < self._num_requests:
-            self._scan([r for r in self._cache.holders() if r.handle not in self._scanned])
+            self._scan(self._unscanned_holders(self._max_scan))
+        if not self.chosen:
+            self._scan(self._unscanned_holders(self._num_requests))
 
     def trimmed(self) -> list[tuple[Request, int]]:
         """Return the shares, prefill chunks cut to what the decodes leave of the budget."""
@@ -75,6 +81,10 @@ class Packing:
                 shares.append((request, min(num_tokens, left)))
                 left -= shares[-1][1]
         return shares
+
+    def _unscanned_holders(self, limit: int) -> list[Request]:
+        holders = islice(self._cache.holders(), limit)
+        return [request for request in holders if request.handle not in self._scanned]
 
     def _scan(self, order: Iterable[Request]) -> None:
         scanned, chosen = self._scanned, self.chosen
@@ -108,7 +118,8 @@ class Packing:
 
     def _claim_first(self, request: Request) -> int:
         """The same for a request without KV, which also needs a seat among the live."""
-        if not self._prefill_left or not self._take_seat(request):
+        # Behind a claim that is not met there is nothing for newcomers.
+        if not self._prefill_left or self._blocks_left < 0 or not self._take_seat(request):
             return 0
         # Opened before anything is taken, so that nobody's KV which it shares can vanish meanwhile.
         available = self._cache.num_available
@@ -152,15 +163,10 @@ class Packing:
 
     def _evict_for(self, request: Request) -> bool:
         """Take the KV of the coldest request, if it may lose it to this one."""
-        victims = self._victims
-        if victims is None:
-            victims = self._victims = self._rank_victims()
-        while victims and victims[-1][2].handle in self._scanned:
-            victims.pop()
+        victim = self._victims.coldest(self._now, self._scanned)
         is_head = len(self._scanned) == 1
-        if not victims or not (is_head or victims[-1][0] >= self._enst(request)):
+        if victim is None or not (is_head or self._enst(victim) >= self._enst(request)):
             return False
-        victim = victims.pop()[2]
         assert victim.table is not None
         available, leaving = self._cache.num_available, self._cache.num_leaving
         self._cache.close(victim.table)
@@ -169,14 +175,6 @@ class Packing:
         self._leaving_left += self._cache.num_leaving - leaving
         self._seats_left += 1
         return True
-
-    def _rank_victims(self) -> list[tuple[float, int, Request]]:
-        """Return those who may lose their KV, the largest ENST last, the youngest among equals."""
-        return sorted(
-            (self._enst(request), request.handle, request)
-            for request in self._cache.holders()
-            if not request.is_recomputing and request.handle not in self._scanned
-        )
 
     def _enst(self, request: Request) -> float:
         return self._policy.estimated_next_schedule_time(request, self._now)

@@ -120,7 +120,7 @@ class Request:
         "handle",
         "last_ran_at",
         "max_computed_tokens",
-        "max_output_tokens",
+        "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_lost_tokens",
@@ -161,7 +161,7 @@ class Request:
         self.prompt_token_ids = prompt_token_ids
         self.output_token_ids = list(output_token_ids)
         self.params = params
-        self.max_output_tokens = max_output_tokens
+        self.max_num_tokens = len(prompt_token_ids) + max_output_tokens
         self.stop_token_ids = stop_token_ids
         self.priority = priority
         self.client = client
@@ -201,8 +201,8 @@ class Request:
 
     @property
     def is_at_length_limit(self) -> bool:
-        """Whether every sample that `max_output_tokens` allows is known or in flight."""
-        return self.num_output_tokens + self.num_pending_samples >= self.max_output_tokens
+        """Whether every sample that `max_num_tokens` allows is known or in flight."""
+        return self.num_tokens + self.num_pending_samples >= self.max_num_tokens
 
     @property
     def is_recomputing(self) -> bool:

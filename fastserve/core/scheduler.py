@@ -11,8 +11,6 @@ Must not know: tensors, text, how long anything really takes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import NamedTuple
 
 from fastserve.config import SchedulerConfig
 from fastserve.core.kv_cache import BlockTable, KVCacheManager
@@ -31,18 +29,16 @@ from fastserve.core.output import (
 from fastserve.core.packing import Packing
 from fastserve.core.policies.protocol import Policy, Share, StepBill
 from fastserve.core.request import FinishReason, Request, SamplingParams
+from fastserve.core.victims import VictimRanking
 
 
 class StallError(RuntimeError):
     """Nothing can make progress; the message tells the story of every request."""
 
 
-class _Flight(NamedTuple):
-    """One Work of a step in flight, and the table it touches."""
-
-    request: Request
-    table: BlockTable
-    work: Work
+# One Work of a step in flight: whose it is and which table it touches. A plain tuple: one is built
+# per running request and step.
+_Flight = tuple[Request, BlockTable, Work]
 
 
 class Scheduler:
@@ -52,6 +48,7 @@ class Scheduler:
         self.config = config
         self.policy = policy
         self.cache = cache
+        self._victims = VictimRanking(cache, policy)
         self._requests: dict[int, Request] = {}
         self._next_handle = 0
         self._next_step_id = 0
@@ -148,9 +145,11 @@ class Scheduler:
         """Return the next step, or None when there is nothing to do now."""
         if not can_compute or not self._requests:
             return None
-        packing = Packing(self.config, self.cache, self.policy, len(self._requests), now)
+        packing = Packing(
+            self.config, self.cache, self.policy, self._victims, len(self._requests), now
+        )
         order: Iterator[Request] = iter((self._solo,)) if self._solo else self.policy.ordered(now)
-        packing.scan(islice(order, packing.max_scan))
+        packing.scan(order)
         if packing.chosen:
             return self._plan(packing.trimmed(), now)
         if self._in_flight:
@@ -184,7 +183,7 @@ class Scheduler:
             if work.sample:
                 request.num_pending_samples += 1
             works.append(work)
-            flight.append(_Flight(request, table, work))
+            flight.append((request, table, work))
         self._note_preemptions(flight)
         step_id = self._next_step_id
         self._next_step_id += 1
@@ -255,10 +254,11 @@ class Scheduler:
             sample = next(samples) if work.sample else None
             self.cache.land(table)
             request.steps_in_flight -= 1
+            request.last_ran_at = now
             if table.is_closed:
                 self._num_dropped_samples += sample is not None
                 continue
-            has_progress |= self._advance(request, work, now)
+            has_progress |= self._advance(request, work)
             scored = self._scored(request, work, done)
             if sample is None:
                 if scored:
@@ -273,17 +273,16 @@ class Scheduler:
                     updates.append(self._end(request, reason, (sample,), now, scored))
                     continue
                 updates.append(RequestUpdate(request.handle, (sample,), None, None, None, scored))
-            shares.append(Share(request, work.num_tokens))
+            shares.append((request, work.num_tokens))
         self._note_progress(has_progress)
         if shares:
             self.policy.charge(StepBill(done.device_s, shares), now)
 
-    def _advance(self, request: Request, work: Work, now: float) -> bool:
+    def _advance(self, request: Request, work: Work) -> bool:
         """Confirm computed tokens; return whether any of them had never been computed before."""
         before = request.num_computed_tokens
         end = before + work.num_tokens
         request.num_computed_tokens = end
-        request.last_ran_at = now
         if before < request.num_prompt_tokens:
             self._num_computed_prompt_tokens += min(end, request.num_prompt_tokens) - before
         assert request.table is not None
@@ -309,12 +308,12 @@ class Scheduler:
         return scored
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        may_stop = request.num_output_tokens >= request.params.min_tokens
-        if may_stop and token_id in request.stop_token_ids:
+        is_stop = token_id in request.stop_token_ids
+        if is_stop and request.num_output_tokens >= request.params.min_tokens:
             if token_id not in self.config.eos_token_ids:
                 request.stop_reason = token_id
             return FinishReason.STOP
-        if request.num_output_tokens >= request.max_output_tokens:
+        if request.num_tokens >= request.max_num_tokens:
             return FinishReason.LENGTH
         return None
 

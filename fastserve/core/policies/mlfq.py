@@ -53,12 +53,14 @@ class MLFQ:
         self._levels: list[dict[int, Request]] = [{}]
         self._accounts: dict[int, _Account] = {}
         self._deadlines: list[tuple[float, int]] = []  # lazy: checked against the account when due
+        self._fall_s: list[float] | None = None  # valid until a queue changes
         self._num_demotions = 0
         self._num_promotions = 0
 
     def admit(self, request: Request, now: float) -> None:
         """Join the level that the prefill time calls for (skip-join), or the highest."""
         level = self._level_holding(self._prefill_s(request)) if self._skip_join else 0
+        self._fall_s = None
         self._accounts[request.handle] = _Account(level, 0.0, now)
         self._levels[level][request.handle] = request
         if level:
@@ -78,6 +80,7 @@ class MLFQ:
 
     def remove(self, request: Request) -> None:
         """Leave the queues."""
+        self._fall_s = None
         account = self._accounts.pop(request.handle)
         del self._levels[account.level][request.handle]
 
@@ -93,14 +96,12 @@ class MLFQ:
         Paper §4.3: (1/B) Σ over requests at higher levels of the quanta they burn on the way down.
         """
         account = self._accounts[request.handle]
-        execute_s, quanta_above = 0.0, 0.0
-        for level in range(account.level - 1, -1, -1):
-            quanta_above += self._quanta[level]
-            execute_s += len(self._levels[level]) * quanta_above
-        execute_s /= self._max_num_seqs
         if account.level == 0:
-            return execute_s
-        return min(max(account.last_ran_at + self._starvation_limit - now, 0.0), execute_s)
+            return 0.0
+        if self._fall_s is None:
+            self._fall_s = self._fall_times()
+        until_promotion_s = account.last_ran_at + self._starvation_limit - now
+        return max(min(until_promotion_s, self._fall_s[account.level]), 0.0)
 
     def level(self, request: Request) -> int:
         """Return the level of a request."""
@@ -111,8 +112,20 @@ class MLFQ:
         sizes = {level: len(queue) for level, queue in enumerate(self._levels) if queue}
         return PolicyStats(self._num_demotions, self._num_promotions, sizes)
 
+    def _fall_times(self) -> list[float]:
+        """Return, per level i, (1/B) Σ over levels k < i of their requests' qₖ + … + qᵢ₋₁."""
+        times: list[float] = []
+        num_above, burnt_s, total_s = 0, 0.0, 0.0
+        for quantum, queue in zip(self._quanta, self._levels, strict=True):
+            times.append((num_above * total_s - burnt_s) / self._max_num_seqs)
+            burnt_s += len(queue) * total_s
+            num_above += len(queue)
+            total_s += quantum
+        return times
+
     def _demote(self, request: Request, account: _Account, next_s: float, now: float) -> None:
         """Move to the tail of the next level down that can hold an iteration."""
+        self._fall_s = None
         del self._levels[account.level][request.handle]
         if account.level == 0:
             self._watch(request.handle, now)
@@ -134,6 +147,7 @@ class MLFQ:
                 heapq.heappush(self._deadlines, (deadline, handle))
                 continue
             request = self._levels[account.level].pop(handle)
+            self._fall_s = None
             account.level, account.used_s = 0, 0.0
             self._levels[0][handle] = request
             self._num_promotions += 1

@@ -46,16 +46,16 @@ class PriorityClasses:
             return
         parts: dict[int, list[Share]] = {}
         for share in bill.shares:
-            handle = share.request.handle
+            handle = share[0].handle
             self._last_ran_at[handle] = now
             parts.setdefault(self._class_of[handle], []).append(share)
         for rank, shares in parts.items():
             self._classes[rank].charge(StepBill(bill.device_s, shares), now)
-        for share in bill.shares:
-            if share.request.handle in self._lifted:
-                self._lifted.discard(share.request.handle)
-                self._move(share.request, self._own_class(share.request), now)
-                self._watch(share.request.handle, now)
+        for request, _ in bill.shares:
+            if request.handle in self._lifted:
+                self._lifted.discard(request.handle)
+                self._move(request, self._own_class(request), now)
+                self._watch(request.handle, now)
 
     def remove(self, request: Request) -> None:
         """Leave the class."""

@@ -12,12 +12,9 @@ from typing import NamedTuple, Protocol
 
 from fastserve.core.request import Request
 
-
-class Share(NamedTuple):
-    """What one request computed in a step; its counters already include it."""
-
-    request: Request
-    num_tokens: int
+# What one request computed in a step: its tokens; its counters already include them. A plain tuple:
+# one is built per running request and step.
+Share = tuple[Request, int]
 
 
 class StepBill(NamedTuple):
