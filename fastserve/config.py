@@ -17,7 +17,18 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-POLICIES = ("fcfs", "mlfq", "skip-join-mlfq")
+POLICIES = (
+    "fcfs",
+    "orca",
+    "static",
+    "mlfq",
+    "skip-join-mlfq",
+    "artifact-mlfq",
+    "fixed-priority",
+)
+SIMULATED_POLICIES = (*POLICIES, "srpt")  # srpt must be told the output lengths
+PREEMPTION_MODES = ("recompute", "defer")
+SIMULATED_PREEMPTION_MODES = (*PREEMPTION_MODES, "ideal")  # ideal needs a link that does not exist
 
 
 class ConfigError(ValueError):
@@ -134,7 +145,7 @@ class EngineConfig:
     preemption_mode: str = option(
         "recompute",
         "what becomes of the KV of a request that loses its place",
-        choices=("recompute",),
+        choices=PREEMPTION_MODES,
     )
 
     tensor_parallel_size: int = option(1, "devices per layer", choices=(1,), aliases=("-tp",))
@@ -261,6 +272,7 @@ class SchedulerConfig:
     mlfq_quantum: float | None = None
     mlfq_quantum_ratio: float = 2.0
     priority_aging: float = 10.0
+    preemption_mode: str = "recompute"
     num_slots: int = 1
     lookahead: int = 0
     eos_token_ids: frozenset[int] = frozenset()
@@ -303,6 +315,7 @@ class SchedulerConfig:
             mlfq_quantum=config.mlfq_quantum,
             mlfq_quantum_ratio=config.mlfq_quantum_ratio,
             priority_aging=config.priority_aging,
+            preemption_mode=config.preemption_mode,
             num_slots=num_slots,
             lookahead=lookahead,
             eos_token_ids=eos_token_ids,

@@ -51,7 +51,8 @@ class BlockPool:
     def __init__(self, num_device_blocks: int, num_host_blocks: int = 0) -> None:
         self.num_device_blocks = num_device_blocks
         self.num_host_blocks = num_host_blocks
-        self._free = list(range(num_device_blocks - 1, -1, -1))
+        self._free: list[int] = []
+        self._num_touched = 0  # places from here on have never been used
         # Unreferenced, least recently used first; a plain dict is slow to give up its first key.
         self._cached: OrderedDict[Block, None] = OrderedDict()
         self._by_hash: dict[bytes, Block] = {}
@@ -60,7 +61,7 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Places that hold nothing."""
-        return len(self._free)
+        return self.num_device_blocks - self._num_touched + len(self._free)
 
     @property
     def num_cached(self) -> int:
@@ -70,7 +71,7 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Places that `take` can still hand out."""
-        return len(self._free) + len(self._cached)
+        return self.num_free + len(self._cached)
 
     @property
     def num_used(self) -> int:
@@ -85,6 +86,9 @@ class BlockPool:
         """Return a new, empty Block, named once. The caller has seen that one is available."""
         if self._free:
             block = Block(self._free.pop())
+        elif self._num_touched < self.num_device_blocks:
+            block = Block(self._num_touched)
+            self._num_touched += 1
         else:
             evicted, _ = self._cached.popitem(last=False)
             assert evicted.hash is not None
@@ -120,10 +124,9 @@ class BlockPool:
 
     def check(self) -> None:
         """Assert that every place has exactly one owner."""
+        assert self._num_touched <= self.num_device_blocks
         places = sorted([*self._free, *self._used, *(block.device_id for block in self._cached)])
-        assert places == list(range(self.num_device_blocks)), (
-            f"places are not a partition: {places}"
-        )
+        assert places == list(range(self._num_touched)), f"places are not a partition: {places}"
         assert all(block.refs > 0 for block in self._used.values())
         assert all(self._used[device_id].device_id == device_id for device_id in self._used)
         assert all(block.refs == 0 and block.hash is not None for block in self._cached)

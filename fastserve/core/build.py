@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 
 from fastserve.config import SchedulerConfig
 from fastserve.core.block import BlockPool
 from fastserve.core.cost_model import CostModel
 from fastserve.core.journal import Journal, JournaledScheduler
 from fastserve.core.kv_cache import KVCacheManager
+from fastserve.core.packing import Packing
 from fastserve.core.policies.fcfs import FCFS
+from fastserve.core.policies.fixed_priority import FixedPriority
 from fastserve.core.policies.mlfq import MLFQ
+from fastserve.core.policies.orca import Orca
 from fastserve.core.policies.priority_classes import PriorityClasses
 from fastserve.core.policies.protocol import Policy
 from fastserve.core.policies.srpt import SRPT
+from fastserve.core.policies.static import Static
+from fastserve.core.preemption import DeferPacking, IdealPacking
 from fastserve.core.scheduler import Scheduler
+
+NUM_BOUNDLESS_BLOCKS = 2**40
 
 
 def build_policy(
@@ -28,23 +37,52 @@ def build_policy(
     match config.scheduling_policy:
         case "fcfs":
             return FCFS()
-        case "mlfq" | "skip-join-mlfq":
-            return MLFQ(
+        case "orca":
+            return Orca()
+        case "static":
+            return Static(config.max_num_seqs)
+        case "fixed-priority":
+            return FixedPriority()
+        case "mlfq":
+            return build_mlfq(config, cost_model, skip_join=False)
+        case "skip-join-mlfq":
+            return build_mlfq(config, cost_model, skip_join=True)
+        case "artifact-mlfq":
+            # The settings of the paper's public artifact.
+            return build_mlfq(
+                replace(config, mlfq_quantum=0.010, mlfq_quantum_ratio=2.0, starvation_limit=3.0),
                 cost_model,
-                quantum_s=config.mlfq_quantum or cost_model.min_iteration_s,
-                quantum_ratio=config.mlfq_quantum_ratio,
-                starvation_limit=config.starvation_limit,
-                max_num_seqs=config.max_num_seqs,
-                max_chunk=(
-                    config.max_num_batched_tokens
-                    if config.enable_chunked_prefill
-                    else config.max_model_len
-                ),
-                skip_join=config.scheduling_policy == "skip-join-mlfq",
+                skip_join=True,
+                skip_demotion=False,
+                steps_between_promotions=1000,
             )
         case "srpt" if lengths is not None:
             return SRPT(cost_model, lengths)
     raise ValueError(f"no scheduling policy {config.scheduling_policy!r} can be built here")
+
+
+def build_mlfq(
+    config: SchedulerConfig,
+    cost_model: CostModel,
+    *,
+    skip_join: bool,
+    skip_demotion: bool = True,
+    steps_between_promotions: int = 0,
+) -> MLFQ:
+    """Return an MLFQ whose q₁ is the minimum iteration time unless one is configured."""
+    return MLFQ(
+        cost_model,
+        quantum_s=config.mlfq_quantum or cost_model.min_iteration_s,
+        quantum_ratio=config.mlfq_quantum_ratio,
+        starvation_limit=config.starvation_limit,
+        max_num_seqs=config.max_num_seqs,
+        max_chunk=(
+            config.max_num_batched_tokens if config.enable_chunked_prefill else config.max_model_len
+        ),
+        skip_join=skip_join,
+        skip_demotion=skip_demotion,
+        steps_between_promotions=steps_between_promotions,
+    )
 
 
 def build_scheduler(
@@ -57,8 +95,12 @@ def build_scheduler(
     journal: Journal | None = None,
 ) -> Scheduler:
     """Return a scheduler over empty pools."""
+    config = replace(
+        config, max_model_len=min(config.max_model_len, num_device_blocks * config.block_size)
+    )
+    is_ideal = config.preemption_mode == "ideal"
     cache = KVCacheManager(
-        BlockPool(num_device_blocks, num_host_blocks),
+        BlockPool(NUM_BOUNDLESS_BLOCKS if is_ideal else num_device_blocks, num_host_blocks),
         config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
         salt=config.cache_salt.encode(),
@@ -66,6 +108,11 @@ def build_scheduler(
     policy = PriorityClasses(
         lambda: build_policy(config, cost_model, lengths), config.priority_aging
     )
+    packing: Callable[..., Packing] = Packing
+    if config.preemption_mode == "defer":
+        packing = DeferPacking
+    elif is_ideal:
+        packing = partial(IdealPacking, num_resident_blocks=num_device_blocks)
     if journal is None:
-        return Scheduler(config, policy, cache)
-    return JournaledScheduler(config, policy, cache, journal=journal)
+        return Scheduler(config, policy, cache, packing)
+    return JournaledScheduler(config, policy, cache, packing, journal=journal)

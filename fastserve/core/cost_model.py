@@ -1,7 +1,7 @@
 """CostModel: the one place that says how long prefill, decode and copies take.
 
 Skip-join, ENST, billing and the simulator all ask here. Coefficients come from a profile of the
-actual model on the actual device (executor/profiler.py). Must not know: how they were measured.
+actual model on the actual device, or from published tables. Must not know: how they were measured.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """Seconds of one step, linear in what it computes.
+    """Seconds of one step.
 
-    step = base + prefill_token · Σ tokens + prefill_pair · Σ tokens · (start + tokens / 2)
-                + decode_seq · decodes + decode_context · Σ context
-    where a share of one token is a decode and `context` counts the tokens it attends to.
+    step = base + max(floor, prefill_token · Σ tokens + decode_seq · decodes)
+                + prefill_pair · Σ tokens · (start + tokens / 2) + decode_context · Σ context
+    where a share of one token is a decode and `context` counts the tokens it attends to. The floor
+    is what reading the weights takes: computing few tokens hides behind it.
     """
 
     base_s: float
@@ -24,6 +25,7 @@ class CostModel:
     prefill_pair_s: float = 0.0
     decode_seq_s: float = 0.0
     decode_context_s: float = 0.0
+    floor_s: float = 0.0
     copy_base_s: float = 0.0
     copy_block_s: float = 0.0
 
@@ -35,26 +37,40 @@ class CostModel:
     @property
     def min_iteration_s(self) -> float:
         """Seconds of the shortest step there is: one decode with one token of context."""
-        return self.base_s + self.decode_seq_s + self.decode_context_s
-
-    def marginal_s(self, num_tokens: int, start: int) -> float:
-        """Return the seconds that a share adds to a step: positions [start, start + num_tokens)."""
-        if num_tokens == 1:
-            return self.decode_seq_s + self.decode_context_s * (start + 1)
-        return num_tokens * (self.prefill_token_s + self.prefill_pair_s * (start + num_tokens / 2))
+        return self.iteration_s(1, 0)
 
     def iteration_s(self, num_tokens: int, start: int) -> float:
-        """Return the seconds of a step with this one share."""
-        return self.base_s + self.marginal_s(num_tokens, start)
+        """Return the seconds of a step with one share: positions [start, start + num_tokens)."""
+        if num_tokens == 1:
+            dense_s, attention_s = self.decode_seq_s, self.decode_context_s * (start + 1)
+        else:
+            dense_s = num_tokens * self.prefill_token_s
+            attention_s = num_tokens * self.prefill_pair_s * (start + num_tokens / 2)
+        return self.base_s + max(self.floor_s, dense_s) + attention_s
 
     def prefill_s(self, num_tokens: int, start: int, max_chunk: int) -> float:
         """Return the seconds to prefill [start, start + num_tokens) in chunks, alone."""
-        num_chunks = -(-num_tokens // max_chunk)
-        return num_chunks * self.base_s + self.marginal_s(num_tokens, start)
+        num_full, rest = divmod(num_tokens, max_chunk)
+        dense_s = num_full * max(self.floor_s, max_chunk * self.prefill_token_s)
+        if rest:
+            dense_s += max(self.floor_s, rest * self.prefill_token_s)
+        attention_s = num_tokens * self.prefill_pair_s * (start + num_tokens / 2)
+        return (num_full + bool(rest)) * self.base_s + dense_s + attention_s
 
     def step_s(self, shares: Iterable[tuple[int, int]]) -> float:
         """Return the seconds of a step; a share is (num_tokens, start)."""
-        return self.base_s + sum(self.marginal_s(tokens, start) for tokens, start in shares)
+        num_decodes = context = num_prefill = 0
+        pairs = 0.0
+        for num_tokens, start in shares:
+            if num_tokens == 1:
+                num_decodes += 1
+                context += start + 1
+            else:
+                num_prefill += num_tokens
+                pairs += num_tokens * (start + num_tokens / 2)
+        dense_s = num_prefill * self.prefill_token_s + num_decodes * self.decode_seq_s
+        attention_s = pairs * self.prefill_pair_s + context * self.decode_context_s
+        return self.base_s + max(self.floor_s, dense_s) + attention_s
 
     def copy_s(self, num_blocks: int) -> float:
         """Return the seconds to move blocks between the tiers."""

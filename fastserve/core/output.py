@@ -93,8 +93,8 @@ class Sample(NamedTuple):
 class StepDone(NamedTuple):
     """A finished step: one Sample for each Work with `sample`, in the plan's order.
 
-    `prompt_logprobs[handle]` scores the ids at positions [start + 1, start + num_tokens] of a Work
-    with logits="all" as far as they belong to the prompt.
+    `prompt_logprobs[handle]` scores the ids at positions [max(start, 1), start + num_tokens) of a
+    Work with logits="all" as far as they belong to the prompt.
     """
 
     step_id: int

@@ -93,11 +93,15 @@ class Packing:
             scanned.add(request.handle)
             if request.steps_in_flight > max_in_flight or request.is_at_length_limit:
                 continue
-            num_tokens = self._claim(request) if request.table else self._claim_first(request)
+            num_tokens = self._admit(request)
             if num_tokens:
                 chosen.append((request, num_tokens))
                 if len(chosen) == max_seqs:
                     break
+
+    def _admit(self, request: Request) -> int:
+        """Return the tokens that a request may compute in this step; 0: not this time."""
+        return self._claim(request) if request.table else self._claim_first(request)
 
     def _claim(self, request: Request) -> int:
         """Give a request the blocks of its next share and return its tokens; 0: not this time."""
@@ -122,13 +126,19 @@ class Packing:
         if not self._prefill_left or self._blocks_left < 0 or not self._take_seat(request):
             return 0
         # Opened before anything is taken, so that nobody's KV which it shares can vanish meanwhile.
-        available = self._cache.num_available
+        blocks_left, available = self._blocks_left, self._cache.num_available
         table = self._cache.open(request)
         self._blocks_left -= available - self._cache.num_available
         start = request.num_computed_tokens
         num_tokens = self._share(request.num_tokens - start)
-        end = max(start + num_tokens, min(request.num_lost_tokens + 1, request.num_tokens))
+        end = max(
+            start + num_tokens,
+            min(request.num_lost_tokens + 1, request.num_tokens),
+            self._policy.reserve_tokens(request),
+        )
         lacking = self._cache.num_blocks(end) - len(table.blocks)
+        if not num_tokens:
+            self._blocks_left = blocks_left
         if not num_tokens or not self._take(request, lacking):
             self._cache.close(table)
             request.table = None

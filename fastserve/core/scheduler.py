@@ -10,7 +10,7 @@ Must not know: tensors, text, how long anything really takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from fastserve.config import SchedulerConfig
 from fastserve.core.kv_cache import BlockTable, KVCacheManager
@@ -44,8 +44,15 @@ _Flight = tuple[Request, BlockTable, Work]
 class Scheduler:
     """Decides which tokens of which requests are computed next, and in which blocks."""
 
-    def __init__(self, config: SchedulerConfig, policy: Policy, cache: KVCacheManager) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        policy: Policy,
+        cache: KVCacheManager,
+        packing: Callable[..., Packing] = Packing,
+    ) -> None:
         self.config = config
+        self._packing = packing
         self.policy = policy
         self.cache = cache
         self._victims = VictimRanking(cache, policy)
@@ -91,9 +98,7 @@ class Scheduler:
         `output_token_ids` are those of an earlier life, to go on from. Raises ValueError when the
         request could never run.
         """
-        window = min(
-            self.config.max_model_len, self.cache.pool.num_device_blocks * self.config.block_size
-        )
+        window = self.config.max_model_len
         num_prompt_tokens = len(prompt_token_ids)
         max_output_tokens = params.max_tokens or window - num_prompt_tokens
         if num_prompt_tokens < 1:
@@ -145,7 +150,7 @@ class Scheduler:
         """Return the next step, or None when there is nothing to do now."""
         if not can_compute or not self._requests:
             return None
-        packing = Packing(
+        packing = self._packing(
             self.config, self.cache, self.policy, self._victims, len(self._requests), now
         )
         order: Iterator[Request] = iter((self._solo,)) if self._solo else self.policy.ordered(now)
@@ -303,7 +308,8 @@ class Scheduler:
         if work.logits == "last":
             return ()
         scores = done.prompt_logprobs.get(request.handle, ())
-        scored = scores[max(request.num_scored_tokens - work.start, 0) :]
+        # Position 0 has no score: the first one of a share is for position max(start, 1).
+        scored = scores[max(request.num_scored_tokens + 1 - max(work.start, 1), 0) :]
         request.num_scored_tokens += len(scored)
         return scored
 

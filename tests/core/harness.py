@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from fastserve.config import SchedulerConfig
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
 from fastserve.core.journal import Journal
-from fastserve.core.output import RequestUpdate
-from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.core.output import RequestUpdate, SchedulerOutput, TokenLogprobs
+from fastserve.core.request import FinishReason, Request, SamplingParams
+from fastserve.core.scheduler import Scheduler
 from fastserve.engine.engine import Engine
-from tests.fake_executor import FakeExecutor, VirtualClock, default_token, random_durations
+from tests.fake_executor import (
+    FakeExecutor,
+    VirtualClock,
+    default_token,
+    prompt_score,
+    random_durations,
+)
 
 UNIT_COST = CostModel(base_s=0.5, prefill_token_s=0.01, decode_seq_s=0.02, decode_context_s=0.0001)
 
 
+def small_config(**changes: Any) -> SchedulerConfig:
+    """Return settings in which a test can count on its fingers."""
+    settings: dict[str, Any] = {
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 16,
+        "max_model_len": 64,
+        "block_size": 4,
+        "enable_prefix_caching": False,
+        "scheduling_policy": "fcfs",
+        "starvation_limit": 1e9,
+        "is_strict": True,
+    }
+    return SchedulerConfig(**(settings | changes))
+
+
 @dataclass
 class Expected:
-    """What a request must yield."""
+    """What a request must yield, alone on the machine, and what came of it."""
 
     seed: int
     max_tokens: int
-    received: list[int]
+    owed: list[int]
+    reason: FinishReason
+    stop_reason: int | None
+    scores: list[TokenLogprobs]
+    received: list[int] = field(default_factory=list)
+    received_scores: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    last: RequestUpdate | None = None
 
 
 class Harness:
@@ -37,16 +67,21 @@ class Harness:
         *,
         seed: int = 0,
         lengths: dict[int, int] | None = None,
+        token: Callable[[int, int], int] = default_token,
+        step_s: Callable[[SchedulerOutput], float] | None = None,
+        sink: Callable[[str], object] | None = None,
     ) -> None:
         self.rng = random.Random(seed)
-        self.journal = Journal()
+        self.config = config
+        self.journal = Journal(sink)
         self.clock = VirtualClock()
         self.executor = FakeExecutor(
             self.clock,
             config.block_size,
             num_slots=config.num_slots,
             lookahead=config.lookahead,
-            step_s=random_durations(self.rng),
+            step_s=step_s or random_durations(self.rng),
+            token=token,
         )
         self.scheduler = build_scheduler(
             config, UNIT_COST, num_device_blocks, lengths=lengths, journal=self.journal
@@ -54,39 +89,110 @@ class Harness:
         self.engine = Engine(self.scheduler, self.executor, self.clock)
         self.expected: dict[int, Expected] = {}
 
-    def add(self, prompt: list[int], max_tokens: int, **kw: int) -> int:
-        """Add a request whose seed, hence output, is its own."""
-        seed = self.rng.randrange(2**31)
-        params = SamplingParams(max_tokens=max_tokens, seed=seed)
-        handle = self.engine.add(prompt, params, **kw)
-        self.expected[handle] = Expected(seed, max_tokens, [])
+    def add(self, prompt: Sequence[int], max_tokens: int, *, priority: int = 0, **kw: Any) -> int:
+        """Add a request whose seed, hence output, is its own; `kw` are sampling parameters."""
+        seed = kw.pop("seed", None)
+        seed = self.rng.randrange(2**31) if seed is None else seed
+        params = SamplingParams(max_tokens=max_tokens, seed=seed, **kw)
+        handle = self.engine.add(prompt, params, priority=priority)
+        owed, reason, stop_reason = self.undisturbed(params, seed, max_tokens)
+        scores = [prompt_score(token_id, p) for p, token_id in enumerate(prompt) if p]
+        if params.prompt_logprobs is None:
+            scores = []
+        self.expected[handle] = Expected(seed, max_tokens, owed, reason, stop_reason, scores)
         return handle
 
-    def take(self, update: RequestUpdate | None) -> None:
+    def undisturbed(
+        self, params: SamplingParams, seed: int, max_tokens: int
+    ) -> tuple[list[int], FinishReason, int | None]:
+        """Return the ids, and why they end, of a request that has the machine to itself."""
+        eos = frozenset() if params.ignore_eos else self.config.eos_token_ids
+        ids: list[int] = []
+        while len(ids) < max_tokens:
+            ids.append(self.executor.token(seed, len(ids)))
+            if len(ids) < params.min_tokens:
+                continue
+            if ids[-1] in eos:
+                return ids, FinishReason.STOP, None
+            if ids[-1] in params.stop_token_ids:
+                is_eos = ids[-1] in self.config.eos_token_ids
+                return ids, FinishReason.STOP, None if is_eos else ids[-1]
+        return ids, FinishReason.LENGTH, None
+
+    def take(self, update: RequestUpdate | None, *, is_early: bool = False) -> None:
         """Hold an update against what the request is owed."""
         assert update is not None
         expected = self.expected[update.request]
         assert expected.finish_reason is None, "news after the terminal event"
-        for sample in update.samples:
-            position = len(expected.received)
-            assert sample.token_id == default_token(expected.seed, position)
-            expected.received.append(sample.token_id)
-        if update.finish_reason is not None:
-            expected.finish_reason = update.finish_reason
-            assert update.metrics is not None
-            if update.finish_reason is FinishReason.LENGTH:
-                assert len(expected.received) == expected.max_tokens
+        assert update.samples or update.finish_reason or update.prompt_logprobs, "no news"
+        expected.received.extend(sample.token_id for sample in update.samples)
+        assert expected.received == expected.owed[: len(expected.received)]
+        expected.received_scores.extend(update.prompt_logprobs)
+        assert expected.received_scores == expected.scores[: len(expected.received_scores)]
+        if update.finish_reason is None:
+            assert update.metrics is None
+            return
+        expected.finish_reason, expected.last = update.finish_reason, update
+        assert update.metrics is not None
+        self._check_metrics(update)
+        if not is_early:
+            assert expected.received == expected.owed
+            assert expected.received_scores == expected.scores
+            assert update.finish_reason is expected.reason
+            assert update.stop_reason == expected.stop_reason
+
+    def _check_metrics(self, update: RequestUpdate) -> None:
+        metrics = update.metrics
+        assert metrics is not None
+        assert metrics.finished == self.clock.now()
+        assert -1e-9 <= metrics.queue_s <= metrics.finished - metrics.arrival + 1e-9
+        moments = (metrics.arrival, metrics.first_scheduled, metrics.first_token, metrics.finished)
+        known = [moment for moment in moments if moment is not None]
+        assert known == sorted(known)
+
+    def abort(self, handle: int) -> None:
+        """Abort a live request."""
+        self.take(self.engine.abort(handle), is_early=True)
+        assert self.expected[handle].finish_reason is FinishReason.ABORT
+        assert self.engine.abort(handle) is None
+
+    def finish(self, handle: int) -> None:
+        """End a live request as a stop string at its last received id would."""
+        num_received = len(self.expected[handle].received)
+        self.take(self.engine.finish(handle, num_received), is_early=True)
+        assert self.expected[handle].finish_reason is FinishReason.STOP
+        assert self.engine.finish(handle, num_received) is None
+
+    @property
+    def live(self) -> list[int]:
+        """Handles of the requests that have not ended."""
+        return [h for h, expected in self.expected.items() if expected.finish_reason is None]
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step would not wait for ever."""
+        return bool(self.executor.running) or self.scheduler.num_requests > 0
+
+    def request(self, handle: int) -> Request:
+        """Return a live request."""
+        return self.scheduler._requests[handle]
 
     def step(self, until: float = float("inf")) -> None:
         """Turn the crank once."""
         for update in self.engine.step(until):
             self.take(update)
         self.scheduler.check()
+        self.check_seats()
+
+    def check_seats(self) -> None:
+        """Assert that no more requests hold KV than may."""
+        max_live = self.config.max_live_seqs
+        assert max_live is None or self.scheduler.cache.num_tables <= max_live
 
     def drain(self, max_steps: int = 100_000) -> None:
         """Run until every request has ended and every step has landed."""
         for _ in range(max_steps):
-            if not self.executor.running and not self.scheduler.num_requests:
+            if not self.is_busy:
                 break
             self.step()
         self.check_at_rest()
@@ -99,3 +205,17 @@ class Harness:
         stats = self.scheduler.stats(self.clock.now())
         assert stats.device_blocks_used == 0
         assert stats.device_blocks_free + stats.device_blocks_cached == stats.device_blocks_total
+        assert (stats.num_running, stats.num_waiting, stats.num_preempted) == (0, 0, 0)
+        assert not stats.requests_by_level
+        assert stats.num_stalls == 0
+        check_forgotten(self.scheduler)
+
+
+def check_forgotten(scheduler: Scheduler) -> None:
+    """Assert that nothing per request outlives the requests, but what the next plan delivers."""
+    assert not scheduler._requests
+    assert not scheduler._running
+    assert not scheduler._in_flight
+    assert not scheduler.cache._tables
+    assert scheduler.cache.num_leaving == 0
+    assert scheduler.cache.num_tables == 0

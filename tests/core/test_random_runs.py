@@ -6,11 +6,15 @@ import random
 
 import pytest
 
-from fastserve.config import SchedulerConfig
+from fastserve.config import (
+    SIMULATED_POLICIES,
+    SIMULATED_PREEMPTION_MODES,
+    SchedulerConfig,
+)
 from fastserve.core.request import FinishReason
 from tests.core.harness import Harness
 
-POLICIES = ("fcfs", "mlfq", "skip-join-mlfq", "srpt")
+POLICIES = SIMULATED_POLICIES
 PIPELINES = ((1, 0), (1, 1), (2, 0), (4, 0))
 
 
@@ -32,6 +36,7 @@ def run(seed: int) -> Harness:
         scheduling_policy=POLICIES[seed // 4 % len(POLICIES)],
         starvation_limit=rng.choice((0.0, 1.0, 5.0, 1e9)),
         priority_aging=3.0,
+        preemption_mode=rng.choice(SIMULATED_PREEMPTION_MODES),
         num_slots=slots,
         lookahead=lookahead,
         is_strict=True,
@@ -50,13 +55,11 @@ def run(seed: int) -> Harness:
         for _ in range(rng.choice((0, 0, 1, 6))):
             if harness.executor.running or harness.scheduler.num_requests:
                 harness.step()
-        live = [h for h, e in harness.expected.items() if e.finish_reason is None]
+        live = harness.live
         if live and rng.random() < 0.15:
-            harness.take(harness.engine.abort(rng.choice(live)))
+            harness.abort(rng.choice(live))
         elif live and rng.random() < 0.1:
-            handle = rng.choice(live)
-            num_received = len(harness.expected[handle].received)
-            harness.take(harness.engine.finish(handle, num_received))
+            harness.finish(rng.choice(live))
         harness.scheduler.check()
     harness.drain()
     return harness

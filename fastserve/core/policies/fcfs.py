@@ -19,8 +19,11 @@ class FCFS:
         self._requests: dict[int, Request] = {}
 
     def admit(self, request: Request, now: float) -> None:
-        """Join the tail."""
+        """Join the tail, or the old place on the way back from another priority class."""
+        is_back = bool(self._requests) and request.handle < next(reversed(self._requests))
         self._requests[request.handle] = request
+        if is_back:
+            self._requests = dict(sorted(self._requests.items()))
 
     def charge(self, bill: StepBill, now: float) -> None:
         """Time does not change the order."""
@@ -36,6 +39,10 @@ class FCFS:
     def estimated_next_schedule_time(self, request: Request, now: float) -> float:
         """Return the distance to the oldest request: only its order means anything."""
         return float(request.handle - next(iter(self._requests)))
+
+    def reserve_tokens(self, request: Request) -> int:
+        """Blocks are taken on demand."""
+        return 0
 
     def level(self, request: Request) -> int:
         """There is one queue."""

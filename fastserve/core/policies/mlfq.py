@@ -41,8 +41,14 @@ class MLFQ:
         max_num_seqs: int,
         max_chunk: int,
         skip_join: bool,
+        skip_demotion: bool = True,
+        steps_between_promotions: int = 0,
     ) -> None:
-        """Take q₁ and α in seconds; `max_chunk` is the longest prefill share of one step."""
+        """Take q₁ and α in seconds; `max_chunk` is the longest prefill share of one step.
+
+        Without `skip_demotion` a request falls by one level only, and those that starve may be
+        looked for every so many steps only: so does the paper's public artifact.
+        """
         self._cost_model = cost_model
         self._quanta = [quantum_s]
         self._quantum_ratio = quantum_ratio
@@ -50,6 +56,9 @@ class MLFQ:
         self._max_num_seqs = max_num_seqs
         self._max_chunk = max_chunk
         self._skip_join = skip_join
+        self._skip_demotion = skip_demotion
+        self._steps_between_promotions = steps_between_promotions
+        self._steps_to_promotion = 0
         self._levels: list[dict[int, Request]] = [{}]
         self._accounts: dict[int, _Account] = {}
         self._deadlines: list[tuple[float, int]] = []  # lazy: checked against the account when due
@@ -68,6 +77,7 @@ class MLFQ:
 
     def charge(self, bill: StepBill, now: float) -> None:
         """Bill the whole step to each that took part; demote those whose quantum is spent."""
+        self._steps_to_promotion -= 1
         device_s = bill.device_s
         accounts, quanta = self._accounts, self._quanta
         for request, _ in bill.shares:
@@ -86,7 +96,9 @@ class MLFQ:
 
     def ordered(self, now: float) -> Iterator[Request]:
         """Yield level by level, first in first out, after promoting those that starve."""
-        self._promote_starving(now)
+        if self._steps_to_promotion <= 0:
+            self._steps_to_promotion = self._steps_between_promotions
+            self._promote_starving(now)
         for level in self._levels:
             yield from level.values()
 
@@ -102,6 +114,10 @@ class MLFQ:
             self._fall_s = self._fall_times()
         until_promotion_s = account.last_ran_at + self._starvation_limit - now
         return max(min(until_promotion_s, self._fall_s[account.level]), 0.0)
+
+    def reserve_tokens(self, request: Request) -> int:
+        """Blocks are taken on demand."""
+        return 0
 
     def level(self, request: Request) -> int:
         """Return the level of a request."""
@@ -129,7 +145,9 @@ class MLFQ:
         del self._levels[account.level][request.handle]
         if account.level == 0:
             self._watch(request.handle, now)
-        account.level = max(account.level + 1, self._level_holding(next_s))
+        account.level += 1
+        if self._skip_demotion:
+            account.level = max(account.level, self._level_holding(next_s))
         account.used_s = 0.0
         self._reach(account.level)
         self._levels[account.level][request.handle] = request
@@ -137,6 +155,7 @@ class MLFQ:
 
     def _promote_starving(self, now: float) -> None:
         """Move whoever has not run for the starvation limit to the tail of level 0."""
+        running: list[int] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             _, handle = heapq.heappop(self._deadlines)
             account = self._accounts.get(handle)
@@ -146,14 +165,26 @@ class MLFQ:
             if deadline > now:
                 heapq.heappush(self._deadlines, (deadline, handle))
                 continue
-            request = self._levels[account.level].pop(handle)
+            request = self._levels[account.level][handle]
+            if request.steps_in_flight:
+                running.append(handle)
+                continue
+            del self._levels[account.level][handle]
             self._fall_s = None
             account.level, account.used_s = 0, 0.0
             self._levels[0][handle] = request
             self._num_promotions += 1
+        for handle in running:
+            self._watch(handle, now)
 
     def _watch(self, handle: int, now: float) -> None:
         heapq.heappush(self._deadlines, (now + self._starvation_limit, handle))
+        if len(self._deadlines) > 64 + 2 * len(self._accounts):
+            self._deadlines = sorted(
+                (account.last_ran_at + self._starvation_limit, handle)
+                for handle, account in self._accounts.items()
+                if account.level
+            )
 
     def _level_holding(self, seconds: float) -> int:
         """Return min{i : qᵢ ≥ seconds}."""

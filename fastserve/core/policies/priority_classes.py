@@ -28,7 +28,8 @@ class PriorityClasses:
         self._members: dict[int, Request] = {}
         self._ranks: list[int] = []
         self._last_ran_at: dict[int, float] = {}
-        self._deadlines: list[tuple[float, int]] = []  # lazy, as the classes' own
+        self._deadlines: list[tuple[float, int]] = []  # lazy: `_due` says which entry counts
+        self._due: dict[int, float] = {}
         self._lifted: set[int] = set()
 
     def admit(self, request: Request, now: float) -> None:
@@ -37,7 +38,7 @@ class PriorityClasses:
         self._last_ran_at[request.handle] = now
         self._join(request, self._own_class(request), now)
         if len(self._ranks) > 1:
-            self._watch(request.handle, now)
+            self._watch(request.handle, now + self._aging_s)
 
     def charge(self, bill: StepBill, now: float) -> None:
         """Bill each class for its members, and send the lifted home."""
@@ -55,12 +56,13 @@ class PriorityClasses:
             if request.handle in self._lifted:
                 self._lifted.discard(request.handle)
                 self._move(request, self._own_class(request), now)
-                self._watch(request.handle, now)
+                self._watch(request.handle, now + self._aging_s)
 
     def remove(self, request: Request) -> None:
         """Leave the class."""
         self._classes[self._class_of.pop(request.handle)].remove(request)
         del self._members[request.handle], self._last_ran_at[request.handle]
+        self._due.pop(request.handle, None)
         self._lifted.discard(request.handle)
 
     def ordered(self, now: float) -> Iterator[Request]:
@@ -74,7 +76,14 @@ class PriorityClasses:
         """Return the inner estimate, behind everything of the classes above."""
         rank = self._class_of[request.handle]
         inner = self._classes[rank].estimated_next_schedule_time(request, now)
-        return inner + self._aging_s * self._ranks.index(rank)
+        if len(self._ranks) == 1:
+            return inner
+        # Squeezed below the span of a class: the coldest of one is warmer than any of the next.
+        return self._aging_s * (self._ranks.index(rank) + inner / (inner + self._aging_s))
+
+    def reserve_tokens(self, request: Request) -> int:
+        """Return what the class reserves."""
+        return self._classes[self._class_of[request.handle]].reserve_tokens(request)
 
     def level(self, request: Request) -> int:
         """Return the level within the class."""
@@ -114,25 +123,28 @@ class PriorityClasses:
         """Watch those who came while there was nothing above or below them."""
         for handle in self._members:
             self._last_ran_at[handle] = now
-            self._watch(handle, now)
+            self._watch(handle, now + self._aging_s)
 
-    def _watch(self, handle: int, now: float) -> None:
-        heapq.heappush(self._deadlines, (now + self._aging_s, handle))
+    def _watch(self, handle: int, due: float) -> None:
+        self._due[handle] = due
+        heapq.heappush(self._deadlines, (due, handle))
+        if len(self._deadlines) > 64 + 2 * len(self._due):
+            self._deadlines = sorted((due, handle) for handle, due in self._due.items())
 
     def _lift_waiting(self, now: float) -> None:
         """Lift by one class whoever has waited for `aging_s` in its present one."""
         while self._deadlines and self._deadlines[0][0] <= now:
             due, handle = heapq.heappop(self._deadlines)
-            request = self._members.get(handle)
-            if request is None:
+            if self._due.get(handle) != due:
                 continue
+            request = self._members[handle]
             position = self._ranks.index(self._class_of[handle])
-            waited_since = self._last_ran_at[handle]
-            if handle not in self._lifted and waited_since + self._aging_s > now:
-                heapq.heappush(self._deadlines, (waited_since + self._aging_s, handle))
-            elif position == 0:
-                self._watch(handle, max(now, due))
+            waits_until = self._last_ran_at[handle] + self._aging_s
+            if handle not in self._lifted and waits_until > now:
+                self._watch(handle, waits_until)
+            elif position == 0 or request.steps_in_flight:
+                self._watch(handle, now + self._aging_s)
             else:
                 self._lifted.add(handle)
                 self._move(request, self._ranks[position - 1], now)
-                self._watch(handle, now)
+                self._watch(handle, now + self._aging_s)

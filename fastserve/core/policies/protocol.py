@@ -57,6 +57,9 @@ class Policy(Protocol):
         KV is taken from the request with the largest; it must not contradict `ordered`.
         """
 
+    def reserve_tokens(self, request: Request) -> int:
+        """Return the positions to hold blocks for from the start; 0: blocks on demand."""
+
     def level(self, request: Request) -> int:
         """Return the queue of a request, 0 = highest; 0 where there is only one."""
 

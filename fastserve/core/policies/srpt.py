@@ -48,6 +48,10 @@ class SRPT:
         """Return the remaining time: those with less run first."""
         return self._remaining_s[request.handle]
 
+    def reserve_tokens(self, request: Request) -> int:
+        """Blocks are taken on demand."""
+        return 0
+
     def level(self, request: Request) -> int:
         """There is one queue."""
         return 0

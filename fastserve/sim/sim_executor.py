@@ -1,0 +1,118 @@
+"""SimExecutor: a device that computes nothing and takes as long as the cost model says.
+
+Rules: fits `Executor`; a step passes through `num_stages` pipeline stages, each of which works on
+one step at a time; `lookahead` steps may queue behind a running one. Time is virtual and moves only
+in `wait`. Must not know: the order of requests, blocks, real time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from fastserve.core.cost_model import CostModel
+from fastserve.core.output import ExecutorOutput, Sample, SchedulerOutput, StepDone
+
+EOS_TOKEN_ID = 0
+_ORDINARY, _EOS = Sample(1), Sample(EOS_TOKEN_ID)
+
+
+class VirtualClock:
+    """Time that passes only when the executor waits."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def now(self) -> float:
+        """Return the current time."""
+        return self.time
+
+
+class StepOverhead(NamedTuple):
+    """Seconds that each step costs beyond the device: fixed, and per sequence in it."""
+
+    fixed_s: float = 0.0
+    per_seq_s: float = 0.0
+
+
+class _Running(NamedTuple):
+    step_id: int
+    finishes_at: float
+    device_s: float
+    samples: list[Sample]
+
+
+class SimExecutor:
+    """`ends` maps a handle to the number of tokens, prompt included, at which its EOS is drawn."""
+
+    def __init__(
+        self,
+        clock: VirtualClock,
+        cost_model: CostModel,
+        ends: Mapping[int, int],
+        *,
+        num_stages: int = 1,
+        lookahead: int = 0,
+        overhead: StepOverhead = StepOverhead(),  # noqa: B008 - an immutable tuple
+    ) -> None:
+        self.num_slots = num_stages
+        self.lookahead = lookahead if num_stages == 1 else 0
+        self.busy_s = 0.0
+        self.num_steps = 0
+        self._clock = clock
+        self._cost_model = cost_model
+        self._ends = ends
+        self._overhead = overhead
+        self._max_running = num_stages + self.lookahead
+        self._stage_free_at = [0.0] * num_stages
+        self._running: deque[_Running] = deque()
+        self._is_woken = False
+
+    def can_submit(self) -> bool:
+        """Whether the first stage's queue has room."""
+        return len(self._running) < self._max_running
+
+    def submit(self, plan: SchedulerOutput) -> None:
+        """Work out when the step will be done and what it will yield."""
+        step_s = self._cost_model.step_s((work.num_tokens, work.start) for work in plan.work)
+        overhead_s = self._overhead.fixed_s + self._overhead.per_seq_s * len(plan.work)
+        stage_s = step_s / self.num_slots
+        ready_at = self._clock.time + overhead_s
+        for stage, free_at in enumerate(self._stage_free_at):
+            ready_at = max(ready_at, free_at) + stage_s
+            self._stage_free_at[stage] = ready_at
+        ends = self._ends
+        samples = [
+            _EOS if work.start + work.num_tokens + 1 >= ends[work.request] else _ORDINARY
+            for work in plan.work
+            if work.sample
+        ]
+        self.busy_s += stage_s
+        self.num_steps += 1
+        # A request is billed its share of the machine: the stages' sum over the steps in flight.
+        self._running.append(_Running(plan.step_id, ready_at, stage_s + overhead_s, samples))
+
+    def wait(self, until: float) -> ExecutorOutput | None:
+        """Let time pass to the next finished step or to `until`, whichever is sooner."""
+        if self._is_woken:
+            self._is_woken = False
+            return None
+        if not self._running or self._running[0].finishes_at > until:
+            if until == float("inf"):
+                raise RuntimeError("the simulator waits for ever: nothing runs, nothing will come")
+            self._clock.time = max(self._clock.time, until)
+            return None
+        self._clock.time = max(self._clock.time, self._running[0].finishes_at)
+        steps = []
+        while self._running and self._running[0].finishes_at <= self._clock.time:
+            done = self._running.popleft()
+            steps.append(StepDone(done.step_id, done.samples, done.device_s))
+        return ExecutorOutput(steps)
+
+    def wake(self) -> None:
+        """End the next wait early."""
+        self._is_woken = True
+
+    def close(self) -> None:
+        """There is nothing to free."""
