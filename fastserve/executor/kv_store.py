@@ -1,0 +1,131 @@
+"""KVStore: the owner of the KV tensors, and how many blocks there are.
+
+Rules: one tensor per tier, block-major. Memory is mapped as it is first touched, so that a large
+pool costs nothing until it is used. With poisoning (tests) every block is NaN until it enters a
+table, so that a read of a block that is nobody's shows.
+Must not know: which request owns a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastserve.config import ConfigError, EngineConfig
+from fastserve.model.attention import PagedKV
+from fastserve.model.config import ModelConfig
+
+CPU_SHARE = 0.25
+CPU_LIMIT = 4 * 2**30
+CPU_WINDOWS_PER_SEQ = 64
+"""Blocks beyond this many full windows for each running sequence would never be used."""
+
+
+class KVStore:
+    """KV of one rank."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        is_poisoned: bool = False,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_bytes = block_bytes(config, block_size, dtype)
+        shape = (
+            num_blocks, config.num_layers, 2, block_size, config.num_kv_heads, config.head_dim,
+        )
+        self.device = PagedKV(_lazy_zeros(shape, dtype, device))
+        self.is_poisoned = is_poisoned
+        if is_poisoned:
+            self.device.tensor.fill_(torch.nan)
+
+    def admit(self, block_ids: Sequence[int]) -> None:
+        """Blank poisoned blocks that enter a table.
+
+        Unwritten slots of a block in use get weight zero, and zero times NaN would be NaN.
+        """
+        if not self.is_poisoned:
+            return
+        for block_id in block_ids:
+            block = self.device.tensor[block_id]
+            if bool(block.isnan().all()):
+                block.zero_()
+
+    def touch(self, num_blocks: int) -> None:
+        """Make the first blocks real memory: unmapped zero pages are faster than any KV."""
+        self.device.tensor[:num_blocks].zero_()
+
+    def poison(self, block_ids: Sequence[int]) -> None:
+        """Make blocks unreadable: what reads them computes NaN."""
+        for block_id in block_ids:
+            self.device.tensor[block_id].fill_(torch.nan)
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Return the bytes of one block over all layers."""
+    per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim
+    return per_token * block_size * dtype.itemsize
+
+
+def count_blocks(
+    config: EngineConfig,
+    *,
+    bytes_per_block: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    device: torch.device,
+) -> int:
+    """Return how many device blocks to have: as told, else as memory allows.
+
+    Raises ConfigError when not even one fits.
+    """
+    if config.num_device_blocks is not None:
+        return config.num_device_blocks
+    if config.kv_cache_memory_bytes is not None:
+        budget, source = config.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
+    elif device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = int(total * config.gpu_memory_utilization) - (total - free)
+        source = "--gpu-memory-utilization"
+    else:
+        budget, source = min(int(available_memory() * CPU_SHARE), CPU_LIMIT), "free memory"
+    num_blocks = budget // bytes_per_block
+    if config.kv_cache_memory_bytes is None:
+        window = -(-max_model_len // config.block_size)
+        num_blocks = min(num_blocks, CPU_WINDOWS_PER_SEQ * max_num_seqs * window)
+    if num_blocks < 1:
+        raise ConfigError(
+            f"{source}: {budget} bytes hold no KV block of {bytes_per_block} bytes"
+        )
+    return num_blocks
+
+
+def available_memory() -> int:
+    """Return the bytes this process may still take, by the kernel's and the container's account."""
+    available = 2**63
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit, current = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and current.is_file():
+        text = limit.read_text(encoding="ascii").strip()
+        if text != "max":
+            used = int(current.read_text(encoding="ascii"))
+            available = min(available, max(int(text) - used, 0))
+    return available
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the kernel for zero pages; torch would write every one of them now.
+    storage = np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(storage).view(dtype).view(shape)

@@ -1,0 +1,238 @@
+"""ModelRunner: one plan's work in, samples out.
+
+Rules: turns Works into an InputBatch, runs the network, and draws one token for each Work that asks
+for it, in the plan's order. The common case (every row greedy, nothing to score) takes no detour.
+Must not know: scheduling, who owns blocks, threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastserve.core.output import Sample, TokenLogprobs, Work
+from fastserve.executor.request_table import RequestState, RequestTable
+from fastserve.model.attention import PagedKV
+from fastserve.model.input_batch import InputBatch, build_input_batch, order_rows
+from fastserve.model.llama import LlamaModel
+from fastserve.model.sampler import Adjustments, Draws, ScoredTokens, sample, score
+
+IntArray = npt.NDArray[np.int64]
+
+
+class ModelRunner:
+    """Runs steps of one model over one KV tensor."""
+
+    def __init__(
+        self, model: LlamaModel, kv: PagedKV, table: RequestTable, device: torch.device
+    ) -> None:
+        self.model = model
+        self.kv = kv
+        self.table = table
+        self.device = device
+
+    def run(
+        self, works: Sequence[Work], states: Sequence[RequestState]
+    ) -> tuple[list[Sample], dict[int, list[TokenLogprobs]]]:
+        """Compute one step; `states` are those of `works`, already advanced."""
+        starts = np.array([work.start for work in works], np.int64)
+        counts = np.array([work.num_tokens for work in works], np.int64)
+        rows = np.array([state.row for state in states], np.int64)
+        sampled = np.array([index for index, work in enumerate(works) if work.sample], np.int64)
+        order = order_rows(starts, counts)
+        last_tokens = np.empty(len(works), np.int64)
+        last_tokens[order] = np.cumsum(counts[order]) - 1  # of each work, in the plan's order
+        everything = [index for index, work in enumerate(works) if work.logits == "all"]
+        scored = self._scored_tokens(sampled, last_tokens, counts, everything)
+
+        batch = self._build(works, states, order, starts, counts, rows, scored)
+        logits = self.model(batch, self.kv)
+        samples = self._sample(
+            logits[: len(sampled)] if everything else logits,
+            [states[index] for index in sampled],
+            rows[sampled],
+            (starts + counts)[sampled],
+        )
+        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        offset = len(sampled)
+        for index in everything:
+            work = works[index]
+            part = logits[offset : offset + work.num_tokens]
+            prompt_logprobs[work.request] = _score_prompt(part, work, states[index])
+            offset += work.num_tokens
+        return samples, prompt_logprobs
+
+    def _scored_tokens(
+        self, sampled: IntArray, last_tokens: IntArray, counts: IntArray, everything: list[int]
+    ) -> IntArray | None:
+        """Return the token rows that get logits: the sampled ones, then whole chunks."""
+        scored = last_tokens[sampled]
+        for index in everything:
+            stop = last_tokens[index] + 1
+            scored = np.concatenate((scored, np.arange(stop - counts[index], stop)))
+        is_everything_in_order = len(scored) == counts.sum() and bool(
+            (scored == np.arange(len(scored))).all()
+        )
+        return None if is_everything_in_order else scored
+
+    def _build(
+        self,
+        works: Sequence[Work],
+        states: Sequence[RequestState],
+        order: IntArray,
+        starts: IntArray,
+        counts: IntArray,
+        rows: IntArray,
+        scored: IntArray | None,
+    ) -> InputBatch:
+        token_ids: list[int] = []
+        for index in order.tolist():
+            start, count = works[index].start, works[index].num_tokens
+            if count == 1:
+                token_ids.append(states[index].token_ids[start])
+            else:
+                token_ids += states[index].token_ids[start : start + count]
+        block_size = self.kv.block_size
+        width = -(-int((starts + counts).max()) // block_size)
+        return build_input_batch(
+            token_ids=np.array(token_ids, np.int64),
+            starts=starts[order],
+            counts=counts[order],
+            tables=self.table.blocks[rows[order], :width],
+            scored=scored,
+            block_size=block_size,
+            token_bytes=self.kv.token_bytes,
+            dtype=self.model.dtype,
+            device=self.device,
+        )
+
+    def _sample(
+        self,
+        logits: Tensor,
+        states: Sequence[RequestState],
+        rows: IntArray,
+        positions: IntArray,
+    ) -> list[Sample]:
+        """Draw the id at `positions` of each row, and add it to what the worker knows."""
+        if not states:
+            return []
+        table = self.table
+        drawn = sample(
+            logits, self._draws(rows, positions), self._adjustments(states, rows, positions)
+        )
+        token_ids: list[int] = drawn.tolist()
+        for state, position, token_id in zip(states, positions.tolist(), token_ids, strict=True):
+            state.token_ids[position:] = (token_id,)
+        num_logprobs = table.num_logprobs[rows]
+        wanting = np.flatnonzero(num_logprobs >= 0)
+        samples = [Sample(token_id) for token_id in token_ids]
+        if len(wanting):
+            chosen = torch.from_numpy(wanting).to(self.device)
+            scores = score(logits[chosen], drawn[chosen], int(num_logprobs.max()))
+            for place, index in enumerate(wanting.tolist()):
+                logprobs = _token_logprobs(scores, place, int(num_logprobs[index]))
+                samples[index] = Sample(token_ids[index], logprobs)
+        return samples
+
+    def _draws(self, rows: IntArray, positions: IntArray) -> Draws | None:
+        table = self.table
+        is_greedy = table.is_greedy[rows]
+        if is_greedy.all():
+            return None
+        return Draws(
+            is_greedy=is_greedy,
+            temperature=table.temperature[rows],
+            top_k=table.top_k[rows],
+            top_p=table.top_p[rows],
+            min_p=table.min_p[rows],
+            seeds=table.seed[rows],
+            positions=positions,
+        )
+
+    def _adjustments(
+        self, states: Sequence[RequestState], rows: IntArray, positions: IntArray
+    ) -> Adjustments | None:
+        table = self.table
+        biased = table.has_bias[rows]
+        is_short = positions - table.num_prompt_tokens[rows] < table.min_tokens[rows]
+        penalized = table.has_penalty[rows]
+        if not (biased.any() or is_short.any() or penalized.any()):
+            return None
+        biases = {i: states[i].params.logit_bias for i in np.flatnonzero(biased).tolist()}
+        banned = {i: states[i].banned_ids for i in np.flatnonzero(is_short).tolist()}
+        seen = {
+            i: _seen_counts(states[i], int(positions[i]))
+            for i in np.flatnonzero(penalized).tolist()
+        }
+        bias_rows, bias_ids = _entries(biases)
+        banned_rows, banned_ids = _entries(banned)
+        seen_rows, seen_ids = _entries(seen)
+        return Adjustments(
+            bias_rows=bias_rows,
+            bias_ids=bias_ids,
+            bias=_floats([value for bias in biases.values() for value in bias.values()]),
+            banned_rows=banned_rows,
+            banned_ids=banned_ids,
+            seen_rows=seen_rows,
+            seen_ids=seen_ids,
+            seen_counts=_floats([count for ids in seen.values() for count in ids.values()]),
+            repetition=table.repetition[rows],
+            presence=table.presence[rows],
+            frequency=table.frequency[rows],
+        )
+
+
+def _entries(ids_by_row: Mapping[int, Mapping[int, float] | Sequence[int]]) -> tuple[
+    IntArray, IntArray
+]:
+    """Flatten ids by row to the two index arrays of single logits."""
+    rows = [row for row, ids in ids_by_row.items() for _ in ids]
+    ids = [token_id for ids in ids_by_row.values() for token_id in ids]
+    return np.array(rows, np.int64), np.array(ids, np.int64)
+
+
+def _floats(values: Sequence[float]) -> npt.NDArray[np.float32]:
+    return np.array(values, np.float32)
+
+
+def _seen_counts(state: RequestState, position: int) -> dict[int, float]:
+    """Return every id before `position`, with how often the output holds it."""
+    ids = np.array(state.token_ids[:position], np.int64)
+    unique, inverse = np.unique(ids, return_inverse=True)
+    counts = np.bincount(inverse[state.num_prompt_tokens :], minlength=len(unique))
+    return dict(zip(unique.tolist(), counts.tolist(), strict=True))
+
+
+def _score_prompt(logits: Tensor, work: Work, state: RequestState) -> list[TokenLogprobs]:
+    """Score the prompt ids of one chunk.
+
+    The id after the chunk is not known yet: the last row of logits is kept for the next chunk.
+    """
+    stop = min(work.start + work.num_tokens, state.num_prompt_tokens)
+    first = work.start + 1
+    rows = logits[: max(stop - first, 0)]
+    if state.last_logits is not None and work.start < stop:
+        rows = torch.cat((state.last_logits, rows))
+        first = work.start
+    state.last_logits = None
+    if work.start + work.num_tokens < state.num_prompt_tokens:
+        state.last_logits = logits[-1:].clone()
+    if stop <= first:
+        return []
+    k = state.params.prompt_logprobs or 0
+    targets = torch.tensor(state.token_ids[first:stop], device=logits.device)
+    scores = score(rows, targets, k)
+    return [_token_logprobs(scores, index, k) for index in range(len(targets))]
+
+
+def _token_logprobs(scores: ScoredTokens, index: int, k: int) -> TokenLogprobs:
+    return TokenLogprobs(
+        float(scores.logprobs[index]),
+        int(scores.ranks[index]),
+        scores.top_ids[index, :k].tolist(),
+        scores.top_logprobs[index, :k].tolist(),
+    )

@@ -1,0 +1,132 @@
+"""Where weights come from: safetensors files of a Hugging Face checkpoint, or random numbers.
+
+Rules: names and shapes are the checkpoint's; every tensor asked for must be there with its shape,
+and every tensor there must have been asked for, so that no part of a model is silently left out.
+Must not know: what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastserve.config import ConfigError
+
+
+class Weights(Protocol):
+    """Hands out named tensors of a checkpoint."""
+
+    def get(self, name: str, *shape: int) -> Tensor:
+        """Return the tensor `name`, which must have this shape, in the dtype and place to run."""
+
+    def finish(self) -> None:
+        """Say that everything has been asked for."""
+
+
+class SafetensorsWeights:
+    """Tensors of a directory with one .safetensors file, or several and their index."""
+
+    def __init__(self, model_dir: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self._dir = model_dir
+        self._dtype = dtype
+        self._device = device
+        self._unused: set[str] = set()
+        self._file_of: dict[str, safe_open] = {}
+        for path in _weight_files(model_dir):
+            try:
+                file = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"{path}: cannot be read: {error}") from None
+            for name in file.keys():  # noqa: SIM118 - a file handle, not a mapping
+                self._file_of[name] = file
+                self._unused.add(name)
+
+    def get(self, name: str, *shape: int) -> Tensor:
+        """Fit `Weights`."""
+        file = self._file_of.get(name)
+        if file is None:
+            raise ConfigError(f"{self._dir}: the checkpoint has no weights {name!r}")
+        tensor = file.get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise ConfigError(
+                f"{self._dir}: {name!r} has shape {list(tensor.shape)}, "
+                f"config.json asks for {list(shape)}"
+            )
+        self._unused.discard(name)
+        return tensor.to(device=self._device, dtype=self._dtype)
+
+    def finish(self) -> None:
+        """Raise ConfigError when the checkpoint holds weights that the network has no use for."""
+        unused = sorted(
+            name
+            for name in self._unused
+            # Tied heads are often stored too, and old checkpoints store tabulated frequencies.
+            if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
+        )
+        if unused:
+            raise ConfigError(
+                f"{self._dir}: {len(unused)} weights do not belong to this architecture, "
+                f"{unused[0]!r} for one"
+            )
+
+
+class DummyWeights:
+    """Small random tensors, the same ones at every start: for tests and measurements."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+
+    def get(self, name: str, *shape: int) -> Tensor:
+        """Fit `Weights`."""
+        if len(shape) == 1 and name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=self._dtype, device=self._device)
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        tensor = torch.randn(shape, generator=generator) * 0.02
+        return tensor.to(device=self._device, dtype=self._dtype)
+
+    def finish(self) -> None:
+        """Fit `Weights`: nothing can be left over."""
+
+
+def open_weights(
+    model_dir: Path, load_format: str, dtype: torch.dtype, device: torch.device
+) -> Weights:
+    """Return the weights that `--load-format` asks for."""
+    if load_format == "dummy":
+        return DummyWeights(dtype, device)
+    return SafetensorsWeights(model_dir, dtype, device)
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
+    index = model_dir / "model.safetensors.index.json"
+    single = model_dir / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{index}: cannot be read: {error!r}") from None
+        paths = [model_dir / str(name) for name in names]
+        for path in paths:
+            if path.resolve().parent != index.resolve().parent and path.parent != model_dir:
+                raise ConfigError(f"{index}: names a file outside the model's directory: {path}")
+            if not path.is_file():
+                raise ConfigError(f"{model_dir}: the shard {path.name} named by the index is missing")
+        return paths
+    found = sorted(model_dir.glob("*.safetensors"))
+    if found:
+        return found
+    if any(model_dir.glob("*.bin")):
+        raise ConfigError(
+            f"{model_dir}: only pickled .bin weights; convert them to safetensors "
+            "(pickle can run code, so it is not read)"
+        )
+    raise ConfigError(f"{model_dir}: no .safetensors weights (--load-format dummy needs none)")

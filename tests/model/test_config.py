@@ -1,0 +1,110 @@
+"""config.json in both dialects, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastserve.config import ConfigError
+from fastserve.model.config import RopeConfig, parse_model_config, read_model_config
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def parse(**changes):
+    """Parse the Llama config with changes; None drops a key."""
+    values = {key: value for key, value in {**LLAMA, **changes}.items() if value is not None}
+    return parse_model_config(values, source="config.json")
+
+
+def test_defaults():
+    """What a config leaves out takes the architecture's default."""
+    config = parse()
+    assert (config.head_dim, config.num_kv_heads, config.dtype) == (8, 2, "float32")
+    assert config.rope == RopeConfig()
+    assert not (config.has_qkv_bias or config.has_qk_norm or config.tie_word_embeddings)
+    assert parse(num_key_value_heads=None).num_kv_heads == 8
+
+
+def test_both_dialects_mean_the_same():
+    """`rope_theta` and `rope_scaling` beside `torch_dtype` equal `rope_parameters` and `dtype`."""
+    old = parse(rope_theta=5e5, rope_scaling=LLAMA3_ROPE, torch_dtype="bfloat16")
+    new = parse(rope_parameters={**LLAMA3_ROPE, "rope_theta": 5e5}, dtype="bfloat16")
+    assert old == new
+    assert (old.rope.kind, old.rope.theta, old.rope.factor) == ("llama3", 5e5, 32.0)
+    older = parse(rope_scaling={"type": "linear", "factor": 4.0})
+    assert (older.rope.kind, older.rope.factor, older.rope.theta) == ("linear", 4.0, 10_000.0)
+
+
+def test_biases_by_architecture():
+    """Qwen2 has biases on query, key and value alone; a Llama with attention_bias on all four."""
+    qwen = parse(architectures=["Qwen2ForCausalLM"])
+    assert (qwen.has_qkv_bias, qwen.has_output_bias) == (True, False)
+    llama = parse(attention_bias=True, mlp_bias=True)
+    assert (llama.has_qkv_bias, llama.has_output_bias, llama.has_mlp_bias) == (True, True, True)
+    qwen3 = parse(architectures=["Qwen3ForCausalLM"], head_dim=None)
+    assert (qwen3.has_qk_norm, qwen3.head_dim) == (True, 128)
+
+
+def test_sliding_window_limits_the_window():
+    """Full attention is exact up to the sliding window; Qwen names one it does not use."""
+    assert parse(architectures=["MistralForCausalLM"], sliding_window=200).max_model_len == 200
+    assert parse(architectures=["MistralForCausalLM"], sliding_window=None).max_model_len == 512
+    qwen = parse(architectures=["Qwen2ForCausalLM"], sliding_window=8, use_sliding_window=False)
+    assert qwen.max_model_len == 512
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture not supported: GPT2LMHeadModel"),
+        ({"architectures": None}, "none named"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"vocab_size": None}, "'vocab_size' is missing"),
+        ({"hidden_size": "wide"}, "invalid literal"),
+        ({"dtype": "float8"}, "dtype 'float8'"),
+        ({"num_key_value_heads": 3}, "cannot share"),
+        ({"head_dim": 7}, "odd"),
+        ({"num_attention_heads": 0}, "must be positive"),
+    ],
+)
+def test_refused(changes, message):
+    """What cannot be computed exactly is a ConfigError that names it, on one line."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    """A missing, broken or strange config.json is a ConfigError too."""
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        read_model_config(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_model_config(tmp_path)
+    file.write_text("[]", encoding="utf-8")
+    with pytest.raises(ConfigError, match="JSON object"):
+        read_model_config(tmp_path)
+    file.write_text(json.dumps(LLAMA), encoding="utf-8")
+    assert read_model_config(tmp_path).num_layers == 2

@@ -1,0 +1,132 @@
+"""Checkpoints: shards, dummies, and the one-line errors of those that cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastserve.config import ConfigError
+from fastserve.model.config import read_model_config
+from fastserve.model.llama import LlamaModel
+from fastserve.model.loader import open_weights
+from tests.checkpoints import make_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def load(path, load_format="auto", dtype=torch.float32) -> LlamaModel:
+    """Load the network of a directory."""
+    weights = open_weights(path, load_format, dtype, CPU)
+    return LlamaModel(read_model_config(path), weights, max_len=64, device=CPU)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A tiny Llama in one file."""
+    make_checkpoint(tmp_path, "llama")
+    return tmp_path
+
+
+def change(path, function) -> None:
+    """Rewrite the weights of a checkpoint."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    function(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_shards_equal_one_file(tmp_path):
+    """A checkpoint in shards with an index loads the same weights."""
+    model = make_checkpoint(tmp_path / "one", "llama")
+    model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    one, many = load(tmp_path / "one"), load(tmp_path / "many")
+    assert torch.equal(one.layers[2].qkv.weight, many.layers[2].qkv.weight)
+    assert torch.equal(one.head.weight, many.head.weight)
+
+
+def test_missing_shard(tmp_path):
+    """A shard that the index names and the directory lacks is named."""
+    make_checkpoint(tmp_path, "llama").save_pretrained(tmp_path / "many", max_shard_size="40KB")
+    shard = sorted((tmp_path / "many").glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ConfigError, match=shard.name):
+        load(tmp_path / "many")
+
+
+def test_index_may_not_leave_the_directory(checkpoint):
+    """An index that points elsewhere is refused."""
+    (checkpoint / "model.safetensors").rename(checkpoint.parent / "elsewhere.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ConfigError, match="outside the model's directory"):
+        load(checkpoint)
+
+
+def test_broken_index(checkpoint):
+    """An index without a weight map is a ConfigError."""
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(checkpoint)
+
+
+def test_broken_file(checkpoint):
+    """A truncated file is a ConfigError."""
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(checkpoint)
+
+
+def test_only_bin_weights(checkpoint):
+    """Pickled weights are refused, with the reason."""
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"only pickled \.bin weights"):
+        load(checkpoint)
+
+
+def test_no_weights(checkpoint):
+    """A directory without weights points to --load-format dummy, which then works."""
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="--load-format dummy"):
+        load(checkpoint)
+    model = load(checkpoint, "dummy")
+    assert torch.equal(model.embedding, load(checkpoint, "dummy").embedding)
+    assert float(model.embedding.std()) == pytest.approx(0.02, rel=0.1)
+
+
+def test_missing_weights(checkpoint):
+    """A tensor that the network needs and the checkpoint lacks is named."""
+    change(checkpoint, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ConfigError, match=r"no weights 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        load(checkpoint)
+
+
+def test_weights_left_over(checkpoint):
+    """Weights that the architecture has no use for are refused, tabulated frequencies are not."""
+
+    def add(name):
+        return lambda tensors: tensors.update({name: torch.zeros(3)})
+
+    change(checkpoint, add("model.layers.0.self_attn.rotary_emb.inv_freq"))
+    load(checkpoint)
+    change(checkpoint, add("model.layers.0.self_attn.q_proj.bias"))
+    with pytest.raises(ConfigError, match=r"q_proj\.bias"):
+        load(checkpoint)
+
+
+def test_wrong_shape(checkpoint):
+    """A tensor of another shape than config.json implies is named with both shapes."""
+    change(checkpoint, lambda tensors: tensors.update({"model.norm.weight": torch.ones(47)}))
+    with pytest.raises(ConfigError, match=r"shape \[47\], config.json asks for \[48\]"):
+        load(checkpoint)
+
+
+def test_dtype(checkpoint):
+    """Weights come in the dtype asked for."""
+    model = load(checkpoint, dtype=torch.bfloat16)
+    assert {model.dtype, model.head.weight.dtype, model.norm.weight.dtype} == {torch.bfloat16}
