@@ -1,0 +1,87 @@
+"""Finds a model's directory and reads the small files in it that decide how requests end.
+
+Rules: a directory stays where it is; a hub id becomes its snapshot in the hub's cache. Everything
+that can go wrong is a ConfigError of one line. Must not know: torch, weights, the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from fastserve.config import ConfigError
+
+BUNDLED = Path(__file__).parent / "demo"
+FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def locate(model: str, revision: str | None = None, holds: str = "config.json") -> Path:
+    """Return the directory of a model: the bundled `demo`, a directory, or a hub snapshot."""
+    if model == "demo":
+        directory = BUNDLED
+    elif Path(model).expanduser().is_dir():
+        directory = Path(model).expanduser().resolve()
+    elif model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
+        raise ConfigError(f"model {model!r}: no such directory")
+    else:
+        directory = _download(model, revision)
+    if not (directory / holds).is_file():
+        raise ConfigError(f"model {model!r}: {directory} holds no {holds}")
+    return directory
+
+
+def _download(model: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(FILES)))
+    except HFValidationError:
+        raise ConfigError(
+            f"model {model!r} is neither a directory nor a hub id such as org/name"
+        ) from None
+    # The hub's client raises errors of several libraries; all mean that there is no model.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"model {model!r} is no directory and could not be fetched from the hub: "
+            f"{reason[:300] or type(error).__name__}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, {} if there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def eos_token_ids(directory: Path) -> frozenset[int]:
+    """Return the ids that end a text: generation_config.json's, else config.json's."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        value = read_json(path).get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+            raise ConfigError(f"{path}: eos_token_id must be an id or a list of ids, got {value!r}")
+        return frozenset(ids)
+    return frozenset()
+
+
+def sampling_defaults(directory: Path) -> dict[str, Any]:
+    """Return the sampling parameters that generation_config.json sets, by FastServe's names."""
+    content = read_json(directory / "generation_config.json")
+    defaults = {key: content[key] for key in SAMPLING_KEYS if content.get(key) is not None}
+    if content.get("max_new_tokens") is not None:
+        defaults["max_tokens"] = content["max_new_tokens"]
+    return defaults

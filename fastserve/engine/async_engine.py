@@ -1,0 +1,355 @@
+"""The API process' side of the engine: starts its process, streams its news, survives its death.
+
+Rules: every accepted request is kept here, its prompt and the ids so far, until its terminal event.
+When the engine process dies it is started again, a bounded number of times, and the requests go on
+from those ids: sampling is seeded by (seed, position), so they go on as if nothing had happened.
+Everything here runs on one event loop. Must not know: torch, text, HTTP, how to schedule.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import random
+import socket
+import subprocess
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from fastserve.config import EngineConfig
+from fastserve.core.output import RequestUpdate, Sample
+from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.engine.messages import (
+    LENGTH,
+    Add,
+    Command,
+    Configure,
+    EngineInfo,
+    EngineStats,
+    Event,
+    Failed,
+    Progress,
+    Ready,
+    Rejected,
+    Updates,
+    decode_command,
+    decode_event,
+    encode_frame,
+)
+from fastserve.engine.metrics import EngineMetrics
+from fastserve.engine.request_stream import RequestStream
+
+__all__ = ["AsyncEngine", "EngineDeadError", "RequestStream"]
+
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3
+RESTART_WINDOW_S = 60.0
+EXIT_GRACE_S = 5.0
+
+
+class EngineDeadError(RuntimeError):
+    """The engine process is gone and will not be started again; the message is one line."""
+
+
+class AsyncEngine:
+    """An engine in a process of its own.
+
+    `command` starts it; the number of an inherited socket is appended.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        model_name: str | None = None,
+    ) -> None:
+        self.config = config
+        self.info: EngineInfo | None = None
+        self.stats: EngineStats | None = None
+        self.progress: tuple[str, float] = ("starting", 0.0)
+        self.error: str | None = None
+        self.metrics = EngineMetrics(model_name or config.model)
+        self.process: subprocess.Popen[bytes] | None = None
+        self._command = tuple(command)
+        self._environment = {**os.environ, **(environment or {})}
+        self._is_serving = False
+        self._is_closing = False
+        self._settled = asyncio.Event()  # ready, or dead
+        self._streams: dict[int, RequestStream] = {}
+        self._all_ended = asyncio.Event()  # no stream is open
+        self._all_ended.set()
+        self._next_request = 0
+        self._writer: asyncio.StreamWriter | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._restarts: deque[float] = deque()
+        self._failure: str | None = None  # what the process said of its own end
+        self._seeds = random.Random(config.seed)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are run now; False while loading and while restarting."""
+        return self._is_serving
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine is gone for good; `error` says why."""
+        return self.error is not None
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
+    async def start(self) -> None:
+        """Start the engine process and return at once; `ready` waits for it."""
+        if self._supervisor is None:
+            self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
+
+    async def ready(self) -> EngineInfo:
+        """Wait until the engine is loaded; EngineDeadError if it never will be."""
+        await self._settled.wait()
+        if self.error is not None:
+            raise EngineDeadError(self.error)
+        assert self.info is not None
+        return self.info
+
+    async def idle(self) -> None:
+        """Wait until no request is left."""
+        await self._all_ended.wait()
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        client: str = "",
+    ) -> RequestStream:
+        """Accept one request; ValueError if its values are not what the wire carries.
+
+        That it can never run (no room for it) is found by the engine: its stream then raises
+        ValueError.
+        """
+        if self.error is not None:
+            raise EngineDeadError(self.error)
+        if params.seed is None:
+            params = dataclasses.replace(params, seed=self._seeds.getrandbits(63))
+        add = Add(
+            request=self._next_request,
+            prompt_token_ids=tuple(prompt_token_ids),
+            params=params,
+            arrived_at=time.monotonic(),
+            priority=priority,
+            client=client,
+        )
+        # The engine would refuse a wrong type by ending; so it is refused here, and harms nobody.
+        frame = encode_frame(add)
+        decode_command(frame[LENGTH.size :])
+        stream = RequestStream(self, add)
+        self._next_request += 1
+        self._streams[add.request] = stream
+        self._all_ended.clear()
+        self._write(frame)
+        return stream
+
+    def tell(self, command: Command) -> None:
+        """Send a command; while no engine serves, the next one learns of every open stream."""
+        self._write(encode_frame(command))
+
+    def _write(self, frame: bytes) -> None:
+        if self._is_serving and self._writer is not None:
+            self._writer.write(frame)
+
+    def drop(self, stream: RequestStream) -> None:
+        """Forget a stream whose client has left."""
+        if self._remove(stream.request_id) is not None:
+            self._count_end(stream, FinishReason.ABORT, None)
+            stream.end()
+
+    def _remove(self, request: int) -> RequestStream | None:
+        stream = self._streams.pop(request, None)
+        if not self._streams:
+            self._all_ended.set()
+        return stream
+
+    async def close(self) -> None:
+        """Stop the engine process; streams still open raise EngineDeadError."""
+        self._is_closing = True
+        if self._writer is not None:
+            self._writer.close()
+        if self._supervisor is not None:
+            await self._supervisor
+        self._die("the engine was closed")
+
+    # ── the process ──────────────────────────────────────────────────────────────────────────
+
+    async def _supervise(self) -> None:
+        """Run engine processes until one may not be replaced."""
+        try:
+            while not self._is_closing:
+                reason = await self._run_process()
+                if self._is_closing:
+                    return
+                if not self._may_restart():
+                    self._die(reason)
+                    return
+                logger.warning(
+                    "%s; starting it again, %d requests go on", reason, len(self._streams)
+                )
+                self._settled.clear()
+                self.metrics.restarted()
+        except Exception as error:
+            logger.exception("the supervisor of the engine failed")
+            self._die(f"the engine could not be run: {error}")
+
+    def _may_restart(self) -> bool:
+        if self.info is None:  # it never served: it would fail in the same way
+            return False
+        now = time.monotonic()
+        while self._restarts and self._restarts[0] < now - RESTART_WINDOW_S:
+            self._restarts.popleft()
+        if len(self._restarts) >= MAX_RESTARTS:
+            return False
+        self._restarts.append(now)
+        return True
+
+    async def _run_process(self) -> str:
+        """Start one engine process, serve until it ends, and return why in one line."""
+        ours, theirs = socket.socketpair()
+        self._failure = None
+        self.progress = ("starting", 0.0)
+        with theirs:
+            self.process = process = subprocess.Popen(
+                (*self._command, str(theirs.fileno())),
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+            )
+        reader, self._writer = await asyncio.open_unix_connection(sock=ours)
+        try:
+            self._writer.write(encode_frame(Configure(self.config)))
+            if self._is_closing:
+                self._writer.close()
+            await self._read_events(reader)
+        finally:
+            self._is_serving = False
+            self._writer.close()
+            status = await asyncio.to_thread(_reap, process)
+        if self._failure is not None:
+            return self._failure
+        cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        return f"the engine process died ({cause})"
+
+    async def _read_events(self, reader: asyncio.StreamReader) -> None:
+        """Take in events until the process has no more to say."""
+        try:
+            while True:
+                (size,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+                self._receive(decode_event(await reader.readexactly(size)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+
+    def _receive(self, event: Event) -> None:
+        if isinstance(event, Updates):
+            for update in event.updates:
+                self._update(update)
+            if event.stats is not None:
+                self.stats = event.stats
+                self.metrics.snapshot(event.stats)
+        elif isinstance(event, Progress):
+            if event.stage != self.progress[0]:
+                logger.info("engine: %s", event.stage)
+            self.progress = (event.stage, event.fraction)
+        elif isinstance(event, Ready):
+            self._serve(event.info)
+        elif isinstance(event, Rejected):
+            stream = self._remove(event.request)
+            if stream is not None:
+                self._count_end(stream, FinishReason.ERROR, None)
+                stream.end(ValueError(event.message))
+        elif isinstance(event, Failed):
+            self._failure = event.message
+
+    def _serve(self, info: EngineInfo) -> None:
+        """Hand every open request to an engine that has just loaded."""
+        self.info = info
+        self.progress = ("ready", 1.0)
+        self.metrics.loaded(info)
+        self._is_serving = True
+        for stream in list(self._streams.values()):
+            if stream.finish_at is not None:  # its text is complete: only the word of it was lost
+                self._update(RequestUpdate(stream.request_id, (), FinishReason.STOP))
+                continue
+            stream.num_to_skip = stream.num_prompt_logprobs
+            self.tell(stream.as_command())
+        self._settled.set()
+
+    def _die(self, reason: str) -> None:
+        if self.error is None:
+            self.error = reason
+        self._is_serving = False
+        for stream in list(self._streams.values()):
+            self._remove(stream.request_id)
+            self._count_end(stream, FinishReason.ERROR, None)
+            stream.end(EngineDeadError(reason))
+        self._settled.set()
+
+    # ── the news ─────────────────────────────────────────────────────────────────────────────
+
+    def _update(self, update: RequestUpdate) -> None:
+        stream = self._streams.get(update.request)
+        if stream is None:  # it was aborted while the news was on its way
+            return
+        if update.prompt_logprobs:
+            update = _unseen(stream, update)
+        if update.samples:
+            self._count_tokens(stream, update.samples)
+        stream.push(update)
+        if update.finish_reason is not None:
+            self._remove(update.request)
+            self._count_end(stream, update.finish_reason, update)
+
+    def _count_tokens(self, stream: RequestStream, samples: Sequence[Sample]) -> None:
+        now = time.monotonic()
+        self.metrics.generated(len(samples))
+        if stream.first_token_at is None:
+            stream.first_token_at = now
+            self.metrics.first_token(len(stream.prompt_token_ids), now - stream.arrived_at)
+        else:
+            self.metrics.next_tokens(len(samples), now - stream.last_token_at)
+        stream.last_token_at = now
+
+    def _count_end(
+        self, stream: RequestStream, reason: FinishReason, update: RequestUpdate | None
+    ) -> None:
+        self.metrics.finished(
+            reason,
+            len(stream.prompt_token_ids),
+            len(stream.output_token_ids),
+            time.monotonic() - stream.arrived_at,
+            update.metrics if update is not None else None,
+        )
+
+
+def _unseen(stream: RequestStream, update: RequestUpdate) -> RequestUpdate:
+    """Leave out the prompt logprobs that an engine before this one has sent already."""
+    skipped = min(stream.num_to_skip, len(update.prompt_logprobs))
+    stream.num_to_skip -= skipped
+    entries = update.prompt_logprobs[skipped:]
+    stream.num_prompt_logprobs += len(entries)
+    return update._replace(prompt_logprobs=entries)
+
+
+def _reap(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a process whose connection has ended, and kill it if it does not follow."""
+    try:
+        return process.wait(EXIT_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()

@@ -1,0 +1,136 @@
+"""The engine: the only loop there is, between a scheduler that decides and an executor that does.
+
+Rules: `step` is called by one thread; observers watch and cannot stop it; an executor's failure is
+the engine's. Live serving, offline use and virtual time run these very lines.
+Must not know: torch, processes, text.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+
+from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput
+from fastserve.core.request import SamplingParams
+from fastserve.core.scheduler import Scheduler
+from fastserve.engine.interfaces import Clock, Executor, Observer
+from fastserve.engine.messages import EngineStats
+
+logger = logging.getLogger(__name__)
+
+
+class MonotonicClock:
+    """The machine's steady clock; equal in every process of a host."""
+
+    def now(self) -> float:
+        """Return the current time."""
+        return time.monotonic()
+
+
+class Engine:
+    """Turns the crank for one scheduler and one executor."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        clock: Clock,
+        observers: Sequence[Observer] = (),
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.clock = clock
+        self.observers = tuple(observers)
+        self._on_close = on_close or executor.close
+        self.scheduler_s = 0.0  # in deciding: schedule and update
+        self.device_s = 0.0  # in steps, as the executor reports them
+        self.num_steps_in_flight = 0
+
+    def step(self, until: float = math.inf) -> list[RequestUpdate]:
+        """Submit all that can run, wait for the next thing to finish, and return the news."""
+        while plan := self._schedule():
+            self.executor.submit(plan)
+        done = self.executor.wait(min(until, self.scheduler.next_event(self.clock.now())))
+        return self._update(done) if done else []
+
+    def _schedule(self) -> SchedulerOutput | None:
+        now = self.clock.now()
+        plan = self.scheduler.schedule(now, can_compute=self.executor.can_submit())
+        self.scheduler_s += self.clock.now() - now
+        if plan is not None:
+            self.num_steps_in_flight += bool(plan.work)
+            self._notify(lambda observer: observer.planned(plan, now))
+        return plan
+
+    def _update(self, done: ExecutorOutput) -> list[RequestUpdate]:
+        now = self.clock.now()
+        updates = self.scheduler.update(done, now)
+        self.scheduler_s += self.clock.now() - now
+        self.device_s += sum(step.device_s for step in done.steps)
+        self.num_steps_in_flight -= len(done.steps)
+        self._notify(lambda observer: observer.updated(done, updates, now))
+        return updates
+
+    def _notify(self, see: Callable[[Observer], None]) -> None:
+        for observer in self.observers:
+            try:
+                see(observer)
+            except Exception:
+                logger.exception("observer %r failed; the engine goes on", observer)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return self.scheduler.num_requests
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left to run, and nothing that ended still holds memory."""
+        return not self.num_requests and not self.num_steps_in_flight
+
+    def add(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        arrived_at: float | None = None,
+        output_token_ids: Sequence[int] = (),
+        priority: int = 0,
+        client: str = "",
+    ) -> int:
+        """Accept a request and return its handle; ValueError if it can never run."""
+        return self.scheduler.add(
+            prompt_token_ids,
+            params,
+            self.clock.now(),
+            arrived_at=arrived_at,
+            output_token_ids=output_token_ids,
+            priority=priority,
+            client=client,
+        )
+
+    def abort(self, handle: int) -> RequestUpdate | None:
+        """End a request; return its terminal update, None if it has ended already."""
+        return self.scheduler.abort(handle, self.clock.now())
+
+    def finish(self, handle: int, num_output_tokens: int) -> RequestUpdate | None:
+        """End a request at a stop string; return its terminal update, None if it has ended."""
+        return self.scheduler.finish(handle, num_output_tokens, self.clock.now())
+
+    def stats(self) -> EngineStats:
+        """Return a snapshot."""
+        now = self.clock.now()
+        return EngineStats(
+            scheduler=self.scheduler.stats(now),
+            num_requests=self.num_requests,
+            scheduler_s=self.scheduler_s,
+            device_s=self.device_s,
+            at=now,
+        )
+
+    def close(self) -> None:
+        """Stop the executor and let go of everything opened with it; the engine is over."""
+        self._on_close()

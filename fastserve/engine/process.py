@@ -1,0 +1,244 @@
+"""The engine process: loads what the first message names, then steps until the API leaves.
+
+Rules: the loop never polls and never blocks on the socket. One thread reads commands and wakes the
+executor, one writes what the loop has queued; the engine itself belongs to the loop's thread. The
+other end's departure ends the process, as does the death of the parent. Interrupts from a terminal
+are the parent's to answer: it drains first. Must not know: torch, text, HTTP.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+from fastserve.config import ConfigError, EngineConfig
+from fastserve.core.output import RequestUpdate
+from fastserve.engine.engine import Engine
+from fastserve.engine.messages import (
+    Add,
+    Command,
+    Configure,
+    EngineInfo,
+    Event,
+    Failed,
+    Finish,
+    Progress,
+    Ready,
+    Rejected,
+    Updates,
+    decode_command,
+    encode_frame,
+    read_frame,
+)
+
+logger = logging.getLogger(__name__)
+
+STATS_INTERVAL_S = 0.5
+PR_SET_PDEATHSIG = 1
+
+OpenEngine = Callable[[EngineConfig, Callable[[str, float], None]], tuple[Engine, EngineInfo]]
+
+
+class Inbox:
+    """Reads commands on a thread of its own; `on_arrival` is told of each, and of the end."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.has_ended = False  # the other end has gone
+        self.is_closed = False  # and everything it had sent was taken
+        self.on_arrival: Callable[[], None] = lambda: None
+        self._stream = connection.makefile("rb")
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="engine-inbox", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            while (payload := read_frame(self._stream)) is not None:
+                self._commands.put(decode_command(payload))
+                self.on_arrival()
+        except (OSError, ValueError):
+            logger.exception("the connection to the API process broke")
+        finally:
+            self.has_ended = True
+            self._commands.put(None)
+            self.on_arrival()
+
+    def get(self) -> Command | None:
+        """Wait for one command; None when the other end has gone."""
+        command = self._commands.get()
+        self.is_closed |= command is None
+        return command
+
+    def drain(self) -> list[Command]:
+        """Return the commands that have arrived, without waiting."""
+        commands = []
+        while not self.is_closed and not self._commands.empty():
+            if (command := self.get()) is not None:
+                commands.append(command)
+        return commands
+
+
+class Outbox:
+    """Writes events on a thread of its own, so that a slow reader never holds up a step."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="engine-outbox", daemon=True)
+        self._thread.start()
+
+    def send(self, event: Event) -> None:
+        """Queue one event."""
+        self._events.put(event)
+
+    def close(self) -> None:
+        """Write what is queued, then stop."""
+        self._events.put(None)
+        self._thread.join()
+
+    def _write(self) -> None:
+        try:
+            while (event := self._events.get()) is not None:
+                self._connection.sendall(encode_frame(event))
+        except OSError as error:  # the inbox sees the same end and stops the loop
+            logger.debug("nobody reads any more: %s", error)
+
+
+class Loop:
+    """Carries commands to the engine and its news back, translating request numbers to handles."""
+
+    def __init__(self, engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
+        self._engine = engine
+        self._inbox = inbox
+        self._outbox = outbox
+        self._handles: dict[int, int] = {}
+        self._requests: dict[int, int] = {}
+        # When the next snapshot goes out, the first at once; inf while nothing changes.
+        self._stats_due = engine.clock.now()
+
+    def run(self) -> None:
+        """Serve until the other end has gone."""
+        engine = self._engine
+        self._inbox.on_arrival = engine.executor.wake
+        while True:
+            news = [update for command in self._inbox.drain() if (update := self._apply(command))]
+            if self._inbox.is_closed:
+                return
+            news += engine.step(self._stats_due)
+            self._send(news)
+
+    def _apply(self, command: Command) -> RequestUpdate | None:
+        self._touch()
+        if isinstance(command, Add):
+            self._add(command)
+            return None
+        if isinstance(command, Configure):
+            raise ValueError("a second configure message")
+        handle = self._handles.get(command.request)
+        if handle is None:  # it ended while the command was on its way
+            return None
+        if isinstance(command, Finish):
+            return self._engine.finish(handle, command.num_output_tokens)
+        self._engine.abort(handle)
+        self._forget(handle)
+        return None
+
+    def _add(self, command: Add) -> None:
+        try:
+            handle = self._engine.add(
+                command.prompt_token_ids,
+                command.params,
+                arrived_at=command.arrived_at,
+                output_token_ids=command.output_token_ids,
+                priority=command.priority,
+                client=command.client,
+            )
+        except ValueError as error:
+            self._outbox.send(Rejected(command.request, str(error)))
+            return
+        self._handles[command.request] = handle
+        self._requests[handle] = command.request
+
+    def _forget(self, handle: int) -> None:
+        del self._handles[self._requests.pop(handle)]
+
+    def _send(self, news: list[RequestUpdate]) -> None:
+        updates = []
+        for update in news:
+            request = self._requests.get(update.request)
+            if request is None:
+                continue
+            updates.append(update._replace(request=request))
+            if update.finish_reason is not None:
+                self._forget(update.request)
+        if updates:
+            self._touch()
+        stats = None
+        now = self._engine.clock.now()
+        is_changed = self._stats_due < math.inf
+        if is_changed and (now >= self._stats_due or self._engine.is_idle):
+            stats = self._engine.stats()
+            # Busy: go on every interval. Idle: this was the last until something happens.
+            self._stats_due = math.inf if self._engine.is_idle else now + STATS_INTERVAL_S
+        if updates or stats is not None:
+            self._outbox.send(Updates(updates, stats))
+
+    def _touch(self) -> None:
+        if self._stats_due == math.inf:
+            self._stats_due = self._engine.clock.now() + STATS_INTERVAL_S
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def run(fd: int, open_engine: OpenEngine) -> int:
+    """Be the engine process on the inherited socket `fd`; return the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with_parent()
+    connection = socket.socket(fileno=fd)
+    connection.set_inheritable(False)
+    inbox, outbox = Inbox(connection), Outbox(connection)
+    try:
+        _serve(inbox, outbox, open_engine)
+    except Exception as error:
+        if not isinstance(error, ConfigError):  # which needs no more than its one line
+            logger.exception("the engine failed")
+        line = " ".join(str(error).split()) or type(error).__name__
+        outbox.send(Failed(line))
+        outbox.close()
+        return 1
+    return 0
+
+
+def _serve(inbox: Inbox, outbox: Outbox, open_engine: OpenEngine) -> None:
+    first = inbox.get()
+    if first is None:
+        return
+    if not isinstance(first, Configure):
+        raise ValueError(f"expected a configure message first, got {type(first).__name__}")
+
+    def leave_if_abandoned() -> None:
+        if inbox.has_ended:
+            os._exit(0)  # loading cannot be interrupted in any other way
+
+    inbox.on_arrival = leave_if_abandoned
+    leave_if_abandoned()
+    engine, info = open_engine(
+        first.config, lambda stage, fraction: outbox.send(Progress(stage, fraction))
+    )
+    try:
+        outbox.send(Ready(info))
+        Loop(engine, inbox, outbox).run()
+    finally:
+        engine.close()

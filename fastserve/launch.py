@@ -1,0 +1,156 @@
+"""The composition root: names the parts, hands them to each other, starts the server.
+
+`python -m fastserve.launch --engine-fd N` is the engine process. Rules: this is where the torch
+rooms and the core meet; they are imported inside the functions that need them, so that the API
+process loads no torch. Must not know: how any part works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fastserve import checkpoint
+from fastserve.config import EngineConfig, SchedulerConfig, ServerConfig
+from fastserve.core.build import build_scheduler
+from fastserve.core.journal import Journal
+from fastserve.engine import process
+from fastserve.engine.async_engine import AsyncEngine
+from fastserve.engine.engine import Engine, MonotonicClock
+from fastserve.engine.messages import EngineInfo
+from fastserve.tokenizer import Tokenizer
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def open_engine(
+    config: EngineConfig,
+    on_progress: Callable[[str, float], None] = lambda stage, fraction: None,
+    *,
+    num_threads: int | None = None,
+) -> tuple[Engine, EngineInfo]:
+    """Load a model into this process; `num_threads` counts where the configuration names none."""
+    import torch
+
+    from fastserve.executor.local import LocalExecutor
+
+    directory = checkpoint.locate(config.model, config.revision)
+    eos_token_ids = checkpoint.eos_token_ids(directory)
+    sampling_defaults = (
+        checkpoint.sampling_defaults(directory) if config.generation_config == "auto" else {}
+    )
+    torch.set_num_threads(config.num_threads or num_threads or num_cores())
+    executor = LocalExecutor(
+        config, directory, eos_token_ids=eos_token_ids, on_progress=on_progress
+    )
+    with contextlib.ExitStack() as opened:  # closed here if anything below fails
+        opened.callback(executor.close)
+        facts = executor.facts
+        scheduler_config = SchedulerConfig.resolve(
+            config,
+            max_model_len=facts.max_model_len,
+            is_cpu=facts.device.startswith("cpu"),
+            num_slots=executor.num_slots,
+            lookahead=executor.lookahead,
+            eos_token_ids=eos_token_ids,
+        )
+        cost_model = executor.cost_model()
+        num_blocks = (facts.num_device_blocks, facts.num_host_blocks)
+        clock = MonotonicClock()
+        journal = None
+        if config.journal is not None:
+            # Whole lines survive a crash; a restarted engine's journal follows in the same file.
+            path = Path(config.journal)
+            journal = Journal(opened.enter_context(path.open("a", buffering=1)).write)
+            setting = (dataclasses.asdict(scheduler_config), dataclasses.asdict(cost_model))
+            journal.write("open", clock.now(), *setting, *num_blocks)
+        scheduler = build_scheduler(scheduler_config, cost_model, *num_blocks, journal=journal)
+        info = EngineInfo(
+            model=config.model,
+            max_model_len=facts.max_model_len,
+            max_request_tokens=min(
+                facts.max_model_len, facts.num_device_blocks * config.block_size
+            ),
+            vocab_size=facts.vocab_size,
+            block_size=config.block_size,
+            num_device_blocks=facts.num_device_blocks,
+            eos_token_ids=eos_token_ids,
+            dtype=facts.dtype,
+            device=facts.device,
+            sampling_defaults=sampling_defaults,
+        )
+        return Engine(scheduler, executor, clock, on_close=opened.pop_all().close), info
+
+
+def open_async_engine(config: EngineConfig, model_name: str | None = None) -> AsyncEngine:
+    """Return an engine that will run in a process of its own; `start` begins to load it."""
+    package_root = str(Path(__file__).resolve().parent.parent)
+    inherited = os.environ.get("PYTHONPATH")
+    environment = {
+        "PYTHONPATH": os.pathsep.join(filter(None, (package_root, inherited))),
+        # Threads that spin between two operations would take the API process' core.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        "KMP_BLOCKTIME": os.environ.get("KMP_BLOCKTIME", "0"),
+    }
+    # -P: a file in the working directory must not stand in for a module.
+    command = (sys.executable, "-P", "-m", "fastserve.launch", "--engine-fd")
+    return AsyncEngine(config, command, environment=environment, model_name=model_name)
+
+
+def open_tokenizer(config: EngineConfig, chat_template: str | None = None) -> Tokenizer | None:
+    """Load the tokenizer; None when the model has none and no other is named."""
+    if config.tokenizer is not None:
+        directory = checkpoint.locate(config.tokenizer, holds="tokenizer.json")
+    else:
+        directory = checkpoint.locate(config.model, config.revision)
+        if not (directory / "tokenizer.json").is_file():
+            return None
+    return Tokenizer.load(directory, chat_template)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def serve(config: EngineConfig, server_config: ServerConfig) -> int:
+    """Serve over HTTP until a signal; return the exit status."""
+    from fastserve import listen
+    from fastserve.server.app import create_app
+
+    level = server_config.log_level.upper()
+    logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
+    tokenizer = open_tokenizer(config, server_config.chat_template)
+    with listen.bind(server_config.host, server_config.port) as listener:
+        listen.warn_if_exposed(listener, server_config)
+        engine = open_async_engine(config, server_config.served_model_name)
+        app = create_app(engine, tokenizer, config, server_config)
+
+        def refuse_work() -> None:
+            app.state.context.is_draining = True
+
+        return listen.run(app, engine, listener, refuse_work)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Be the engine process."""
+    parser = argparse.ArgumentParser(prog="python -m fastserve.launch")
+    parser.add_argument("--engine-fd", type=int, required=True, help="inherited socket to serve")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
+    # One core is the API process': text, HTTP and the other end of the socket.
+    num_threads = max(1, num_cores() - 1)
+    return process.run(
+        args.engine_fd,
+        lambda config, on_progress: open_engine(config, on_progress, num_threads=num_threads),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

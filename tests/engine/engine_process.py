@@ -1,0 +1,108 @@
+"""An engine process without a model: the real loop and scheduler before a checked fake device.
+
+`--engine-fd N` as in fastserve.launch; the model's name chooses a fault. Steps take real time, so
+that a test can act while they run; ids are a function of (seed, position), as a sampler's.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from fastserve.config import ConfigError, EngineConfig, SchedulerConfig
+from fastserve.core.build import build_scheduler
+from fastserve.core.cost_model import CostModel
+from fastserve.core.output import ExecutorOutput, SchedulerOutput
+from fastserve.engine import process
+from fastserve.engine.engine import Engine, MonotonicClock
+from fastserve.engine.messages import EngineInfo
+from tests.fake_executor import FakeExecutor, VirtualClock
+
+STEP_S = 0.001
+BLOCK_SIZE = 16
+NUM_BLOCKS = 256
+WINDOW = 2048
+FAILING_STEP = 30
+
+
+class PacedExecutor:
+    """A FakeExecutor whose steps take STEP_S of real time; `wait` blocks, as a device's does."""
+
+    num_slots = 1
+    lookahead = 0
+
+    def __init__(self, failing_step: int | None = None) -> None:
+        self._inner = FakeExecutor(VirtualClock(), BLOCK_SIZE)
+        self._failing_step = failing_step
+        self._finishes_at = float("inf")
+        self._condition = threading.Condition()
+        self._is_woken = False
+
+    def can_submit(self) -> bool:
+        """Whether no step runs."""
+        return self._inner.can_submit()
+
+    def submit(self, plan: SchedulerOutput) -> None:
+        """Start a step."""
+        if plan.step_id == self._failing_step:
+            raise RuntimeError("the device\nfell off the bus")
+        self._inner.submit(plan)
+        self._finishes_at = time.monotonic() + STEP_S
+
+    def wait(self, until: float) -> ExecutorOutput | None:
+        """Block until the step is done, `wake`, or `until`."""
+        with self._condition:
+            while not self._is_woken:
+                left = min(until, self._finishes_at) - time.monotonic()
+                if left <= 0:
+                    break
+                self._condition.wait(None if left == float("inf") else left)
+            self._is_woken = False
+        if time.monotonic() < self._finishes_at:
+            return None
+        self._finishes_at = float("inf")
+        return self._inner.wait(float("inf"))
+
+    def wake(self) -> None:
+        """End a wait."""
+        with self._condition:
+            self._is_woken = True
+            self._condition.notify()
+
+    def close(self) -> None:
+        """There is nothing to free."""
+
+
+def open_engine(
+    config: EngineConfig, on_progress: Callable[[str, float], None]
+) -> tuple[Engine, EngineInfo]:
+    """Return an engine over the paced device."""
+    on_progress("loading weights", 0.5)
+    if config.model == "unloadable":
+        raise ConfigError("the weights are\nnot there")
+    if config.model == "endless":
+        threading.Event().wait()
+    executor = PacedExecutor(FAILING_STEP if config.model == "failing" else None)
+    scheduler_config = SchedulerConfig(
+        max_num_seqs=8, max_num_batched_tokens=64, max_model_len=WINDOW, block_size=BLOCK_SIZE
+    )
+    costs = CostModel(base_s=STEP_S, prefill_token_s=1e-5, decode_seq_s=1e-5)
+    scheduler = build_scheduler(scheduler_config, costs, NUM_BLOCKS)
+    info = EngineInfo(
+        model=config.model,
+        max_model_len=WINDOW,
+        max_request_tokens=WINDOW,
+        vocab_size=60_000,
+        block_size=BLOCK_SIZE,
+        num_device_blocks=NUM_BLOCKS,
+        eos_token_ids=frozenset(),
+        dtype="float32",
+        device="cpu",
+    )
+    return Engine(scheduler, executor, MonotonicClock()), info
+
+
+if __name__ == "__main__":
+    sys.exit(process.run(int(sys.argv[2]), open_engine))

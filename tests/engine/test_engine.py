@@ -1,0 +1,180 @@
+"""The loop: it submits, waits and reports, in virtual time, and nobody who watches can stop it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import pytest
+
+from fastserve.config import SchedulerConfig
+from fastserve.core.build import build_scheduler
+from fastserve.core.cost_model import CostModel
+from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput
+from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.engine.engine import Engine, MonotonicClock
+from fastserve.engine.interfaces import Observer
+from tests.fake_executor import FakeExecutor, VirtualClock, default_token
+
+COSTS = CostModel(base_s=0.9, prefill_token_s=0.01, decode_seq_s=0.1)
+
+
+def make_engine(
+    *, num_slots: int = 1, lookahead: int = 0, observers: Sequence[Observer] = ()
+) -> Engine:
+    """Return an engine before a checked fake device with 64 blocks of 4 tokens."""
+    clock = VirtualClock()
+    executor = FakeExecutor(clock, 4, num_slots=num_slots, lookahead=lookahead)
+    config = SchedulerConfig(
+        max_num_seqs=4, max_num_batched_tokens=16, max_model_len=128, block_size=4,
+        num_slots=num_slots, lookahead=lookahead, is_strict=True,
+    )  # fmt: skip
+    return Engine(build_scheduler(config, COSTS, 64), executor, clock, observers)
+
+
+def run_all(engine: Engine) -> list[RequestUpdate]:
+    """Step until nothing is left, checking the scheduler after each."""
+    updates: list[RequestUpdate] = []
+    while not engine.is_idle:
+        updates += engine.step()
+        engine.scheduler.check()
+    return updates
+
+
+def ids_of(updates: Sequence[RequestUpdate], handle: int) -> list[int]:
+    """Return the ids that one request was given."""
+    return [sample.token_id for u in updates if u.request == handle for sample in u.samples]
+
+
+@pytest.mark.parametrize(("num_slots", "lookahead"), [(1, 0), (1, 1), (2, 0), (4, 0)])
+def test_every_request_gets_its_ids_and_one_end(num_slots: int, lookahead: int) -> None:
+    """However many steps are in flight, ids are the request's own and it ends once."""
+    engine = make_engine(num_slots=num_slots, lookahead=lookahead)
+    handles = [
+        engine.add(range(5 + seed), SamplingParams(seed=seed, max_tokens=10 + seed))
+        for seed in range(6)
+    ]
+    updates = run_all(engine)
+    for seed, handle in enumerate(handles):
+        assert ids_of(updates, handle) == [default_token(seed, i) for i in range(10 + seed)]
+        ends = [u.finish_reason for u in updates if u.request == handle and u.finish_reason]
+        assert ends == [FinishReason.LENGTH]
+
+
+def test_a_step_waits_no_longer_than_asked() -> None:
+    """`until` bounds the wait; the step in flight is reported by a later call."""
+    engine = make_engine()
+    engine.add([1, 2], SamplingParams(seed=1, max_tokens=1))
+    assert engine.step(until=0.25) == []
+    assert engine.clock.now() == 0.25
+    assert not engine.is_idle
+    (update,) = engine.step()
+    assert update.finish_reason is FinishReason.LENGTH
+    assert engine.clock.now() == 1.0
+
+
+def test_abort_holds_memory_until_the_step_is_done() -> None:
+    """An aborted request is gone at once, the engine is idle when its step is."""
+    engine = make_engine()
+    handle = engine.add([1, 2], SamplingParams(seed=1, max_tokens=9))
+    engine.step(until=0.5)
+    update = engine.abort(handle)
+    assert update is not None
+    assert update.finish_reason is FinishReason.ABORT
+    assert engine.abort(handle) is None
+    assert engine.num_requests == 0
+    assert not engine.is_idle
+    assert engine.step() == []
+    assert engine.is_idle
+    assert engine.stats().scheduler.device_blocks_used == 0
+
+
+def test_finish_ends_with_stop() -> None:
+    """A stop string's end is reported by the call itself, and only once."""
+    engine = make_engine()
+    handle = engine.add([1, 2], SamplingParams(seed=1, max_tokens=9))
+    engine.step()
+    update = engine.finish(handle, 1)
+    assert update is not None
+    assert update.finish_reason is FinishReason.STOP
+    assert engine.finish(handle, 1) is None
+
+
+def test_stats_tell_what_was_done() -> None:
+    """Device seconds are the steps' own; the scheduler's counters are in."""
+    engine = make_engine()
+    engine.add([1, 2], SamplingParams(seed=1, max_tokens=5))
+    run_all(engine)
+    stats = engine.stats()
+    assert stats.device_s == 5.0
+    assert stats.scheduler.num_steps == 5
+    assert stats.num_requests == 0
+    assert stats.at == engine.clock.now()
+
+
+class Recorder:
+    """Remembers what it sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, float, object]] = []
+
+    def planned(self, plan: SchedulerOutput, now: float) -> None:
+        """See a plan."""
+        self.seen.append(("planned", now, plan.step_id))
+
+    def updated(self, output: ExecutorOutput, updates: Sequence[RequestUpdate], now: float) -> None:
+        """See an update."""
+        self.seen.append(("updated", now, [step.step_id for step in output.steps]))
+
+
+class Faulty(Recorder):
+    """Fails at everything."""
+
+    def planned(self, plan: SchedulerOutput, now: float) -> None:
+        """Fail."""
+        raise KeyError("a bug in an observer")
+
+
+def test_observers_see_every_plan_and_result() -> None:
+    """Plans are seen before their results, with the engine's times."""
+    recorder = Recorder()
+    engine = make_engine(observers=[recorder])
+    engine.add([1, 2], SamplingParams(seed=1, max_tokens=2))
+    run_all(engine)
+    assert recorder.seen == [
+        ("planned", 0.0, 0), ("updated", 1.0, [0]), ("planned", 1.0, 1), ("updated", 2.0, [1]),
+    ]  # fmt: skip
+
+
+def test_an_observer_that_fails_is_logged_and_stops_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The failure is in the log with its trace; requests and other observers go on."""
+    recorder = Recorder()
+    engine = make_engine(observers=[Faulty(), recorder])
+    handle = engine.add([1, 2], SamplingParams(seed=1, max_tokens=3))
+    with caplog.at_level(logging.ERROR):
+        updates = run_all(engine)
+    assert len(ids_of(updates, handle)) == 3
+    assert len(recorder.seen) == 6
+    failures = [record for record in caplog.records if record.exc_info]
+    assert len(failures) == 3
+    assert "Faulty" in failures[0].getMessage()
+
+
+def test_close_lets_go_once_of_what_was_opened() -> None:
+    """The caller's own closing is used when given."""
+    closed: list[str] = []
+    engine = make_engine()
+    with_own = Engine(
+        engine.scheduler, engine.executor, engine.clock, on_close=lambda: closed.append("own")
+    )
+    with_own.close()
+    engine.close()
+    assert closed == ["own"]
+
+
+def test_the_clock_never_goes_back() -> None:
+    """The live clock is the machine's monotonic one."""
+    clock = MonotonicClock()
+    assert clock.now() <= clock.now()

@@ -1,0 +1,118 @@
+"""Metrics: names that dashboards know, and figures that follow the engine's news."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from fastserve.core.request import FinishReason
+from fastserve.engine.messages import EngineStats
+from fastserve.engine.metrics import VLLM_ALIASES, EngineMetrics
+from tests.engine.test_messages import INFO, METRICS, STATS
+
+
+def read(metrics: EngineMetrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Return the exported samples by name and labels, the model's name left out."""
+    body, content_type = metrics.render()
+    assert content_type.startswith("text/plain")
+    samples = {}
+    for family in text_string_to_metric_families(body.decode()):
+        for sample in family.samples:
+            labels = {k: v for k, v in sample.labels.items() if k != "model_name"}
+            assert sample.labels["model_name"] == "demo"
+            samples[sample.name, frozenset(labels.items())] = sample.value
+    return samples
+
+
+def snapshot(**changes: Any) -> EngineStats:
+    """Return a snapshot with some scheduler figures changed."""
+    scheduler = dataclasses.replace(STATS, **changes)
+    return EngineStats(scheduler=scheduler, num_requests=6, scheduler_s=0.5, device_s=2.0, at=9.0)
+
+
+def value(metrics: EngineMetrics, name: str, **labels: str) -> float:
+    """Return one sample."""
+    return read(metrics)[name, frozenset(labels.items())]
+
+
+@pytest.fixture
+def metrics() -> EngineMetrics:
+    """Return fresh metrics."""
+    return EngineMetrics("demo")
+
+
+def test_every_alias_stands_beside_its_own_name(metrics: EngineMetrics) -> None:
+    """Each of vLLM's names is exported with the value that ours has."""
+    metrics.loaded(INFO)
+    metrics.snapshot(snapshot())
+    samples = read(metrics)
+    aliases = {key for key in samples if key[0].startswith("vllm:")}
+    for name, labels in aliases:
+        own = name.removeprefix("vllm:")
+        if own.startswith("time_per_output_token"):
+            own = own.replace("time_per_output_token", "inter_token_latency")
+        assert samples[name, labels] == samples["fastserve:" + own, labels]
+    for names in VLLM_ALIASES.values():
+        for alias in names:
+            assert any(name.startswith("vllm:" + alias) for name, _ in aliases), alias
+
+
+def test_a_request_is_counted_from_first_token_to_end(metrics: EngineMetrics) -> None:
+    """Tokens, latencies and the reason of the end are counted once each."""
+    metrics.first_token(7, 0.5)
+    metrics.generated(1)
+    metrics.next_tokens(2, 0.25)
+    metrics.generated(2)
+    metrics.finished(FinishReason.STOP, 7, 3, 1.5, METRICS)
+    assert value(metrics, "vllm:prompt_tokens_total") == 7
+    assert value(metrics, "vllm:generation_tokens_total") == 3
+    assert value(metrics, "vllm:time_to_first_token_seconds_sum") == 0.5
+    assert value(metrics, "vllm:inter_token_latency_seconds_count") == 2
+    assert value(metrics, "vllm:time_per_output_token_seconds_sum") == 0.25
+    assert value(metrics, "vllm:e2e_request_latency_seconds_sum") == 1.5
+    assert value(metrics, "fastserve:normalized_latency_seconds_sum") == 0.5
+    assert value(metrics, "vllm:request_queue_time_seconds_sum") == METRICS.queue_s
+    assert value(metrics, "vllm:request_time_per_output_token_seconds_sum") == 0.5
+    assert value(metrics, "vllm:request_success_total", finished_reason="stop") == 1
+    assert value(metrics, "vllm:request_success_total", finished_reason="abort") == 0
+
+
+def test_an_aborted_request_has_no_latency(metrics: EngineMetrics) -> None:
+    """Requests that were given up are counted, but not as if they had been served."""
+    metrics.finished(FinishReason.ABORT, 7, 3, 1.5, None)
+    assert value(metrics, "vllm:request_success_total", finished_reason="abort") == 1
+    assert value(metrics, "vllm:e2e_request_latency_seconds_count") == 0
+
+
+def test_a_snapshot_sets_gauges(metrics: EngineMetrics) -> None:
+    """Queues, levels and blocks are those of the last snapshot; levels that emptied are gone."""
+    metrics.snapshot(snapshot(requests_by_level={1: 5}))
+    metrics.snapshot(snapshot())
+    assert value(metrics, "vllm:num_requests_running") == 1
+    assert value(metrics, "vllm:num_requests_waiting") == 5
+    assert value(metrics, "vllm:kv_cache_usage_perc") == 0.5
+    assert value(metrics, "fastserve:requests_by_level", level="3") == 2
+    assert ("fastserve:requests_by_level", frozenset({("level", "1")})) not in read(metrics)
+    assert value(metrics, "fastserve:kv_blocks", tier="device", state="free") == 4
+
+
+def test_counters_go_on_over_a_restart(metrics: EngineMetrics) -> None:
+    """A new engine counts from zero, the totals do not."""
+    metrics.snapshot(snapshot(num_preemptions=5))
+    metrics.snapshot(snapshot(num_preemptions=8))
+    assert value(metrics, "vllm:num_preemptions_total") == 8
+    metrics.restarted()
+    metrics.snapshot(snapshot(num_preemptions=2))
+    assert value(metrics, "vllm:num_preemptions_total") == 10
+    assert value(metrics, "fastserve:engine_restarts_total") == 1
+    assert value(metrics, "fastserve:recomputed_tokens_total") == 8
+
+
+def test_two_engines_share_nothing() -> None:
+    """Metrics belong to their object: a second one starts at zero."""
+    first, second = EngineMetrics("demo"), EngineMetrics("demo")
+    first.generated(3)
+    assert value(second, "vllm:generation_tokens_total") == 0

@@ -1,0 +1,161 @@
+"""The engine process' two threads and its manners at the socket, without an API side."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from fastserve.config import EngineConfig
+from fastserve.core.request import SamplingParams
+from fastserve.engine.messages import (
+    Abort,
+    Add,
+    Command,
+    Configure,
+    Event,
+    Failed,
+    Finish,
+    Progress,
+    Ready,
+    Updates,
+    decode_event,
+    encode_frame,
+    read_frame,
+)
+from fastserve.engine.process import Inbox, Outbox
+
+
+def test_the_inbox_tells_of_each_command_and_of_the_end() -> None:
+    """Commands come out in order; the end is told of, and seen only after the last command."""
+    ours, theirs = socket.socketpair()
+    arrivals = threading.Semaphore(0)
+    with ours, theirs:
+        inbox = Inbox(theirs)
+        inbox.on_arrival = arrivals.release
+        ours.sendall(encode_frame(Abort(1)) + encode_frame(Abort(2)))
+        assert arrivals.acquire(timeout=10)
+        assert arrivals.acquire(timeout=10)
+        assert not inbox.has_ended
+        ours.sendall(encode_frame(Finish(3, 4)))
+        ours.shutdown(socket.SHUT_WR)
+        assert arrivals.acquire(timeout=10)
+        assert arrivals.acquire(timeout=10)
+        assert inbox.has_ended
+        assert not inbox.is_closed
+        assert inbox.drain() == [Abort(1), Abort(2), Finish(3, 4)]
+        assert inbox.is_closed
+        assert inbox.drain() == []
+
+
+def test_the_outbox_never_waits_for_a_slow_reader() -> None:
+    """Far more than a socket buffer is taken at once, and arrives whole when it is read."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        outbox = Outbox(theirs)
+        for number in range(200):
+            outbox.send(Progress("x" * 100_000, number))
+        with ours.makefile("rb") as stream:
+            for number in range(200):
+                payload = read_frame(stream)
+                assert payload is not None
+                event = decode_event(payload)
+                assert isinstance(event, Progress)
+                assert event.fraction == number
+        outbox.close()
+
+
+@contextmanager
+def engine_process() -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+    """Start the engine process of the tests and yield it with our end of its socket."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(30)
+    with ours:
+        with theirs:
+            process = subprocess.Popen(
+                (sys.executable, "-m", "tests.engine.engine_process", "--engine-fd",
+                 str(theirs.fileno())),
+                pass_fds=(theirs.fileno(),),
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )  # fmt: skip
+        try:
+            yield process, ours
+        finally:
+            process.kill()
+            process.wait()
+
+
+def send(connection: socket.socket, *commands: Command) -> None:
+    """Send commands in one piece."""
+    connection.sendall(b"".join(map(encode_frame, commands)))
+
+
+def events(connection: socket.socket) -> Iterator[Event]:
+    """Yield what the process says until it has no more to say."""
+    with connection.makefile("rb") as stream:
+        while (payload := read_frame(stream)) is not None:
+            yield decode_event(payload)
+
+
+@pytest.mark.processes
+def test_a_request_that_ends_before_its_abort_arrives_is_no_fault() -> None:
+    """Commands for what has ended, or never was, are nothing; every step is one message."""
+    with engine_process() as (process, connection):
+        send(connection, Configure(EngineConfig(model="paced")))
+        news = events(connection)
+        assert next(news) == Progress("loading weights", 0.5)
+        assert isinstance(next(news), Ready)
+        add = Add(
+            request=7, prompt_token_ids=[1], params=SamplingParams(seed=1, max_tokens=5),
+            arrived_at=0.0,
+        )  # fmt: skip
+        send(connection, Abort(99), Finish(98, 1), add)
+        tokens = 0
+        for event in news:
+            assert isinstance(event, Updates)
+            for update in event.updates:
+                assert update.request == 7
+                tokens += len(update.samples)
+            if event.updates and event.updates[-1].finish_reason is not None:
+                break
+        assert tokens == 5
+        send(connection, Abort(7), Finish(7, 1))
+        connection.shutdown(socket.SHUT_WR)
+        assert all(isinstance(event, Updates) and not event.updates for event in news)
+        assert process.wait(30) == 0
+
+
+@pytest.mark.processes
+def test_the_first_message_must_be_the_configuration() -> None:
+    """Anything else ends the process with the reason."""
+    with engine_process() as (process, connection):
+        send(connection, Abort(1))
+        (event,) = events(connection)
+        assert event == Failed("expected a configure message first, got Abort")
+        assert process.wait(30) == 1
+
+
+@pytest.mark.processes
+def test_a_departure_before_the_configuration_is_quiet() -> None:
+    """An API process that was stopped at once leaves nothing behind."""
+    with engine_process() as (process, connection):
+        connection.close()
+        assert process.wait(30) == 0
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("garbage", [b"\0\0\0\x05hello", b"\xff\xff\xff\xffhello", b"\0"])
+def test_garbage_on_the_wire_ends_the_process(garbage: bytes) -> None:
+    """What is no frame or no command is the end of the conversation, not of the machine."""
+    with engine_process() as (process, connection):
+        send(connection, Configure(EngineConfig(model="paced")))
+        connection.sendall(garbage)
+        connection.shutdown(socket.SHUT_WR)
+        assert process.wait(30) == 0

@@ -1,0 +1,212 @@
+"""The composition root: engines over the real executor, in this process and in one of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from fastserve.config import ConfigError, EngineConfig
+from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
+from fastserve.engine.engine import Engine
+from fastserve.launch import num_cores, open_async_engine, open_engine, open_tokenizer
+
+T = TypeVar("T")
+SMALL = EngineConfig(model="demo", num_device_blocks=32, num_threads=1)
+PROMPT = [10, 20, 30, 40, 50]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Measure step times once for this module, and leave the user's profiles alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def run(test: Callable[[], Awaitable[T]]) -> T:
+    """Run a coroutine function with a time limit."""
+
+    async def limited() -> T:
+        async with asyncio.timeout(100):
+            return await test()
+
+    return asyncio.run(limited())
+
+
+def generate(engine: Engine, params: SamplingParams) -> list[int]:
+    """Run one request alone to its end."""
+    engine.add(PROMPT, params)
+    ids: list[int] = []
+    while engine.num_requests:
+        ids += [sample.token_id for update in engine.step() for sample in update.samples]
+    return ids
+
+
+async def read(stream: RequestStream) -> tuple[list[int], FinishReason | None]:
+    """Read a stream to its end."""
+    ids: list[int] = []
+    reason = None
+    async for update in stream:
+        ids += [sample.token_id for sample in update.samples]
+        reason = update.finish_reason
+    return ids, reason
+
+
+def test_info_is_what_was_measured() -> None:
+    """The facts of the executor and of the model's files are in EngineInfo."""
+    engine, info = open_engine(SMALL)
+    engine.close()
+    assert info.model == "demo"
+    assert info.num_device_blocks == 32
+    assert info.max_request_tokens == 32 * info.block_size < info.max_model_len
+    assert info.device == "cpu"
+    assert info.eos_token_ids
+    assert info.sampling_defaults["temperature"] > 0
+
+
+def test_generation_config_can_be_left_out() -> None:
+    """With `vllm` the model's sampling defaults are not used."""
+    engine, info = open_engine(
+        EngineConfig(model="demo", num_device_blocks=32, num_threads=1, generation_config="vllm")
+    )
+    engine.close()
+    assert info.sampling_defaults == {}
+
+
+def test_loading_tells_what_it_is_at() -> None:
+    """Progress goes from 0 to 1 in each stage."""
+    seen: list[tuple[str, float]] = []
+    engine, _ = open_engine(SMALL, lambda stage, fraction: seen.append((stage, fraction)))
+    engine.close()
+    assert seen
+    assert all(stage and 0.0 <= fraction <= 1.0 for stage, fraction in seen)
+
+
+def test_a_journal_holds_setting_facts_and_plans(tmp_path: Path) -> None:
+    """Each life of an engine begins with its setting; a second life follows in the same file."""
+    path = tmp_path / "journal.jsonl"
+    config = EngineConfig(model="demo", num_device_blocks=32, num_threads=1, journal=str(path))
+    for _ in range(2):
+        engine, _ = open_engine(config)
+        generate(engine, SamplingParams(seed=1, max_tokens=3, ignore_eos=True))
+        engine.close()
+    kinds = [json.loads(line)[0] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert kinds.count("open") == kinds.count("add") == 2
+    assert kinds[0] == "open"
+    assert kinds.count("update") == 6
+
+
+def test_a_setting_that_cannot_be_honoured_closes_the_executor() -> None:
+    """The error is the configuration's, and nothing keeps running behind it."""
+    config = EngineConfig(
+        model="demo", num_device_blocks=32, num_threads=1, enable_chunked_prefill=False,
+        max_num_batched_tokens=128,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="max-num-batched-tokens"):
+        open_engine(config)
+
+
+def test_a_model_without_a_tokenizer_takes_ids_only(tmp_path: Path) -> None:
+    """No tokenizer.json is no tokenizer; one that is named must be there."""
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert open_tokenizer(EngineConfig(model=str(tmp_path))) is None
+    named = open_tokenizer(EngineConfig(model=str(tmp_path), tokenizer="demo"))
+    assert named is not None
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        open_tokenizer(EngineConfig(tokenizer=str(tmp_path)))
+
+
+def test_cores_are_those_this_process_may_use() -> None:
+    """At least one."""
+    assert num_cores() >= 1
+
+
+@pytest.mark.processes
+def test_a_killed_engine_goes_on_with_the_same_tokens() -> None:
+    """SIGKILL in mid-stream: what follows equals an undisturbed run, id for id."""
+    params = SamplingParams(
+        seed=5, temperature=1.0, top_k=20, max_tokens=200, ignore_eos=True, prompt_logprobs=1
+    )
+    engine, _ = open_engine(SMALL)
+    undisturbed = generate(engine, params)
+    engine.close()
+    assert len(undisturbed) == 200
+
+    async def body() -> tuple[list[int], FinishReason | None]:
+        served = open_async_engine(SMALL)
+        await served.start()
+        try:
+            await served.ready()
+            stream = served.submit(PROMPT, params)
+            num_scores = 0
+            async for update in stream:
+                num_scores += len(update.prompt_logprobs)
+                if len(stream.output_token_ids) >= 40:
+                    break
+            assert served.process is not None
+            served.process.send_signal(signal.SIGKILL)
+            async for update in stream:
+                num_scores += len(update.prompt_logprobs)
+                reason = update.finish_reason
+            assert num_scores == len(PROMPT) - 1  # none is lost, none comes twice
+            assert 'engine_restarts_total{model_name="demo"} 1.0' in text_of(served)
+            return stream.output_token_ids, reason
+        finally:
+            await served.close()
+
+    assert run(body) == (undisturbed, FinishReason.LENGTH)
+
+
+@pytest.mark.processes
+def test_requests_share_the_engine_process_under_pressure() -> None:
+    """Requests that outgrow the pool together preempt each other and still get their own ids."""
+
+    def params(seed: int) -> SamplingParams:
+        return SamplingParams(seed=seed, temperature=0.0, max_tokens=100, ignore_eos=True)
+
+    engine, _ = open_engine(SMALL)
+    alone = generate(engine, params(0))
+    engine.close()
+
+    async def body() -> None:
+        served = open_async_engine(SMALL)
+        await served.start()
+        try:
+            await served.ready()
+            streams = [served.submit(PROMPT, params(seed)) for seed in range(8)]
+            results = await asyncio.gather(*map(read, streams))
+            assert results == [(alone, FinishReason.LENGTH)] * 8
+            while served.stats is None or served.stats.num_requests:
+                await asyncio.sleep(0)
+            assert served.stats.scheduler.num_preemptions > 0
+            assert served.stats.scheduler.device_blocks_used == 0
+        finally:
+            await served.close()
+
+    run(body)
+
+
+@pytest.mark.processes
+def test_a_model_that_is_not_there_is_one_line() -> None:
+    """The engine process says what the user must know, and ends."""
+
+    async def body() -> None:
+        served = open_async_engine(EngineConfig(model="/no/such/model"))
+        await served.start()
+        with pytest.raises(EngineDeadError, match="no such directory"):
+            await served.ready()
+        await served.close()
+
+    run(body)
+
+
+def text_of(engine: AsyncEngine) -> str:
+    """Return the metrics as text."""
+    return engine.metrics.render()[0].decode()

@@ -1,0 +1,205 @@
+"""LLM: vLLM's calls and results, in process, on the bundled model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from itertools import zip_longest
+
+import pytest
+
+from fastserve import LLM, SamplingParams
+from fastserve.config import ConfigError
+from fastserve.llm import RequestOutput
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """Load the bundled model once, with a small pool and a fresh cache directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        with LLM("demo", num_device_blocks=64, num_threads=1) as loaded:
+            yield loaded
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(llm: LLM) -> Iterator[None]:
+    """After every test nothing runs and nothing is held."""
+    yield
+    llm._engine.scheduler.check()
+    assert llm._engine.num_requests == 0
+    assert llm._live == {}
+    while not llm._engine.is_idle:
+        llm._engine.step()
+    assert llm._engine.stats().scheduler.device_blocks_used == 0
+
+
+def ids(outputs: list[RequestOutput]) -> list[list[int]]:
+    """Return the ids of the first answers."""
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_prompts_come_in_every_form(llm: LLM) -> None:
+    """Text, ids and mappings, alone and in lists, are the same prompts."""
+    text = "def main():"
+    tokens = llm.get_tokenizer().encode(text)
+    forms: list[object] = [
+        text, tokens, tuple(tokens), {"prompt": text}, {"prompt_token_ids": tokens},
+        [text], [tokens], [{"prompt_token_ids": tokens}],
+    ]  # fmt: skip
+    results = [llm.generate(form, GREEDY, use_tqdm=False) for form in forms]  # type: ignore[arg-type]
+    assert all(len(outputs) == 1 for outputs in results)
+    assert all(ids(outputs) == ids(results[0]) for outputs in results)
+    assert results[0][0].prompt == text
+    assert results[1][0].prompt is None
+    assert results[1][0].prompt_token_ids == tokens
+
+
+def test_a_batch_keeps_its_order_and_its_params(llm: LLM) -> None:
+    """Outputs are in the order of the prompts, each with its own parameters."""
+    prompts = ["one", "two words", "a third"]
+    params = [dataclasses.replace(GREEDY, max_tokens=count) for count in (9, 2, 5)]
+    together = llm.generate(prompts, params, use_tqdm=False)
+    assert [output.prompt for output in together] == prompts
+    assert [len(tokens) for tokens in ids(together)] == [9, 2, 5]
+    alone = [llm.generate(p, q, use_tqdm=False)[0] for p, q in zip(prompts, params, strict=True)]
+    assert ids(together) == ids(alone)
+    assert len({output.request_id for output in together + alone}) == 6
+
+
+def test_an_output_has_what_vllm_has(llm: LLM) -> None:
+    """Text is that of the ids; reasons, times and flags are filled in."""
+    (output,) = llm.generate("import os", GREEDY, use_tqdm=False)
+    (answer,) = output.outputs
+    assert output.finished
+    assert answer.index == 0
+    assert answer.text == llm.get_tokenizer().decode(answer.token_ids)
+    assert answer.finish_reason == "length"
+    assert answer.stop_reason is None
+    assert answer.logprobs is None
+    assert answer.cumulative_logprob is None
+    assert output.prompt_logprobs is None
+    metrics = output.metrics
+    assert metrics is not None
+    assert metrics.first_token is not None
+    assert metrics.arrival <= metrics.first_token <= metrics.finished
+
+
+def test_several_answers_are_told_apart_by_their_seeds(llm: LLM) -> None:
+    """Choice i of seed s is the single answer with seed s + i; a seed repeats itself."""
+    params = SamplingParams(n=3, temperature=1.0, top_k=20, seed=11, max_tokens=8, ignore_eos=True)
+    (output,) = llm.generate("print", params, use_tqdm=False)
+    assert [answer.index for answer in output.outputs] == [0, 1, 2]
+    singles = [
+        llm.generate("print", dataclasses.replace(params, n=1, seed=11 + i), use_tqdm=False)
+        for i in range(3)
+    ]
+    assert [answer.token_ids for answer in output.outputs] == [ids(single)[0] for single in singles]
+    assert len({tuple(answer.token_ids) for answer in output.outputs}) == 3
+
+
+def test_logprobs_are_tables_by_id(llm: LLM) -> None:
+    """Chosen ids and alternatives are scored, and the prompt from its second id on."""
+    params = dataclasses.replace(GREEDY, logprobs=2, prompt_logprobs=1, max_tokens=3)
+    (output,) = llm.generate("class Point:", params, use_tqdm=False)
+    (answer,) = output.outputs
+    assert answer.logprobs is not None
+    for token_id, table in zip(answer.token_ids, answer.logprobs, strict=True):
+        assert table[token_id].rank == 1
+        assert len(table) == 2
+        assert table[token_id].decoded_token is not None
+    chosen = [table[i].logprob for i, table in zip(answer.token_ids, answer.logprobs, strict=True)]
+    assert answer.cumulative_logprob == pytest.approx(sum(chosen))
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+    for token_id, entry in zip(
+        output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+    ):
+        assert entry is not None
+        assert entry[token_id].logprob < 0.0
+
+
+def test_a_stop_string_ends_an_answer(llm: LLM) -> None:
+    """The text ends before the stop string, and the reason names it."""
+    (whole,) = llm.generate("x = ", dataclasses.replace(GREEDY, max_tokens=30), use_tqdm=False)
+    text = whole.outputs[0].text
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+    (cut,) = llm.generate(
+        "x = ", dataclasses.replace(GREEDY, max_tokens=30, stop=stop), use_tqdm=False
+    )
+    answer = cut.outputs[0]
+    assert answer.text == text[: text.index(stop)]
+    assert answer.finish_reason == "stop"
+    assert answer.stop_reason == stop
+    assert len(answer.token_ids) < 30
+
+
+def test_a_stop_token_ends_an_answer(llm: LLM) -> None:
+    """The id is in the ids and its text is not in the text."""
+    (whole,) = llm.generate("x = ", GREEDY, use_tqdm=False)
+    tokens = whole.outputs[0].token_ids
+    stop = tokens[4]
+    params = dataclasses.replace(GREEDY, stop_token_ids=[stop])
+    answer = llm.generate("x = ", params, use_tqdm=False)[0].outputs[0]
+    assert answer.token_ids == tokens[: tokens.index(stop) + 1]
+    assert answer.text == llm.get_tokenizer().decode(answer.token_ids[:-1])
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
+
+
+def test_a_conversation_is_the_templates_prompt(llm: LLM) -> None:
+    """`chat` encodes with the model's template; a list of conversations is a batch."""
+    messages = [{"role": "user", "content": "Hello"}]
+    (output,) = llm.chat(messages, GREEDY, use_tqdm=False)
+    assert output.prompt_token_ids == llm.get_tokenizer().encode_chat(messages)
+    both = llm.chat([messages, messages], GREEDY, use_tqdm=False)
+    assert ids(both) == ids([output, output])
+
+
+def test_a_stream_is_the_whole_text_in_pieces(llm: LLM) -> None:
+    """Pieces of several streams in turn join to what `generate` and `chat` say."""
+    messages = [{"role": "user", "content": "Hello"}]
+    streams = [llm.stream("import sys", GREEDY), llm.stream(messages, GREEDY)]
+    texts = ["".join(pieces) for pieces in zip(*zip_longest(*streams, fillvalue=""), strict=True)]
+    assert texts[0] == llm.generate("import sys", GREEDY, use_tqdm=False)[0].outputs[0].text
+    assert texts[1] == llm.chat(messages, GREEDY, use_tqdm=False)[0].outputs[0].text
+
+
+def test_a_stream_that_is_left_ends_its_request(llm: LLM) -> None:
+    """Closing the generator aborts; the fixture sees that nothing stays behind."""
+    stream = llm.stream("import sys", dataclasses.replace(GREEDY, max_tokens=500))
+    assert next(stream)
+    assert llm._engine.num_requests == 1
+    stream.close()  # type: ignore[attr-defined]
+    assert llm._engine.num_requests == 0
+
+
+def test_what_cannot_run_is_refused_and_harms_nobody(llm: LLM) -> None:
+    """One impossible prompt of a batch is a ValueError, and the others are not left behind."""
+    too_long = [5] * 5000
+    with pytest.raises(ValueError, match="exceed"):
+        llm.generate([[5, 6], too_long], GREEDY, use_tqdm=False)
+    with pytest.raises(ValueError, match="empty"):
+        llm.generate([[]], GREEDY, use_tqdm=False)
+    with pytest.raises(ValueError, match="do not match"):
+        llm.generate(["a", "b"], [GREEDY], use_tqdm=False)
+    with pytest.raises(ValueError, match="n must be 1"):
+        next(llm.stream("a", dataclasses.replace(GREEDY, n=2)))
+    with pytest.raises(ValueError, match="prompt_token_ids"):
+        llm.generate({"text": "a"}, GREEDY, use_tqdm=False)
+    assert llm.generate([], GREEDY, use_tqdm=False) == []
+
+
+def test_default_sampling_is_the_models(llm: LLM) -> None:
+    """Without parameters those of generation_config.json hold."""
+    defaults = llm.get_default_sampling_params()
+    assert defaults == SamplingParams(**llm.info.sampling_defaults)
+    assert len(llm.generate("a", use_tqdm=False)[0].outputs[0].token_ids) <= 16
+
+
+def test_an_unknown_flag_is_refused() -> None:
+    """Flags are those of the configuration and no others."""
+    with pytest.raises(ConfigError, match="no_such_flag"):
+        LLM("demo", no_such_flag=1)
