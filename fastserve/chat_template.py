@@ -1,0 +1,142 @@
+"""Chat messages → prompt text, by the Jinja template that a model brings.
+
+Rules: a template is somebody else's code, so it runs in Jinja's immutable sandbox, sees plain JSON
+values only, and cannot store private names. The helpers are those that templates are written for:
+raise_exception, strftime_now, tojson, loop controls; `{% generation %}` marks are passed through.
+Every failure is a ChatTemplateError with one line for the user. Must not know: ids, HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+CONTINUE_MARK = "\ue000continue\ue001"  # private-use characters: in no one's message
+
+
+class ChatTemplateError(ValueError):
+    """A template that cannot be compiled, or that refuses or fails on these messages."""
+
+
+class GenerationTag(Extension):
+    """Renders the body of `{% generation %}`, a mark for training masks, as it stands."""
+
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # declared as a mutable set
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        """Return the nodes between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class SafeNamespace(Namespace):
+    """Jinja's namespace without underscore-prefixed names, which reach into the interpreter."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # `namespace(self=…)` is a valid call
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            refuse_private(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Store one attribute."""
+        refuse_private(name)
+        super().__setitem__(name, value)
+
+
+def refuse_private(name: object) -> None:
+    """Raise SecurityError for an underscore-prefixed name."""
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a template cannot store the private name {name!r}")
+
+
+def raise_exception(message: str) -> None:
+    """Let a template refuse its messages."""
+    raise TemplateError(message)
+
+
+def strftime_now(pattern: str) -> str:
+    """Return the local time, for templates that state the date."""
+    return datetime.now().strftime(pattern)
+
+
+def tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Return JSON without the HTML escapes of Jinja's own filter."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+class ChatTemplate:
+    """One compiled template and the special tokens it may name."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
+        )
+        environment.filters["tojson"] = tojson
+        environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = strftime_now
+        environment.globals["namespace"] = SafeNamespace
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = environment.from_string(source)
+        except TemplateError as error:
+            raise ChatTemplateError(f"The chat template cannot be compiled: {error}") from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """Return the prompt text for `messages`; raises ChatTemplateError."""
+        chat = [dict(message) for message in messages]
+        if continue_final_message:
+            if add_generation_prompt:
+                raise ChatTemplateError(
+                    "add_generation_prompt and continue_final_message exclude each other."
+                )
+            if not chat or not isinstance(chat[-1].get("content"), str):
+                raise ChatTemplateError("There is no text in a final message to be continued.")
+            chat[-1]["content"] += CONTINUE_MARK
+        values = {
+            "tools": None,
+            "documents": None,
+            **self._special_tokens,
+            **variables,
+            "messages": chat,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            text = self._template.render(values)
+        except Exception as error:  # a template may fail in any way that Python code can
+            raise ChatTemplateError(f"The chat template failed: {error}") from error
+        if not continue_final_message:
+            return text
+        head, mark, _ = text.rpartition(CONTINUE_MARK)
+        if not mark:
+            raise ChatTemplateError("The chat template leaves out the message to be continued.")
+        return head

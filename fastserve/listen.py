@@ -1,0 +1,146 @@
+"""Runs the HTTP server: binds, answers signals, drains, and ends when the engine cannot load.
+
+Rules: the address is bound before anything is loaded, so that a port in use is known at once. After
+the first SIGTERM or SIGINT new work is refused and answers under way end, for a bounded time; the
+second ends at once. Must not know: routes, the engine's inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from fastserve.config import ConfigError, ServerConfig
+from fastserve.engine.async_engine import AsyncEngine, EngineDeadError
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 30  # how long a stopping server waits for answers under way
+LAST_BYTES_S = 5  # and then for their clients to take the rest
+
+
+class SignalledServer(uvicorn.Server):
+    """A uvicorn server that drains on a signal and then returns normally."""
+
+    def __init__(
+        self, config: uvicorn.Config, engine: AsyncEngine, refuse_work: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._refuse_work = refuse_work
+        self._draining: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle SIGTERM and SIGINT while serving."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self._answer, number)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    def _answer(self, number: int) -> None:
+        if self._draining is not None:
+            self.should_exit = self.force_exit = True
+            return
+        name, count = signal.Signals(number).name, self._engine.num_requests
+        logger.warning("%s: finishing %d requests, at most %d s", name, count, DRAIN_S)
+        self._refuse_work()
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._engine.idle(), DRAIN_S)
+        self.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a bound socket; ConfigError if there can be none."""
+    listener = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    return listener
+
+
+def address(listener: socket.socket) -> tuple[str, int]:
+    """Return the host and the port of a bound socket."""
+    host, port = listener.getsockname()[:2]
+    return host, port
+
+
+def warn_if_exposed(listener: socket.socket, config: ServerConfig) -> None:
+    """Warn on stderr when others can reach the server and it asks for no key."""
+    host, _ = address(listener)
+    if config.api_key is None and not ipaddress.ip_address(host).is_loopback:
+        sys.stderr.write(
+            f"warning: {config.host} can be reached from other machines and no --api-key is set; "
+            "anyone who reaches it can use the model\n"
+        )
+
+
+def run(
+    app: FastAPI, engine: AsyncEngine, listener: socket.socket, refuse_work: Callable[[], None]
+) -> int:
+    """Serve until a signal, upon which `refuse_work` is called; return the exit status."""
+    # Its startup lines tell of processes, not of the model; its warnings are wanted.
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=LAST_BYTES_S,
+    )
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        return runner.run(_serve(SignalledServer(config, engine, refuse_work), engine, listener))
+
+
+async def _serve(server: uvicorn.Server, engine: AsyncEngine, listener: socket.socket) -> int:
+    await engine.start()
+    watcher = asyncio.create_task(_watch_loading(server, engine, listener))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        watcher.cancel()
+        has_loaded = engine.info is not None
+        error = engine.error
+        await engine.close()
+    if error is not None and not has_loaded:
+        sys.stderr.write(f"fastserve: error: {error}\n")
+        return 1
+    return 0
+
+
+async def _watch_loading(
+    server: uvicorn.Server, engine: AsyncEngine, listener: socket.socket
+) -> None:
+    try:
+        info = await engine.ready()
+    except EngineDeadError:
+        server.should_exit = True  # it would never serve anything
+        return
+    host, port = address(listener)
+    name = f"[{host}]" if ":" in host else host
+    sys.stderr.write(f"Serving {info.model} on http://{name}:{port} (Ctrl-C stops)\n")
+    sys.stderr.flush()

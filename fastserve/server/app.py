@@ -1,0 +1,172 @@
+"""The routes, and what is wired around them.
+
+Rules: a route reads its body, hands it to the function that answers, and does nothing else. Bodies
+are parsed here and not by the framework, so that every fault has one shape.
+Must not know: sampling, text, how the engine is started.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+import fastserve
+from fastserve.config import EngineConfig, ServerConfig
+from fastserve.engine.async_engine import AsyncEngine
+from fastserve.server import protocol, serving, text_routes
+from fastserve.server.context import ServerContext
+from fastserve.server.errors import answer_http_exception, from_validation, invalid
+from fastserve.server.gate import Gate
+from fastserve.server.responses import ModelCard, ModelList
+from fastserve.tokenizer import Tokenizer
+
+B = TypeVar("B", bound=BaseModel)
+
+POSTED: dict[str, type[BaseModel]] = {
+    "/v1/completions": protocol.CompletionRequest,
+    "/v1/chat/completions": protocol.ChatCompletionRequest,
+    "/tokenize": protocol.TokenizeRequest,
+    "/detokenize": protocol.DetokenizeRequest,
+}
+
+
+def create_app(
+    engine: AsyncEngine,
+    tokenizer: Tokenizer | None,
+    config: EngineConfig,
+    server_config: ServerConfig,
+) -> FastAPI:
+    """Return the HTTP app over an engine that somebody else starts and closes.
+
+    `app.state.context.is_draining = True` refuses new work while what is under way ends.
+    """
+    context = ServerContext(engine, tokenizer, config, server_config)
+    app = FastAPI(
+        title="FastServe",
+        version=fastserve.__version__,
+        redirect_slashes=False,
+        exception_handlers={HTTPException: answer_http_exception},
+    )
+    app.state.context = context
+    add_generation_routes(app, context)
+    add_model_routes(app, context)
+    add_status_routes(app, context)
+    app.add_middleware(
+        Gate,
+        api_key=server_config.api_key,
+        max_body_bytes=server_config.max_body_bytes,
+        logs_requests=not server_config.disable_log_requests,
+    )
+    app.openapi = lambda: described(app)  # type: ignore[method-assign]
+    return app
+
+
+def add_generation_routes(app: FastAPI, context: ServerContext) -> None:
+    """Add the routes that read a body."""
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        body = await read_body(request, protocol.CompletionRequest)
+        return await serving.complete(body, context, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        body = await read_body(request, protocol.ChatCompletionRequest)
+        return await serving.chat(body, context, request)
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await read_body(request, protocol.TokenizeRequest)
+        return json_response(await text_routes.tokenize(body, context))
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await read_body(request, protocol.DetokenizeRequest)
+        return json_response(await text_routes.detokenize(body, context))
+
+
+def add_model_routes(app: FastAPI, context: ServerContext) -> None:
+    """Add the routes that say which model this is."""
+
+    def card() -> ModelCard:
+        info = context.engine.info
+        return ModelCard(
+            id=context.model_name,
+            created=context.created,
+            root=context.config.model,
+            max_model_len=None if info is None else info.max_model_len,
+        )
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return json_response(ModelList(data=[card()]))
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        context.check_model(name)
+        return json_response(card())
+
+
+def add_status_routes(app: FastAPI, context: ServerContext) -> None:
+    """Add the routes for those who watch the server; they need no key."""
+
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health")
+    async def health() -> Response:
+        context.require_engine()
+        return Response()
+
+    @app.head("/ready", include_in_schema=False)
+    @app.get("/ready")
+    async def ready() -> Response:
+        context.require_engine()
+        return json_response({"status": "ready"})
+
+    @app.head("/version", include_in_schema=False)
+    @app.get("/version")
+    async def version() -> Response:
+        return json_response({"version": fastserve.__version__})
+
+    @app.head("/metrics", include_in_schema=False)
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        content, media_type = context.engine.metrics.render()
+        return Response(content, headers={"Content-Type": media_type})
+
+
+async def read_body(request: Request, model: type[B]) -> B:
+    """Return the body as `model`; 400 when it is no JSON or does not fit."""
+    media_type = request.headers.get("content-type", "application/json")
+    if media_type.partition(";")[0].strip().lower() != "application/json":
+        raise invalid(f"Content-Type must be application/json, got {media_type}.")
+    content = await request.body()
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        raise from_validation(error) from error
+
+
+def json_response(body: msgspec.Struct | dict[str, Any]) -> Response:
+    """Return a response with a JSON body."""
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+def described(app: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI description, with the bodies that routes read themselves."""
+    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    components = schema.setdefault("components", {}).setdefault("schemas", {})
+    for path, model in POSTED.items():
+        body = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        components.update(body.pop("$defs", {}))
+        components[model.__name__] = body
+        reference = {"$ref": f"#/components/schemas/{model.__name__}"}
+        schema["paths"][path]["post"]["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": reference}},
+        }
+    return schema

@@ -1,0 +1,72 @@
+"""What every route needs: the engine, the tokenizer, the settings, and whether to take work.
+
+Rules: one per app, made by create_app; nothing here changes but `is_draining`.
+Must not know: routes, bodies.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from fastserve.config import EngineConfig, ServerConfig
+from fastserve.engine.async_engine import AsyncEngine
+from fastserve.engine.messages import EngineInfo
+from fastserve.server.errors import ApiError, invalid, unavailable
+from fastserve.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class ServerContext:
+    """The parts behind the routes."""
+
+    engine: AsyncEngine
+    tokenizer: Tokenizer | None
+    config: EngineConfig
+    server_config: ServerConfig
+    created: int = field(default_factory=lambda: int(time.time()))
+    is_draining: bool = False  # a stopping server finishes what it has and takes no more
+
+    @property
+    def model_name(self) -> str:
+        """The name clients use."""
+        return self.server_config.served_model_name or self.config.model
+
+    def check_model(self, name: str | None) -> None:
+        """Raise 404 for another model's name; none means the one there is."""
+        if name is not None and name != self.model_name:
+            raise ApiError(
+                404,
+                f"The model `{name}` does not exist or you do not have access to it.",
+                param="model",
+                code="model_not_found",
+            )
+
+    def require_engine(self) -> EngineInfo:
+        """Return what the engine is; 503 while it is not there."""
+        if self.engine.is_dead:
+            raise unavailable(f"The engine is dead: {self.engine.error}", "engine_dead", 30)
+        if self.is_draining:
+            raise unavailable("The server is shutting down.", "draining")
+        if self.engine.info is None or not self.engine.is_ready:
+            stage, fraction = self.engine.progress
+            raise unavailable(f"The model is loading ({stage}, {fraction:.0%}).", "loading")
+        return self.engine.info
+
+    def require_place(self) -> None:
+        """Raise 429 while as many requests as are allowed have not ended."""
+        if self.engine.num_requests >= self.server_config.max_queued_requests:
+            raise ApiError(
+                429,
+                f"The server holds {self.engine.num_requests} requests and takes no more; "
+                "retry later.",
+                kind="rate_limit_error",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+
+    def require_tokenizer(self, param: str) -> Tokenizer:
+        """Return the tokenizer; 400 when the model has none."""
+        if self.tokenizer is None:
+            raise invalid("This model has no tokenizer; prompts must be token ids.", param)
+        return self.tokenizer

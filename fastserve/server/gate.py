@@ -1,0 +1,123 @@
+"""What every request passes: it gets a name, shows the key, has its body measured, is logged.
+
+Rules: plain ASGI, so that streams pass through untouched; the key is compared in constant time;
+a body is measured as it is read, whatever its headers say. An exception nobody expected is logged
+with its request's name and answered with a 500. Must not know: routes, bodies, the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastserve.server.errors import ApiError, error_response
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
+MAX_REQUEST_ID = 128  # characters of a client's own
+
+
+class Gate:
+    """Middleware around the whole app."""
+
+    def __init__(
+        self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int, logs_requests: bool
+    ) -> None:
+        self._app = app
+        self._key = None if api_key is None else api_key.encode()
+        self._max_body_bytes = max_body_bytes
+        self._logs_requests = logs_requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = chosen_id(headers.get("x-request-id"))
+        scope.setdefault("state", {})["request_id"] = request_id
+        began = time.monotonic()
+        status = 0
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            self._check(scope["path"], headers)
+            await self._app(scope, self._measured(receive), send_named)
+        except ApiError as error:
+            await error_response(error)(scope, receive, send_named)
+        except Exception:
+            logger.exception("request %s failed", request_id)
+            if status:
+                raise  # the answer has begun; closing the connection is all that is left to say
+            failure = ApiError(500, "The server failed.", code="internal_error")
+            await error_response(failure)(scope, receive, send_named)
+        finally:
+            if self._logs_requests and scope["path"] not in OPEN_PATHS:
+                spent_ms = 1e3 * (time.monotonic() - began)
+                logger.info(
+                    "%s %s %d %.1f ms %s",
+                    scope["method"], scope["path"], status, spent_ms, request_id,
+                )  # fmt: skip
+
+    def _check(self, path: str, headers: Headers) -> None:
+        """Raise ApiError for a missing or wrong key, or a body announced as too large."""
+        if self._key is not None and path not in OPEN_PATHS:
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            is_bearer = scheme.lower() == "bearer"
+            if not is_bearer or not secrets.compare_digest(key.strip().encode(), self._key):
+                raise ApiError(
+                    401,
+                    "Incorrect API key provided."
+                    if is_bearer
+                    else "You didn't provide an API key; send it as Authorization: Bearer KEY.",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        announced = headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > self._max_body_bytes:
+            raise self._too_large()
+
+    def _measured(self, receive: Receive) -> Receive:
+        num_bytes = 0
+
+        async def receive_measured() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            if message["type"] == "http.request":
+                num_bytes += len(message.get("body", b""))
+                if num_bytes > self._max_body_bytes:
+                    raise self._too_large()
+            return message
+
+        return receive_measured
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"The request body is larger than {self._max_body_bytes} bytes.",
+            code="request_too_large",
+        )
+
+
+def chosen_id(given: str | None) -> str:
+    """Return the client's request id if it can be echoed, else a new one."""
+    if given and len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable():
+        return given
+    return uuid.uuid4().hex
+
+
+def request_id_of(scope: Scope) -> str:
+    """Return the id under which a request is answered."""
+    return str(scope["state"]["request_id"])

@@ -1,0 +1,169 @@
+"""Runs the choices of one HTTP request: their updates become text, merged into one stream of news.
+
+Rules: however it ends (answered, client gone, engine dead) no choice is left running: all are
+aborted on the way out, which harms none that has ended. A stop string is matched here and the
+engine told so. Must not know: the shape of answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from starlette.types import Receive
+
+from fastserve.core.output import RequestMetrics, RequestUpdate, TokenLogprobs
+from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.engine.async_engine import RequestStream
+from fastserve.engine.messages import EngineInfo
+from fastserve.server.context import ServerContext
+from fastserve.server.errors import ApiError, invalid
+from fastserve.server.prompts import Prompt
+from fastserve.tokenizer import TextDelta, TextStream
+
+T = TypeVar("T")
+
+NEWS_QUEUE = 64  # updates waiting for a slow client; further ones merge in their streams
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; nobody is there to be told."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Choice:
+    """One choice of an answer: one request of the engine."""
+
+    index: int
+    prompt_index: int
+    prompt: Prompt
+    params: SamplingParams
+    stream: RequestStream
+    text: TextStream
+    prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    metrics: RequestMetrics | None = None
+    has_begun: bool = False  # something of it was sent
+
+    def take(self, update: RequestUpdate) -> TextDelta:
+        """Turn one update into what the client may see of it."""
+        if update.finish_reason is FinishReason.ERROR:
+            raise ApiError(500, "The engine failed to run this request.", code="engine_error")
+        self.prompt_logprobs.extend(update.prompt_logprobs)
+        if update.metrics is not None:
+            self.metrics = update.metrics
+        delta = self.text.push(update.samples, update.finish_reason, update.stop_reason)
+        if delta.matched_stop is not None and update.finish_reason is None:
+            self.stream.finish(delta.num_output_tokens)
+        return delta
+
+
+class News(NamedTuple):
+    """What one update of one choice adds."""
+
+    choice: Choice
+    delta: TextDelta
+
+
+def submit(
+    context: ServerContext,
+    info: EngineInfo,
+    prompts: Sequence[Prompt],
+    params: Sequence[SamplingParams],
+    *,
+    n: int,
+    priority: int,
+    client: str,
+) -> list[Choice]:
+    """Hand every choice of every prompt to the engine; choice i of a prompt draws by seed + i."""
+    context.require_place()
+    choices: list[Choice] = []
+    try:
+        for prompt_index, (prompt, first) in enumerate(zip(prompts, params, strict=True)):
+            for i in range(n):
+                own = dataclasses.replace(first, seed=shifted(first.seed, i))
+                text = TextStream(context.tokenizer, prompt.token_ids, own, info.eos_token_ids)
+                stream = context.engine.submit(
+                    prompt.token_ids, own, priority=priority, client=client
+                )
+                choices.append(
+                    Choice(len(choices), prompt_index, prompt, own, stream, text)
+                )
+    except Exception as error:
+        abort_all(choices)
+        if isinstance(error, ValueError):
+            raise invalid(str(error)) from error
+        raise
+    return choices
+
+
+def shifted(seed: int | None, i: int) -> int | None:
+    """Return the seed of choice `i`, within 64 bits."""
+    return None if seed is None else (seed + i + 2**63) % 2**64 - 2**63
+
+
+def abort_all(choices: Sequence[Choice]) -> None:
+    """Let no choice run on."""
+    for choice in choices:
+        choice.stream.abort()
+
+
+async def news_of(choices: Sequence[Choice]) -> AsyncGenerator[News]:
+    """Yield the news of all choices as they come; raises the first failure."""
+    if len(choices) == 1:
+        async for update in choices[0].stream:
+            yield News(choices[0], choices[0].take(update))
+        return
+    queue: asyncio.Queue[tuple[Choice, RequestUpdate | Exception | None]]
+    queue = asyncio.Queue(NEWS_QUEUE)
+    pumps = [asyncio.create_task(pump(choice, queue)) for choice in choices]
+    try:
+        num_open = len(choices)
+        while num_open:
+            choice, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield News(choice, choice.take(item))
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def pump(
+    choice: Choice, queue: asyncio.Queue[tuple[Choice, RequestUpdate | Exception | None]]
+) -> None:
+    """Put a choice's updates on the queue, then None, or the error that ended them."""
+    end: Exception | None = None
+    try:
+        async for update in choice.stream:
+            await queue.put((choice, update))
+    except Exception as error:
+        end = error
+    await queue.put((choice, end))
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`, and cancel it when the client leaves; then raises ClientGoneError."""
+    worker = asyncio.ensure_future(work)
+    watcher = asyncio.create_task(disconnected(receive))
+    try:
+        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if worker.done():
+            return worker.result()
+        watcher.result()
+        raise ClientGoneError
+    finally:
+        for task in (worker, watcher):
+            task.cancel()
+        await asyncio.gather(worker, watcher, return_exceptions=True)
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return once the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,167 @@
+"""What clients send: OpenAI's request bodies with vLLM's extra fields.
+
+Rules: types only; values are judged in admission.py, where the engine's limits are known. Fields
+that are not here are kept aside and ignored, but for those admission.py knows it cannot honour.
+Must not know: the engine, the tokenizer.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from annotated_types import Ge, Lt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    StrictInt,
+    StrictStr,
+    Tag,
+)
+
+
+class FirstFault(FailFast):
+    """Ends validation of a list at its first fault; hashable, as members of a union must be."""
+
+    __hash__ = object.__hash__
+
+
+Int64 = Annotated[int, Ge(-(2**63)), Lt(2**63)]
+TokenIds = Annotated[list[Annotated[StrictInt, Ge(0), Lt(2**63)]], FirstFault()]
+
+
+def kind_of_prompt(value: Any) -> str:
+    """Tell the four kinds of prompt apart by the first item, so that errors are about one kind."""
+    if not isinstance(value, list) or not value:
+        return "as string" if not isinstance(value, list) else "as token ids"
+    if isinstance(value[0], str):
+        return "as strings"
+    return "as lists of token ids" if isinstance(value[0], list) else "as token ids"
+
+
+Prompt = Annotated[
+    Annotated[StrictStr, Tag("as string")]
+    | Annotated[Annotated[list[StrictStr], FirstFault()], Tag("as strings")]
+    | Annotated[TokenIds, Tag("as token ids")]
+    | Annotated[Annotated[list[TokenIds], FirstFault()], Tag("as lists of token ids")],
+    Discriminator(kind_of_prompt),
+]
+
+
+def kind_of_text(value: Any) -> str:
+    """Tell one string from a list."""
+    return "as list" if isinstance(value, list) else "as string"
+
+
+class Body(BaseModel):
+    """Any request body."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), hide_input_in_errors=True)
+
+
+class StreamOptions(Body):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationRequest(Body):
+    """What completions and chat have in common: how to draw tokens, and what to return."""
+
+    model: StrictStr | None = None
+    n: Int64 | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int64 | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: Int64 | None = None
+    logit_bias: dict[Int64, float] | None = None
+    max_tokens: Int64 | None = None
+    min_tokens: Int64 | None = None
+    ignore_eos: bool | None = None
+    stop: Annotated[
+        Annotated[StrictStr, Tag("as string")]
+        | Annotated[Annotated[list[StrictStr], FirstFault()], Tag("as list")],
+        Discriminator(kind_of_text),
+    ] | None = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    prompt_logprobs: Int64 | None = None
+    priority: Int64 | None = None
+    user: StrictStr | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    return_metrics: bool | None = None
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: Int64 | None = None
+    best_of: Int64 | None = None
+
+
+class ContentPart(Body):
+    """One part of a message; text is the only kind that is understood."""
+
+    type: StrictStr
+    text: StrictStr | None = None
+
+
+class ChatMessage(Body):
+    """One message; fields that are not here reach the template."""
+
+    role: StrictStr
+    content: Annotated[
+        Annotated[StrictStr, Tag("as string")]
+        | Annotated[Annotated[list[ContentPart], FirstFault()], Tag("as list")],
+        Discriminator(kind_of_text),
+    ] | None = None
+
+
+class ChatInput(Body):
+    """Messages, and how to make a prompt of them."""
+
+    messages: Annotated[list[ChatMessage], FirstFault()]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatCompletionRequest(ChatInput, GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    logprobs: bool | None = None
+    top_logprobs: Int64 | None = None
+    max_completion_tokens: Int64 | None = None
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: a text, or the messages of a chat."""
+
+    model: StrictStr | None = None
+    prompt: StrictStr | None = None
+    messages: Annotated[list[ChatMessage], FirstFault()] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: StrictStr | None = None
+    tokens: TokenIds

@@ -1,0 +1,182 @@
+"""Serves one generation request: validate → prompts → engine → response or SSE.
+
+Rules: nothing is submitted before everything was judged; one write per update; a failure after the
+headers is one error event, then [DONE]. Must not know: what bodies look like inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Sequence
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fastserve.server.admission import check_fields, sampling_params
+from fastserve.server.answers import Shape, Tally, joined
+from fastserve.server.chat import ChatShape
+from fastserve.server.completion import CompletionShape
+from fastserve.server.context import ServerContext
+from fastserve.server.errors import ApiError, error_body, from_failure, invalid
+from fastserve.server.gate import request_id_of
+from fastserve.server.generation import (
+    Choice,
+    ClientGoneError,
+    News,
+    abort_all,
+    news_of,
+    submit,
+    unless_gone,
+)
+from fastserve.server.logprobs import TokenNames
+from fastserve.server.prompts import Prompt, chat_prompt, completion_prompts, num_prompts
+from fastserve.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
+from fastserve.server.responses import DONE, sse
+from fastserve.tokenizer import TextDelta
+
+logger = logging.getLogger(__name__)
+
+
+async def complete(
+    body: CompletionRequest, context: ServerContext, request: Request
+) -> Response:
+    """Answer POST /v1/completions."""
+    context.check_model(body.model)
+    info = context.require_engine()
+    context.require_place()
+    check_fields(body, num_prompts(body))
+    if body.echo:
+        context.require_tokenizer("echo")
+    prompts = await completion_prompts(body, context, info)
+    choices, tally = start(body, prompts, context, f"cmpl-{request_id_of(request.scope)}")
+    shape = CompletionShape(body, tally, context.tokenizer)
+    return await respond(body, choices, shape, request)
+
+
+async def chat(
+    body: ChatCompletionRequest, context: ServerContext, request: Request
+) -> Response:
+    """Answer POST /v1/chat/completions."""
+    context.check_model(body.model)
+    context.require_engine()
+    context.require_place()
+    check_fields(body, 1)
+    prompt = await chat_prompt(
+        body.messages,
+        context,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        add_special_tokens=body.add_special_tokens,
+        variables=body.chat_template_kwargs,
+    )
+    choices, tally = start(body, [prompt], context, f"chatcmpl-{request_id_of(request.scope)}")
+    return await respond(body, choices, ChatShape(body, tally), request)
+
+
+def start(
+    body: GenerationRequest, prompts: Sequence[Prompt], context: ServerContext, answer_id: str
+) -> tuple[list[Choice], Tally]:
+    """Make the parameters, and hand every choice to the engine."""
+    info = context.require_engine()  # it may have died while the prompt was read
+    params = sampling_params(body, prompts, info)
+    if context.tokenizer is None and params[0].stop_strings:
+        raise invalid("stop strings need a tokenizer, and this model has none.", "stop")
+    choices = submit(
+        context,
+        info,
+        prompts,
+        params,
+        n=body.n or 1,
+        priority=body.priority or 0,
+        client=body.user or "",
+    )
+    names = TokenNames(context.tokenizer, bool(body.return_tokens_as_token_ids))
+    tally = Tally(
+        body, prompts, choices, answer_id=answer_id, model=context.model_name, names=names
+    )
+    return choices, tally
+
+
+async def respond(
+    body: GenerationRequest, choices: Sequence[Choice], shape: Shape, request: Request
+) -> Response:
+    """Return a stream, or the whole answer once there is one."""
+    if body.stream:
+        return EventStream(choices, shape)
+    try:
+        content = await unless_gone(request.receive, whole_answer(choices, shape))
+    except ClientGoneError:
+        return Response(status_code=499)  # nobody reads it; the log does
+    finally:
+        abort_all(choices)
+    return Response(content, media_type="application/json")
+
+
+async def whole_answer(choices: Sequence[Choice], shape: Shape) -> bytes:
+    """Return the body of a response that is not streamed."""
+    deltas: list[list[TextDelta]] = [[] for _ in choices]
+    try:
+        async with contextlib.aclosing(news_of(choices)) as all_news:
+            async for choice, delta in all_news:
+                deltas[choice.index].append(delta)
+    except Exception as error:
+        failure = from_failure(error)
+        if failure is None:
+            raise
+        raise failure from error
+    whole = [News(choice, joined(deltas[choice.index])) for choice in choices]
+    return msgspec.json.encode(shape.whole(whole))
+
+
+async def events(choices: Sequence[Choice], shape: Shape) -> AsyncGenerator[bytes]:
+    """Yield the body of a stream: one piece per update."""
+    try:
+        async with contextlib.aclosing(news_of(choices)) as all_news:
+            async for news in all_news:
+                chunks = shape.chunks(news)
+                if chunks:
+                    yield b"".join(map(sse, chunks))
+        usage = shape.tally.usage_chunk(shape.kind)
+        yield DONE if usage is None else sse(usage) + DONE
+    except Exception as error:
+        failure = from_failure(error)
+        if failure is None:
+            logger.exception("a stream failed")
+            failure = ApiError(500, "The server failed.", code="internal_error")
+        yield b"data: " + error_body(failure) + b"\n\n" + DONE
+
+
+class EventStream(Response):
+    """Sends events while the client is there; aborts every choice once it is not."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, choices: Sequence[Choice], shape: Shape) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._choices = choices
+        self._shape = shape
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the response."""
+        with contextlib.suppress(ClientGoneError):
+            try:
+                await unless_gone(receive, self._send_all(send))
+            finally:
+                abort_all(self._choices)
+
+    async def _send_all(self, send: Send) -> None:
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        )
+        async with contextlib.aclosing(events(self._choices, self._shape)) as pieces:
+            async for piece in pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,49 @@
+"""/tokenize and /detokenize: the tokenizer by itself. Must not know: generation."""
+
+from __future__ import annotations
+
+from fastserve.server.context import ServerContext
+from fastserve.server.errors import invalid
+from fastserve.server.prompts import chat_prompt, check_token_ids, encode, off_loop
+from fastserve.server.protocol import DetokenizeRequest, TokenizeRequest
+from fastserve.server.responses import TokenizeResponse
+
+
+async def tokenize(body: TokenizeRequest, context: ServerContext) -> TokenizeResponse:
+    """Answer POST /tokenize."""
+    context.check_model(body.model)
+    info = context.require_engine()
+    tokenizer = context.require_tokenizer("prompt")
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("Either prompt or messages must be given.", "prompt")
+    if body.messages is not None:
+        prompt = await chat_prompt(
+            body.messages,
+            context,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            add_special_tokens=body.add_special_tokens,
+            variables=body.chat_template_kwargs,
+        )
+        ids = prompt.token_ids
+    else:
+        ids = await encode(tokenizer, body.prompt or "", body.add_special_tokens is not False)
+    spelled = None
+    if body.return_token_strs:
+        spelled = [tokenizer.id_to_token(token_id) or "" for token_id in ids]
+    return TokenizeResponse(
+        count=len(ids), max_model_len=info.max_model_len, tokens=ids, token_strs=spelled
+    )
+
+
+async def detokenize(body: DetokenizeRequest, context: ServerContext) -> dict[str, str]:
+    """Answer POST /detokenize."""
+    context.check_model(body.model)
+    info = context.require_engine()
+    tokenizer = context.require_tokenizer("tokens")
+    check_token_ids(body.tokens, info.vocab_size, "tokens")
+    return {
+        "prompt": await off_loop(
+            len(body.tokens), lambda: tokenizer.decode(body.tokens, skip_special_tokens=False)
+        )
+    }

@@ -1,0 +1,202 @@
+"""Text ↔ ids: the tokenizer, its special tokens, its chat template. The door of the text room.
+
+Rules: what a model directory says of its tokenizer is read here and nowhere else; a file that
+cannot be used is a ConfigError of one line. Must not know: HTTP, the engine, torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from fastserve.chat_template import ChatTemplate, ChatTemplateError
+from fastserve.config import ConfigError
+from fastserve.text_stream import TextDelta, TextStream
+
+__all__ = ["TextDelta", "TextStream", "Tokenizer"]
+
+LONG_TEXT = 4096  # characters from which encoding lets other threads run
+
+
+class Tokenizer:
+    """A Hugging Face fast tokenizer with its special tokens and chat template."""
+
+    def __init__(
+        self, backend: Backend, special_tokens: Mapping[str, str], template: str | None
+    ) -> None:
+        self._backend = backend
+        self._special_tokens = dict(special_tokens)
+        backend.no_truncation()
+        backend.no_padding()
+        known = [text for text in special_tokens.values() if backend.token_to_id(text) is not None]
+        backend.add_special_tokens(known)
+        self._added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self._template = ChatTemplate(template, special_tokens) if template is not None else None
+        decoder = b"" if backend.decoder is None else backend.decoder.__getstate__()
+        self._byte_of_char = byte_alphabet() if b'"ByteLevel"' in decoder else None
+        self._has_byte_tokens = b'"ByteFallback"' in decoder
+        self._reference_id = self._find_reference()
+        self._texts: dict[int, str] = {}
+
+    @classmethod
+    def load(cls, model_dir: Path, chat_template: str | None = None) -> Tokenizer:
+        """Read a model directory; `chat_template` (a file, or a template) replaces its own.
+
+        Raises ConfigError with one line when there is no usable tokenizer.
+        """
+        path = model_dir / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"{model_dir}: no tokenizer.json, so only token ids can be prompts")
+        settings = read_json(model_dir / "special_tokens_map.json")
+        settings.update(read_json(model_dir / "tokenizer_config.json"))
+        special_tokens = {
+            name: text
+            for name, value in settings.items()
+            if name.endswith("_token") and (text := token_text(value)) is not None
+        }
+        if chat_template is not None:
+            template: str | None = read_template(chat_template)
+        elif (model_dir / "chat_template.jinja").is_file():
+            template = (model_dir / "chat_template.jinja").read_text(encoding="utf-8")
+        else:
+            template = default_template(settings.get("chat_template"))
+        try:
+            backend = Backend.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ConfigError(f"{path}: not a tokenizer: {error}") from error
+        try:
+            return cls(backend, special_tokens, template)
+        except ChatTemplateError as error:
+            raise ConfigError(f"{model_dir}: {error}") from error
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be made a prompt."""
+        return self._template is not None
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id that begins a text, if there is one."""
+        return self._named_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id that ends a text, if there is one."""
+        return self._named_id("eos_token")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of `text`."""
+        if len(text) < LONG_TEXT:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Of the library's calls, only those for batches release the interpreter lock.
+        return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids`; an id the tokenizer does not know has none."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """Return the prompt text for chat messages; raises ChatTemplateError."""
+        if self._template is None:
+            raise ChatTemplateError(
+                "This model has no chat template; --chat-template names one, completions need none."
+            )
+        return self._template.render(messages, **variables)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """Return the prompt ids for chat messages; the template writes the special tokens."""
+        text = self.apply_chat_template(messages, **variables)
+        return self.encode(text, add_special_tokens=False)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """Return the vocabulary's spelling of an id."""
+        return self._backend.id_to_token(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one id as it reads inside a text, its leading space included."""
+        text = self._texts.get(token_id)
+        if text is None:
+            if self._reference_id is None or token_id in self.special_ids:
+                text = self.decode([token_id], skip_special_tokens=False)
+            else:
+                ids = [self._reference_id, token_id]
+                prefix = self.decode(ids[:1], skip_special_tokens=False)
+                text = self.decode(ids, skip_special_tokens=False)[len(prefix) :]
+            self._texts[token_id] = text
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one id, which may be part of a character."""
+        token = self.id_to_token(token_id) or ""
+        if self._byte_of_char is not None and token_id not in self._added:
+            values = [self._byte_of_char.get(char) for char in token]
+            if None not in values:
+                return bytes(value for value in values if value is not None)
+        if self._has_byte_tokens and len(token) == 6 and token.startswith("<0x"):
+            return bytes.fromhex(token[3:5])
+        return self.token_text(token_id).encode()
+
+    def _named_id(self, name: str) -> int | None:
+        text = self._special_tokens.get(name)
+        return None if text is None else self._backend.token_to_id(text)
+
+    def _find_reference(self) -> int | None:
+        """Find an id with plain text, to put before a token whose own text is asked for."""
+        for char in "abcdefghijklmnopqrstuvwxyz0123456789":
+            token_id = self._backend.token_to_id(char)
+            if token_id is not None and self.decode([token_id]) == char:
+                return token_id
+        return None
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Return the characters by which byte-level vocabularies spell bytes (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [value for value in range(256) if value not in printable]
+    table = {chr(value): value for value in printable}
+    table.update({chr(256 + index): value for index, value in enumerate(others)})
+    return table
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, {} where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return value
+
+
+def token_text(value: object) -> str | None:
+    """Return a special token's text, which files give as a string or as an object."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def default_template(value: object) -> str | None:
+    """Return a tokenizer_config.json's template, or of several named ones the default."""
+    if isinstance(value, list):
+        by_name = {entry.get("name"): entry.get("template") for entry in value}
+        value = by_name.get("default")
+    return value if isinstance(value, str) else None
+
+
+def read_template(source: str) -> str:
+    """Return the template in a file, or `source` itself where it reads as one."""
+    path = Path(source)
+    if "{" not in source and "\n" not in source:
+        if not path.is_file():
+            raise ConfigError(f"--chat-template: no such file: {source}")
+        return path.read_text(encoding="utf-8")
+    return source

@@ -1,0 +1,52 @@
+"""A live server for the tests that need one: a process of its own, started once."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+API_KEY = "sk-test"
+
+
+@pytest.fixture(scope="session")
+def server_url() -> Iterator[str]:
+    """Start `fastserve serve` with the demo model on a free port; stop it at the end."""
+    command = [
+        sys.executable, "-m", "fastserve", "serve", "--port", "0", "--num-threads", "1",
+        "--api-key", API_KEY, "--max-body-bytes", "200000",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = []
+    try:
+        for line in process.stderr:
+            lines.append(line)
+            found = re.search(r"Serving .* on (http://\S+)", line)
+            if found:
+                break
+        else:
+            pytest.fail("the server did not start:\n" + "".join(lines))
+        # Unread, a full pipe would stop the server.
+        drain = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
+        drain.start()
+        yield found.group(1)
+        process.terminate()
+        assert process.wait(60) == 0, "".join(lines)
+        drain.join(10)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.fixture(scope="session")
+def client(server_url: str) -> Iterator[openai.OpenAI]:
+    """OpenAI's client, pointed at the live server."""
+    with openai.OpenAI(base_url=server_url + "/v1", api_key=API_KEY, max_retries=0) as made:
+        yield made

@@ -1,0 +1,194 @@
+"""What is refused, with which status, in OpenAI's one shape."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastserve.engine.async_engine import EngineDeadError
+from tests.server.scripted import ScriptedEngine, call, fails, make_app, post
+
+COMPLETIONS = "/v1/completions"
+JSON = {"Content-Type": "application/json"}
+
+
+def error_of(response, status: int) -> dict:
+    """Return the error of a response with this status; it has exactly OpenAI's four fields."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "says_so"),
+    [
+        ({"prompt": None}, "prompt", "string"),
+        ({"prompt": {}}, "prompt", "string"),
+        ({"prompt": []}, "prompt", "empty"),
+        ({"prompt": [[]]}, "prompt", "at least one token"),
+        ({"prompt": [1.5]}, "prompt", "prompt[0]"),
+        ({"prompt": [5, "x"]}, "prompt", "prompt[1]"),
+        ({"prompt": ["x", 5]}, "prompt", "prompt[1]"),
+        ({"prompt": [[5], [-1]]}, "prompt", "prompt[1][0]"),
+        ({"prompt": [True]}, "prompt", "prompt[0]"),
+        ({"prompt": [300]}, "prompt", "out of vocabulary"),
+        ({"n": 0}, "n", "at least 1"),
+        ({"n": 2049}, "n", "2048"),
+        ({"prompt": ["x"] * 1025, "n": 2}, "prompt", "2048"),
+        ({"n": 10**30}, "n", "n"),
+        ({"best_of": 2}, "best_of", "best_of"),
+        ({"suffix": "x"}, "suffix", "not supported"),
+        ({"guided_json": {"type": "object"}}, "guided_json", "not supported"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"max_tokens": "many"}, "max_tokens", "integer"),
+        ({"temperature": -0.1}, "temperature", "non-negative"),
+        ({"top_p": 1.1}, "top_p", "(0, 1]"),
+        ({"top_k": -2}, "top_k", "-1"),
+        ({"min_tokens": 17}, "min_tokens", "max_tokens"),
+        ({"presence_penalty": 3}, "presence_penalty", "[-2, 2]"),
+        ({"logprobs": 21}, "logprobs", "[0, 20]"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs", "[0, 20]"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "integer"),
+        ({"logit_bias": {"300": 1}}, "logit_bias", "out of vocabulary"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "100"),
+        ({"stop_token_ids": [300]}, "stop_token_ids", "out of vocabulary"),
+        ({"stop": [""]}, "stop", "empty"),
+        ({"stop": ["x"] * 65}, "stop", "64"),
+        ({"stop": "x" * 1025}, "stop", "1024"),
+        ({"stream_options": {}}, "stream_options", "stream"),
+    ],
+)
+def test_invalid_values_name_their_field(change, param, says_so):
+    """Always a 400, never a 422; nothing reaches the engine."""
+    engine = ScriptedEngine()
+    error = error_of(post(engine, COMPLETIONS, {"prompt": "x", **change}), 400)
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert says_so in error["message"]
+    assert not engine.streams
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"prompt":"\\ud800"}', b"\xff"])
+def test_bodies_that_are_no_request(content):
+    """Malformed, empty, or not an object."""
+    app = make_app(ScriptedEngine())
+    error_of(call(app, "POST", COMPLETIONS, content=content, headers=JSON), 400)
+
+
+def test_other_media_types_are_refused():
+    """What a web page can post without asking is not taken for a request."""
+    app = make_app(ScriptedEngine())
+    headers = {"Content-Type": "text/plain"}
+    response = call(app, "POST", COMPLETIONS, content=b'{"prompt":"x"}', headers=headers)
+    assert "Content-Type" in error_of(response, 400)["message"]
+
+
+def test_more_than_the_window():
+    """vLLM's wording, OpenAI's code; the part that is too long is named."""
+    body = {"prompt": [5] * 90, "max_tokens": 11}
+    error = error_of(post(ScriptedEngine(), COMPLETIONS, body), 400)
+    assert error["message"].startswith(
+        "This model's maximum context length is 100 tokens. However, you requested 101 tokens "
+        "(90 in the prompt, 11 in the completion)."
+    )
+    assert (error["param"], error["code"]) == ("max_tokens", "context_length_exceeded")
+    error = error_of(post(ScriptedEngine(), COMPLETIONS, {"prompt": [5] * 100}), 400)
+    assert error["param"] == "prompt"
+
+
+def test_more_than_the_whole_pool():
+    """A request that no eviction could make room for."""
+    engine = ScriptedEngine(max_request_tokens=40)
+    error = error_of(post(engine, COMPLETIONS, {"prompt": [5] * 30, "max_tokens": 11}), 400)
+    assert "KV cache" in error["message"]
+    assert post(engine, COMPLETIONS, {"prompt": [5] * 30, "max_tokens": 10}).status_code == 200
+
+
+def test_unknown_names():
+    """Routes, models and methods."""
+    app = make_app(ScriptedEngine(), served_model_name="mine")
+    assert "/v1/nothing" in error_of(call(app, "GET", "/v1/nothing"), 404)["message"]
+    error = error_of(post(ScriptedEngine(), COMPLETIONS, {"prompt": "x", "model": "gpt"}), 404)
+    assert error["message"].startswith("The model `gpt` does not exist")
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    error_of(call(app, "GET", "/v1/models/tiny"), 404)
+    assert call(app, "GET", "/v1/models/mine").json()["id"] == "mine"
+    response = call(app, "GET", COMPLETIONS)
+    error_of(response, 405)
+    assert response.headers["allow"] == "POST"
+
+
+def test_a_full_queue_is_a_429():
+    """With a time to come back."""
+    engine = ScriptedEngine()
+    engine.num_requests = 2
+    response = post(engine, COMPLETIONS, {"prompt": "x"}, max_queued_requests=2)
+    assert error_of(response, 429)["type"] == "rate_limit_error"
+    assert int(response.headers["retry-after"]) >= 1
+    engine.num_requests = 1
+    assert post(engine, COMPLETIONS, {"prompt": "x"}, max_queued_requests=2).status_code == 200
+
+
+@pytest.mark.parametrize("state", ["loading", "draining", "dead"])
+def test_no_engine_is_a_503(state):
+    """For work and for those who ask whether there may be some; models and metrics still answer."""
+    engine = ScriptedEngine()
+    app = make_app(engine)
+    if state == "loading":
+        engine.info, engine.is_ready = None, False
+    elif state == "dead":
+        engine.is_ready, engine.is_dead, engine.error = False, True, "it died"
+    else:
+        app.state.context.is_draining = True
+    for method, path, body in (
+        ("POST", COMPLETIONS, {"prompt": "x"}),
+        ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("POST", "/tokenize", {"prompt": "x"}),
+        ("GET", "/health", None),
+        ("GET", "/ready", None),
+    ):
+        response = call(app, method, path, json=body)
+        error = error_of(response, 503)
+        assert state in (error["code"] or "")
+        assert int(response.headers["retry-after"]) >= 1
+    for path in ("/v1/models", "/metrics", "/version"):
+        assert call(app, "GET", path).status_code == 200
+    if state == "loading":
+        assert "loading weights, 50%" in call(app, "GET", "/ready").json()["error"]["message"]
+
+
+def test_an_engine_that_dies_is_a_503():
+    """For requests under way that are not streamed."""
+    engine = ScriptedEngine(fails("a", EngineDeadError("killed by signal 9")))
+    error = error_of(post(engine, COMPLETIONS, {"prompt": "x", "n": 2}), 503)
+    assert "killed by signal 9" in error["message"]
+
+
+def test_a_request_the_engine_rejects_is_a_400():
+    """What only the engine can know."""
+    engine = ScriptedEngine(fails("a", ValueError("no room for it")))
+    assert error_of(post(engine, COMPLETIONS, {"prompt": "x"}), 400)["message"] == "no room for it"
+
+
+def test_a_fault_of_ours_is_a_500_that_tells_nothing():
+    """But for the name under which it was logged."""
+    engine = ScriptedEngine(fails("a", RuntimeError("a secret path")))
+    response = post(engine, COMPLETIONS, {"prompt": "x"})
+    assert "secret" not in error_of(response, 500)["message"]
+    assert response.headers["x-request-id"]
+
+
+def test_a_rejected_submission_leaves_nothing_running():
+    """The choices before it are aborted."""
+    engine = ScriptedEngine()
+    script = engine.script
+
+    def refuse_third(stream):
+        if len(engine.streams) == 3:
+            raise ValueError("not this one")
+        return script(stream)
+
+    engine.script = refuse_third
+    error_of(post(engine, COMPLETIONS, {"prompt": "x", "n": 4}), 400)
+    assert [stream.is_aborted for stream in engine.streams] == [True, True, False]

@@ -1,0 +1,101 @@
+"""What every request passes: key, size of the body, request id, log line."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from tests.server.scripted import ScriptedEngine, call, make_app
+
+BODY = {"prompt": "x"}
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (None, 401), ("Bearer wrong", 401), ("Basic key", 401), ("key", 401), ("Bearer ", 401),
+        ("Bearer clé", 401), ("Bearer key", 200), ("bearer  key", 200),
+    ],
+)  # fmt: skip
+def test_the_key(header, status):
+    """As a bearer token, exactly."""
+    app = make_app(ScriptedEngine(), api_key="key")
+    headers = {} if header is None else {"Authorization": header.encode()}
+    response = call(app, "POST", "/v1/completions", json=BODY, headers=headers)
+    assert response.status_code == status
+    if status == 401:
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert response.json()["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/metrics"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_watchers_need_no_key(path, method):
+    """They see no one's text."""
+    assert call(make_app(ScriptedEngine(), api_key="key"), method, path).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/docs", "/openapi.json", "/nowhere", "/health/"])
+def test_all_else_needs_the_key(path):
+    """Also what does not exist."""
+    assert call(make_app(ScriptedEngine(), api_key="key"), "GET", path).status_code == 401
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_the_size_of_a_body(is_announced):
+    """Counted as it is read, whatever the headers say."""
+    app = make_app(ScriptedEngine(), max_body_bytes=1024)
+    content = b'{"prompt": "' + b"x" * 1100 + b'"}'
+
+    async def pieces():
+        for start in range(0, len(content), 100):
+            yield content[start : start + 100]
+
+    body = content if is_announced else pieces()
+    headers = {"Content-Type": "application/json"}
+    response = call(app, "POST", "/v1/completions", content=body, headers=headers)
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "request_too_large"
+
+
+@pytest.mark.parametrize(
+    ("given", "is_echoed"), [("abc-1", True), ("x" * 200, False), ("é", False), (None, False)]
+)
+def test_request_ids(given, is_echoed):
+    """The client's own if it can be echoed, else a new one; errors carry one too."""
+    headers = {} if given is None else {"X-Request-Id": given.encode()}
+    for path in ("/version", "/nowhere"):
+        echoed = call(make_app(ScriptedEngine()), "GET", path, headers=headers)
+        assert (echoed.headers["x-request-id"] == given) is is_echoed
+        assert echoed.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("is_off", [False, True])
+def test_a_line_per_request(caplog, is_off):
+    """Without prompts; none for watchers; none at all when switched off."""
+    app = make_app(ScriptedEngine(), disable_log_requests=is_off)
+    with caplog.at_level(logging.INFO, logger="fastserve.server.gate"):
+        call(app, "POST", "/v1/completions", json={"prompt": "secret"})
+        call(app, "GET", "/metrics")
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == (0 if is_off else 1)
+    assert all("POST /v1/completions 200" in line and "secret" not in line for line in lines)
+
+
+def test_the_description_of_the_api_is_whole():
+    """Every reference in it leads somewhere."""
+    schema = call(make_app(ScriptedEngine()), "GET", "/openapi.json").json()
+
+    def references(value):
+        if isinstance(value, dict):
+            yield from (v for k, v in value.items() if k == "$ref")
+            value = list(value.values())
+        if isinstance(value, list):
+            for item in value:
+                yield from references(item)
+
+    found = set(references(schema))
+    assert "#/components/schemas/CompletionRequest" in found
+    names = {reference.removeprefix("#/components/schemas/") for reference in found}
+    assert names <= set(schema["components"]["schemas"])

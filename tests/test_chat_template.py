@@ -1,0 +1,102 @@
+"""ChatTemplate: what templates may use, what they may not, and how they fail."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+
+import pytest
+
+from fastserve.chat_template import ChatTemplate, ChatTemplateError
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+def render(source: str, messages=USER, **variables) -> str:
+    """Render with a special token."""
+    return ChatTemplate(source, {"bos_token": "<s>"}).render(messages, **variables)
+
+
+def test_special_tokens_variables_and_defaults_are_there():
+    """The token, a variable of the request, and the two that are always defined."""
+    source = "{{ bos_token }}{{ mood }}{{ tools is none }}{{ documents is none }}"
+    assert render(source, mood="calm") == "<s>calmTrueTrue"
+
+
+def test_loop_controls_work():
+    """Templates break out of loops."""
+    assert render("{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{i}}{% endfor %}") \
+        == "012"
+
+
+def test_blocks_are_trimmed():
+    """A block's own line leaves no trace."""
+    assert render("a\n  {% if true %}\nb\n  {% endif %}\n") == "a\nb\n"
+
+
+def test_tojson_escapes_no_html_and_keeps_unicode():
+    """Unlike Jinja's own filter."""
+    assert render("{{ x | tojson(indent=None) }}", x={"a": "<é>"}) == '{"a": "<é>"}'
+
+
+def test_strftime_now_gives_today():
+    """Templates that state the date."""
+    days = {datetime.now().strftime("%Y-%m-%d")}
+    text = render("{{ strftime_now('%Y-%m-%d') }}")
+    days.add(datetime.now().strftime("%Y-%m-%d"))
+    assert text in days
+
+
+def test_generation_tags_are_transparent():
+    """They mark what is trained on; the text is theirs too."""
+    assert render("a{% generation %}b{{ 1 }}{% endgeneration %}c") == "ab1c"
+
+
+def test_a_template_may_refuse_its_messages():
+    """The message reaches the user."""
+    with pytest.raises(ChatTemplateError, match="no such role"):
+        render("{{ raise_exception('no such role') }}")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages[0].pop('role') }}",
+        "{% set ns = namespace(__class__=1) %}",
+        "{% set ns = namespace() %}{% set ns.__init__ = 1 %}",
+        "{{ undefined_thing.attribute }}",
+        "{{ 1 / 0 }}",
+    ],
+)
+def test_escapes_and_faults_are_template_errors(source):
+    """Neither reaches the interpreter nor ends the server."""
+    with pytest.raises(ChatTemplateError):
+        render(source)
+
+
+def test_the_callers_messages_stay_as_they_are():
+    """Also when the last one is continued."""
+    messages = [{"role": "assistant", "content": "Once"}]
+    text = render(
+        "[{{ messages[0].content }}]", messages, add_generation_prompt=False,
+        continue_final_message=True,
+    )
+    assert text == "[Once"
+    assert messages == [{"role": "assistant", "content": "Once"}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "adds", "says"),
+    [
+        (USER, True, "exclude each other"),
+        ([], False, "no text"),
+        ([{"role": "user"}], False, "no text"),
+        (USER, False, "leaves out"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(messages, adds, says):
+    """Each with its reason."""
+    with pytest.raises(ChatTemplateError, match=re.escape(says)):
+        render("x", messages, add_generation_prompt=adds, continue_final_message=True)

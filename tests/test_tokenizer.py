@@ -1,0 +1,148 @@
+"""Tokenizer against transformers' AutoTokenizer, on the demo model and on tokenizers made here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from fastserve.checkpoint import BUNDLED
+from fastserve.config import ConfigError
+from fastserve.tokenizer import Tokenizer
+from tests import tiny_tokenizers
+
+TEXTS = (
+    "Hello, world",
+    "",
+    "  two  spaces ",
+    "Ελληνικά 日本語 😀 €",
+    "<s> in a text <|user|>",
+    "a\n\tb" * 50,
+    "x" * 5000,
+)
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": " Größe? "},
+    {"role": "assistant", "content": "2 m"},
+    {"role": "user", "content": "€ 😀"},
+]
+
+
+@pytest.fixture(scope="module", params=["byte-level", "byte-fallback", "demo"])
+def model_dir(request, tmp_path_factory) -> Path:
+    """A directory with a tokenizer."""
+    if request.param == "demo":
+        return BUNDLED
+    directory = tmp_path_factory.mktemp(request.param)
+    is_byte_level = request.param == "byte-level"
+    backend = tiny_tokenizers.byte_level() if is_byte_level else tiny_tokenizers.byte_fallback()
+    return tiny_tokenizers.save(backend, directory)
+
+
+@pytest.fixture(scope="module")
+def ours(model_dir) -> Tokenizer:
+    """What is tested."""
+    return Tokenizer.load(model_dir)
+
+
+@pytest.fixture(scope="module")
+def oracle(model_dir):
+    """What it must agree with."""
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("adds", [True, False])
+def test_encodes_and_decodes_as_transformers_does(ours, oracle, text, adds):
+    """The same ids, and the same text back."""
+    ids = ours.encode(text, add_special_tokens=adds)
+    assert ids == oracle.encode(text, add_special_tokens=adds)
+    for skips in (True, False):
+        assert ours.decode(ids, skips) == oracle.decode(ids, skip_special_tokens=skips)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_renders_chats_as_transformers_does(ours, oracle, adds):
+    """The same prompt text and ids."""
+    text = oracle.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=adds)
+    ids = oracle.apply_chat_template(MESSAGES, add_generation_prompt=adds, return_dict=False)
+    assert ours.apply_chat_template(MESSAGES, add_generation_prompt=adds) == text
+    assert ours.encode_chat(MESSAGES, add_generation_prompt=adds) == ids
+
+
+def test_knows_the_special_tokens(ours, oracle):
+    """Ids of the named ones, all special ids, the size of the vocabulary."""
+    assert ours.bos_token_id == oracle.bos_token_id
+    assert ours.eos_token_id == oracle.eos_token_id
+    assert ours.special_ids >= set(oracle.all_special_ids)
+    assert ours.vocab_size == len(oracle)
+
+
+def test_bytes_of_tokens_make_the_bytes_of_the_text(ours):
+    """Also where single tokens are no text."""
+    ids = ours.encode("Größe 日本 😀 <s> x", add_special_tokens=False)
+    text = ours.decode(ids, skip_special_tokens=False)
+    assert b"".join(map(ours.token_bytes, ids)).strip() == text.encode()
+
+
+def test_token_text_keeps_the_space_before_a_word(ours):
+    """A word's leading space belongs to its token, though decoding it alone may drop it."""
+    ids = ours.encode("a dog dog", add_special_tokens=False)
+    assert "".join(map(ours.token_text, ids)).lstrip() == "a dog dog"
+
+
+def test_unknown_ids_have_no_text(ours):
+    """Models have more rows than tokenizers have tokens."""
+    assert ours.id_to_token(10**6) is None
+    assert ours.token_text(10**6) == ""
+    assert ours.token_bytes(10**6) == b""
+
+
+def test_a_directory_without_tokenizer_is_a_config_error(tmp_path):
+    """In one line that names the file."""
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_broken_tokenizer_is_a_config_error(tmp_path):
+    """Not whatever the library raises."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="not a tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{"])
+def test_a_broken_tokenizer_config_is_a_config_error(tmp_path, content):
+    """The file is named."""
+    tiny_tokenizers.save(tiny_tokenizers.byte_level(), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ConfigError, match="tokenizer_config"):
+        Tokenizer.load(tmp_path)
+
+
+def test_template_of_the_user_wins_then_the_file_then_the_config(tmp_path):
+    """--chat-template, chat_template.jinja, tokenizer_config.json, in this order."""
+    tiny_tokenizers.save(tiny_tokenizers.byte_level(), tmp_path)
+    message = [{"role": "user", "content": "x"}]
+    assert "<|user|>" in Tokenizer.load(tmp_path).apply_chat_template(message)
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert Tokenizer.load(tmp_path).apply_chat_template(message) == "file"
+    (tmp_path / "mine.jinja").write_text("mine")
+    mine = str(tmp_path / "mine.jinja")
+    assert Tokenizer.load(tmp_path, mine).apply_chat_template(message) == "mine"
+    assert Tokenizer.load(tmp_path, "{{ 1 + 1 }}").apply_chat_template(message) == "2"
+
+
+def test_a_missing_template_file_is_a_config_error(tmp_path):
+    """With the flag's name."""
+    tiny_tokenizers.save(tiny_tokenizers.byte_level(), tmp_path)
+    with pytest.raises(ConfigError, match="--chat-template"):
+        Tokenizer.load(tmp_path, "nowhere.jinja")
+
+
+def test_a_template_that_does_not_compile_is_a_config_error(tmp_path):
+    """Known at start, not at the first request."""
+    tiny_tokenizers.save(tiny_tokenizers.byte_level(), tmp_path)
+    with pytest.raises(ConfigError, match="cannot be compiled"):
+        Tokenizer.load(tmp_path, "{% if %}")
