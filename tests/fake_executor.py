@@ -18,6 +18,7 @@ from fastserve.core.output import (
     Sample,
     SchedulerOutput,
     StepDone,
+    TokenLogprobs,
     Work,
 )
 
@@ -50,11 +51,17 @@ class _Running:
     written: set[int]
     read: set[int]
     device_s: float
+    scores: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
 
 def default_token(seed: int, position: int) -> int:
     """Return the id that request `seed` has at an output position: any deterministic function."""
     return (seed * 1_000_003 + position * 7919) % 50_000 + 10
+
+
+def prompt_score(token_id: int, position: int) -> TokenLogprobs:
+    """Return the score of a prompt id, recognizable by its id and position."""
+    return TokenLogprobs(-float(position), token_id + 1, (), ())
 
 
 class FakeExecutor:
@@ -137,6 +144,9 @@ class FakeExecutor:
             self.slots[slot] = tuple(state.token_ids[: position + 1])
             run.written.add(slot[0])
         self._check_races(work, run)
+        if work.logits == "all":
+            scored = range(max(work.start, 1), min(stop, state.new.num_prompt_tokens))
+            run.scores[work.request] = [prompt_score(state.token_ids[p], p) for p in scored]
         if work.sample:
             assert stop == len(state.token_ids)
             seed = state.new.params.seed
@@ -174,7 +184,9 @@ class FakeExecutor:
         steps = []
         while self.running and self.running[0].finishes_at <= self.clock.time:
             run = self.running.pop(0)
-            steps.append(StepDone(run.plan.step_id, tuple(run.samples), run.device_s))
+            steps.append(
+                StepDone(run.plan.step_id, tuple(run.samples), run.device_s, run.scores)
+            )
         return ExecutorOutput(tuple(steps))
 
     def wake(self) -> None:

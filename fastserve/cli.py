@@ -1,0 +1,257 @@
+"""The `fastserve` command: finds the verb, resolves its settings, hands over.
+
+Rules: flags come from config.py alone; a verb imports what it needs only when it runs, so that
+`--help` and `bench scheduler` load no torch; what cannot be honoured is one line on stderr and exit
+code 2. Must not know: how anything is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import yaml
+
+from fastserve import __version__
+from fastserve.config import (
+    ConfigError,
+    EngineConfig,
+    SchedulerBenchConfig,
+    ServerConfig,
+    TextConfig,
+    TopConfig,
+    add_arguments,
+    from_mapping,
+)
+
+if TYPE_CHECKING:
+    from fastserve.core.request import SamplingParams
+    from fastserve.llm import LLM
+
+T = TypeVar("T")
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where help is."""
+        self.exit(EXIT_USAGE, f"fastserve: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if "run" not in args:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    try:
+        run: Callable[[Settings], int] = args.run
+        return run(Settings(args))
+    except ConfigError as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe went away: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def fail(error: Exception | str, code: int = EXIT_USAGE) -> int:
+    """Print an error as one line and return its exit code."""
+    print(f"fastserve: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def build_parser() -> Parser:
+    """Declare the verbs."""
+    parser = Parser(
+        prog="fastserve",
+        description="LLM serving with token-level preemption: short requests never wait "
+        "behind long ones.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fastserve {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+
+    add_verb(verbs, "serve", serve, "serve a model over HTTP (OpenAI's API)", ServerConfig)
+
+    verb = add_verb(
+        verbs, "generate", generate, "print a model's answer", TextConfig, has_positional=False
+    )
+    verb.add_argument(
+        "prompt", metavar="PROMPT", help="text to continue; -: read it from standard input"
+    )
+
+    verb = add_verb(verbs, "chat", chat, "talk to a model in the terminal", TextConfig)
+    verb.add_argument("--system", metavar="TEXT", help="system message of the conversation")
+
+    verb = add_verb(verbs, "profile", profile, "measure the step times of a model")
+    verb.add_argument("--output", metavar="FILE", help="file to write the profile to")
+
+    verb = new_verb(verbs, "top", top, "watch a server: queues, KV blocks, tokens per second")
+    add_arguments(verb, TopConfig)
+
+    verb = new_verb(verbs, "bench", None, "measure FastServe itself")
+    subjects = verb.add_subparsers(title="subjects", metavar="SUBJECT", required=True)
+    verb = new_verb(subjects, "scheduler", bench_scheduler, "cost of deciding one step")
+    add_arguments(verb, SchedulerBenchConfig)
+    return parser
+
+
+def add_verb(
+    verbs: Any,
+    name: str,
+    run: Callable[[Settings], int],
+    text: str,
+    *owners: type,
+    has_positional: bool = True,
+) -> argparse.ArgumentParser:
+    """Declare a verb that runs a model; `owners` are the settings it takes beside the engine's."""
+    verb = new_verb(verbs, name, run, text)
+    operand = "[MODEL]" if has_positional else "PROMPT"
+    verb.usage = f"%(prog)s {operand} [FLAGS]"  # every flag in one line helps nobody
+    verb.add_argument("--config", metavar="FILE", help="YAML file of flags; given flags win")
+    for owner in (*owners, EngineConfig):
+        add_arguments(verb, owner, has_positional=has_positional)
+    verb.set_defaults(owners=(EngineConfig, *owners))
+    return verb
+
+
+def new_verb(
+    verbs: Any, name: str, run: Callable[[Settings], int] | None, text: str
+) -> argparse.ArgumentParser:
+    """Declare a verb without flags."""
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
+    if run is not None:
+        verb.set_defaults(run=run)
+    return verb
+
+
+class Settings:
+    """What a command line and its --config file say, flags first."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.source = getattr(args, "config", None)
+        self.values: dict[str, Any] = {}
+        if self.source is not None:
+            self.values.update(read_config(self.source, args.owners))
+        self.values.update(vars(args))
+
+    def build(self, owner: type[T]) -> T:
+        """Return one config class with its share of the values."""
+        names = {spec.name for spec in dataclasses.fields(owner)}  # type: ignore[arg-type]
+        mine = {name: value for name, value in self.values.items() if name in names}
+        return from_mapping(owner, mine, source=self.source or "command line")
+
+
+def read_config(path: str, owners: Sequence[type]) -> dict[str, Any]:
+    """Return the settings of a YAML file; keys are flags or field names.
+
+    Raises ConfigError for an unreadable file and for a key that no owner has.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"{path}: a mapping of options is expected, not {type(loaded).__name__}")
+    names = {}
+    for owner in owners:
+        for spec in dataclasses.fields(owner):
+            for name in (spec.name, *spec.metadata["aliases"]):
+                names[name.lstrip("-").replace("-", "_")] = spec.name
+    values: dict[str, Any] = {}
+    for key, value in loaded.items():
+        name = names.get(str(key).replace("-", "_"))
+        if name is None:
+            raise ConfigError(f"{path}: unknown option {key!r}")
+        if name in values:
+            raise ConfigError(f"{path}: {key!r} is given twice")
+        values[name] = value
+    return values
+
+
+def serve(settings: Settings) -> int:
+    """Serve until stopped."""
+    config, server_config = settings.build(EngineConfig), settings.build(ServerConfig)
+    from fastserve import launch
+
+    return launch.serve(config, server_config)
+
+
+def load_llm(config: EngineConfig) -> LLM:
+    """Load a model into this process."""
+    from fastserve.llm import LLM
+
+    return LLM(**dataclasses.asdict(config))
+
+
+def sampling_params(llm: LLM, text: TextConfig) -> SamplingParams:
+    """Return the model's own sampling with the given flags on top."""
+    given = {name: value for name, value in dataclasses.asdict(text).items() if value is not None}
+    own = llm.get_default_sampling_params()
+    return dataclasses.replace(own, **{"max_tokens": None, **given})
+
+
+def generate(settings: Settings) -> int:
+    """Print one answer as it comes."""
+    config, text = settings.build(EngineConfig), settings.build(TextConfig)
+    prompt = sys.stdin.read() if settings.args.prompt == "-" else settings.args.prompt
+    with load_llm(config) as llm:
+        try:
+            for delta in llm.stream(prompt, sampling_params(llm, text)):
+                print(delta, end="", flush=True)
+        except ValueError as error:
+            return fail(error)
+    print()
+    return 0
+
+
+def chat(settings: Settings) -> int:
+    """Hold a conversation."""
+    config, text = settings.build(EngineConfig), settings.build(TextConfig)
+    from fastserve.chat import converse
+
+    with load_llm(config) as llm:
+        try:
+            return converse(llm, sampling_params(llm, text), system=settings.args.system)
+        except ValueError as error:
+            return fail(error)
+
+
+def profile(settings: Settings) -> int:
+    """Measure step times."""
+    config = settings.build(EngineConfig)
+    from fastserve.profiling import profile_model
+
+    return profile_model(config, settings.args.output)
+
+
+def top(settings: Settings) -> int:
+    """Watch a server."""
+    config = settings.build(TopConfig)
+    from fastserve.top import watch
+
+    return watch(config)
+
+
+def bench_scheduler(settings: Settings) -> int:
+    """Measure the scheduler."""
+    config = settings.build(SchedulerBenchConfig)
+    from fastserve.bench import measure_scheduler
+
+    return measure_scheduler(config)

@@ -1,0 +1,72 @@
+"""`fastserve profile MODEL`: measures the step times of a model and says how well they fit.
+
+Rules: measures as a server would run, on all cores but the one of the API process, so that
+`serve --profile FILE` accepts the result. Must not know: how steps are timed and fitted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastserve import checkpoint, launch
+from fastserve.config import ConfigError, EngineConfig
+from fastserve.core.cost_model import CostModel
+from fastserve.executor import profiler
+from fastserve.executor.worker import Worker
+from fastserve.provenance import output_path
+
+MEANING = {
+    "base_s": "a step, whatever is in it",
+    "prefill_token_s": "a prompt token",
+    "prefill_pair_s": "a prompt token, for each token it attends to",
+    "decode_seq_s": "a sequence that decodes",
+    "decode_context_s": "a decode, for each token it attends to",
+}
+
+
+def profile_model(config: EngineConfig, output: str | None) -> int:
+    """Measure, write the profile, print it."""
+    if config.profile is not None:
+        raise ConfigError("--profile: this command measures one; --output names the file")
+    directory = checkpoint.locate(config.model, config.revision)
+    path = None if output is None else output_path(output)
+    num_threads = config.num_threads or max(1, launch.num_cores() - 1)
+    torch.set_num_threads(num_threads)
+    console = Console(stderr=True)
+    with console.status("loading") as status:
+
+        def on_progress(stage: str, fraction: float) -> None:
+            status.update(f"{stage} {fraction:.0%}")
+
+        worker = Worker(
+            config,
+            directory,
+            eos_token_ids=checkpoint.eos_token_ids(directory),
+            on_progress=on_progress,
+        )
+        measurements = profiler.measure(worker, on_progress)
+    fingerprint = profiler.make_fingerprint(worker, num_threads)
+    path = path or profiler.cache_path(worker, fingerprint)
+    cost_model = profiler.write_profile(path, fingerprint, measurements)
+    Console().print(as_table(config.model, cost_model))
+    fit_error = json.loads(path.read_text(encoding="utf-8"))["fit_error"]
+    print_line = Console(highlight=False, soft_wrap=True).print
+    print_line(f"{len(measurements)} kinds of step on {fingerprint['device']}, ", end="")
+    print_line(f"threads: {num_threads}; off by {fit_error['mean']:.1%} on average, ", end="")
+    print_line(f"{fit_error['max']:.1%} at most; written to {path}")
+    return 0
+
+
+def as_table(model: str, cost_model: CostModel) -> Table:
+    """Lay the coefficients out for people."""
+    table = Table("µs", "for", title=f"Step times of {model}")
+    for name, value in dataclasses.asdict(cost_model).items():
+        if name in MEANING:
+            table.add_row(f"{value * 1e6:,.4g}", MEANING[name])
+    table.add_row(f"{cost_model.min_iteration_s * 1e6:,.4g}", "the shortest step there is (q₁)")
+    return table

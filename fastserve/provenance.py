@@ -1,0 +1,84 @@
+"""Where a figure comes from: commit, machine and command, written beside every result.
+
+Rules: no dates, so that a rerun that changes nothing changes no file.
+Must not know: what is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastserve.config import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def provenance(command: Sequence[str]) -> dict[str, object]:
+    """Return {commit, machine, command} of a measurement."""
+    return {"commit": commit(), "machine": machine(), "command": shlex.join(command)}
+
+
+def output_path(name: str) -> Path:
+    """Return the path of a file to be written, its folder made.
+
+    Raises ConfigError if it cannot be written: better before a measurement than after it.
+    """
+    path = Path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {name}: {error.strerror}") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--output {name}: cannot be written")
+    return path
+
+
+def commit() -> str | None:
+    """Return the commit of this checkout, with "-dirty" where tracked files differ from it.
+
+    None where the package was not installed from a checkout.
+    """
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def machine() -> dict[str, object]:
+    """Return what bounds a CPU measurement: processor, cores this process may use, memory."""
+    return {
+        "cpu": cpu_model(),
+        "cores": num_cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def num_cores() -> int:
+    """Return the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    """Return the processor's name as the kernel gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

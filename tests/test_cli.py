@@ -1,0 +1,215 @@
+"""The command line: verbs, flags, files of flags, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastserve import __version__, cli
+from fastserve.config import ConfigError, EngineConfig, SchedulerBenchConfig, ServerConfig
+
+VERBS = ("serve", "generate", "chat", "profile", "top", "bench")
+
+
+def settings(*argv):
+    """Parse a command line."""
+    return cli.Settings(cli.build_parser().parse_args(argv))
+
+
+def complaint(capsys, *argv):
+    """Run a command line that must be refused and return what it says."""
+    code: object
+    try:
+        code = cli.main(argv)
+    except SystemExit as error:  # argparse leaves this way
+        code = error.code
+    said = capsys.readouterr()
+    assert code == 2
+    assert said.out == ""
+    assert said.err.startswith("fastserve: error: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def test_help_names_every_verb(capsys):
+    """`--help` is where a newcomer starts."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(f"\n    {verb} " in text for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "bench scheduler"])
+def test_every_verb_has_help(capsys, verb):
+    """Help of a verb renders, percent signs and all."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*verb.split(), "--help"])
+    assert ended.value.code == 0
+    assert "usage: fastserve" in capsys.readouterr().out
+
+
+def test_no_verb_prints_help(capsys):
+    """The bare command helps, and is an error to a script."""
+    assert cli.main([]) == 2
+    assert "serve a model" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    """`--version` names the program and its version."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"fastserve {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["serve", "--max-num-seqs", "0"], "--max-num-seqs"),
+        (["serve", "--max-num-seqs", "many"], "--max-num-seqs"),
+        (["serve", "--max-num-seqs", "8", "--max-num-batched-tokens", "4"], "below --max-num-seqs"),
+        (["serve", "--scheduling-policy", "lifo"], "skip-join-mlfq"),
+        (["serve", "--swap-space", "4"], "unrecognized"),
+        (["serve", "--max-num", "4"], "unrecognized"),  # no guessing at abbreviations
+        (["serve", "--port", "70000"], "--port"),
+        (["serve", "--config", "/nonexistent.yaml"], "/nonexistent.yaml"),
+        (["serve", "/no/such/model"], "/no/such/model"),
+        (["generate"], "PROMPT"),
+        (["generate", "hello", "--temperature", "-1"], "--temperature"),
+        (["bench"], "SUBJECT"),
+        (["bench", "scheduler", "--running", "0"], "--running"),
+        (["fly"], "fly"),
+        (["top", "http://127.0.0.1:1", "--once"], "no server answers"),
+    ],
+)
+def test_complaints_are_one_line_and_exit_2(capsys, argv, words):
+    """Whatever is wrong with a command line, one line names it."""
+    assert words in complaint(capsys, *argv)
+
+
+def test_flags_reach_the_configs():
+    """Each class gets its own fields, aliases and negations included."""
+    given = settings(
+        *("serve", "my/model", "--num-gpu-blocks-override", "99", "--no-enable-chunked-prefill"),
+        *("--port", "0", "-tp", "1"),
+    )
+    config = given.build(EngineConfig)
+    assert (config.model, config.num_device_blocks) == ("my/model", 99)
+    assert config.enable_chunked_prefill is False
+    assert given.build(ServerConfig).port == 0
+
+
+def test_defaults_without_flags():
+    """Absent flags leave the defaults of the classes."""
+    given = settings("serve")
+    assert given.build(EngineConfig) == EngineConfig()
+    assert given.build(ServerConfig) == ServerConfig()
+
+
+def test_generate_takes_the_model_as_a_flag():
+    """The one positional of `generate` is the prompt."""
+    given = settings("generate", "once upon", "--model", "dir", "--max-tokens", "7")
+    assert given.args.prompt == "once upon"
+    assert given.build(EngineConfig).model == "dir"
+
+
+def test_config_file_and_flags(tmp_path):
+    """Keys are flags or field names; a given flag wins over the file."""
+    path = tmp_path / "serve.yaml"
+    path.write_text(
+        "model: my/model\nmax-num-seqs: 8\nstarvation_limit: 1\nport: 9000\n"
+        "num-gpu-blocks-override: 50\nenable_prefix_caching: false\n"
+    )
+    given = settings("serve", "--config", str(path), "--max-num-seqs", "16")
+    config = given.build(EngineConfig)
+    assert config == EngineConfig(
+        model="my/model",
+        max_num_seqs=16,
+        starvation_limit=1,
+        num_device_blocks=50,
+        enable_prefix_caching=False,
+    )
+    assert given.build(ServerConfig).port == 9000
+
+
+def test_an_empty_config_file_changes_nothing(tmp_path):
+    """A file of comments is a file of defaults."""
+    path = tmp_path / "serve.yaml"
+    path.write_text("# nothing yet\n")
+    assert settings("serve", "--config", str(path)).build(EngineConfig) == EngineConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max-seqs: 8", "unknown option 'max-seqs'"),
+        ("max-num-seqs: 8\nmax_num_seqs: 9", "given twice"),
+        ("max-num-seqs: many", "max_num_seqs must be int"),
+        ("enable-prefix-caching: 1", "enable_prefix_caching must be bool"),
+        ("max-num-seqs: true", "max_num_seqs must be int"),
+        ("max-num-seqs: 0", "below the minimum"),
+        ("- model", "a mapping of options"),
+        ("model: [", "serve.yaml"),
+    ],
+)
+def test_config_file_complaints(tmp_path, capsys, text, words):
+    """A file that cannot be honoured is refused in one line that names it or its flag."""
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    assert words in complaint(capsys, "serve", "--config", str(path))
+
+
+def test_config_file_that_is_not_text(tmp_path):
+    """Bytes that are no UTF-8 are a complaint, not a traceback."""
+    path = tmp_path / "serve.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"serve\.yaml"):
+        settings("serve", "--config", str(path))
+
+
+def test_bench_scheduler_writes_what_it_measures(tmp_path):
+    """A small run in a fresh process: a table for people, JSON with provenance for machines."""
+    output = tmp_path / "results" / "scheduler.json"
+    argv = ["--waiting", "20", "--running", "4", "--steps", "20", "--output", str(output)]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastserve", "bench", "scheduler", *argv],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert "median" in done.stdout
+    result = json.loads(output.read_text())
+    assert result["command"].startswith("fastserve bench scheduler --waiting 20")
+    assert result["machine"]["cores"] >= 1
+    assert {(row["waiting"], row["running"]) for row in result["rows"]} == {
+        (waiting, running) for waiting in (0, 2, 20) for running in (1, 4)
+    }
+    assert all(0 < row["median_ms"] <= row["p95_ms"] <= row["max_ms"] for row in result["rows"])
+
+
+def test_bench_scheduler_runs_every_policy():
+    """The policy asked for is the policy measured, and settings are checked first."""
+    assert settings("bench", "scheduler").build(SchedulerBenchConfig) == SchedulerBenchConfig()
+    chosen = settings("bench", "scheduler", "--scheduling-policy", "fcfs")
+    assert chosen.build(SchedulerBenchConfig).scheduling_policy == "fcfs"
+
+
+def test_a_closed_pipe_is_no_traceback():
+    """`fastserve bench scheduler | true` and the like end quietly."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastserve", "bench", "scheduler", "--waiting", "0",
+         "--running", "1", "--steps", "10"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+    process.wait(60)

@@ -1,0 +1,70 @@
+"""Who may load torch, seen from outside: in a fresh interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+TORCH_FREE = {
+    "fastserve": "import fastserve",
+    "public names": "from fastserve import EngineConfig, SamplingParams",
+    "config": "import fastserve.config",
+    "core": """
+import importlib, pkgutil, fastserve.core
+for module in pkgutil.walk_packages(fastserve.core.__path__, "fastserve.core."):
+    importlib.import_module(module.name)
+""",
+    "engine": """
+import importlib, pkgutil, fastserve.engine
+for module in pkgutil.walk_packages(fastserve.engine.__path__, "fastserve.engine."):
+    importlib.import_module(module.name)
+""",
+    "server": """
+import importlib, pkgutil, fastserve.server
+for module in pkgutil.walk_packages(fastserve.server.__path__, "fastserve.server."):
+    importlib.import_module(module.name)
+""",
+    "tokenizer": "import fastserve.tokenizer, fastserve.text_stream",
+    "launch": "import fastserve.launch",
+    "cli --help": """
+import contextlib, fastserve.cli
+with contextlib.suppress(SystemExit):
+    fastserve.cli.main(["serve", "--help"])
+""",
+    "bench scheduler": """
+import fastserve.cli
+code = fastserve.cli.main(
+    ["bench", "scheduler", "--waiting", "0", "--running", "1", "--steps", "10"]
+)
+assert code == 0
+""",
+    "top": "import fastserve.top",
+}
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_loads_no_torch(name):
+    """Neither directly nor through anything it imports."""
+    code = TORCH_FREE[name] + "\nimport sys\nassert 'torch' not in sys.modules\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_core_needs_only_the_standard_library():
+    """The core decides; what it would need packages for is somebody else's work."""
+    code = """
+import importlib, pkgutil, sys, fastserve.core
+for module in pkgutil.walk_packages(fastserve.core.__path__, "fastserve.core."):
+    importlib.import_module(module.name)
+roots = {name.partition(".")[0] for name in sys.modules}
+foreign = {"numpy", "msgspec", "httpx", "fastapi", "yaml", "rich", "prometheus_client"} & roots
+assert not foreign, foreign
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,138 @@
+"""The listening server: its address, its signals, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fastserve.config import ConfigError, ServerConfig
+from fastserve.listen import address, bind, warn_if_exposed
+
+FLAGS = ("demo", "--port", "0", "--num-device-blocks", "128", "--num-threads", "1")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cache directory of this module's own: step times are measured once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@contextmanager
+def serving(cache: Path, flags: Sequence[str] = FLAGS) -> Iterator[subprocess.Popen[str]]:
+    """Run `fastserve serve`; killed in the end if it still runs."""
+    process = subprocess.Popen(
+        (sys.executable, "-m", "fastserve", "serve", *flags),
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_line(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:
+    """Read the log until a line matches."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := re.search(pattern, line):
+            return found
+    raise AssertionError(f"the server ended without a line like {pattern}")
+
+
+def open_stream(client: httpx.Client, max_tokens: int) -> httpx.Response:
+    """Begin a streamed completion."""
+    body = {"prompt": "x", "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
+    return client.send(client.build_request("POST", "/v1/completions", json=body), stream=True)
+
+
+@pytest.mark.processes
+def test_a_signal_lets_answers_end_and_takes_no_new_ones(cache: Path) -> None:
+    """SIGTERM: new work is 503, what is under way ends whole, and the exit status is 0."""
+    with serving(cache) as process:
+        base = wait_for_line(process, r"Serving demo on (http://127\.0\.0\.1:\d+)")[1]
+        with httpx.Client(base_url=base, timeout=60) as client:
+            response = open_stream(client, 300)
+            lines = response.iter_lines()
+            assert next(lines).startswith("data: {")
+            process.send_signal(signal.SIGTERM)
+            wait_for_line(process, "SIGTERM: finishing 1 requests")
+            refused = client.get("/ready")
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "draining"
+            events = [line.removeprefix("data: ") for line in lines if line]
+            assert events[-1] == "[DONE]"
+            reasons = [json.loads(event)["choices"][0]["finish_reason"] for event in events[:-1]]
+            assert reasons[-1] == "length"
+        assert process.wait(30) == 0
+
+
+@pytest.mark.processes
+def test_a_second_signal_ends_at_once(cache: Path) -> None:
+    """Whoever does not want to wait need not: the stream breaks off."""
+    with serving(cache) as process:
+        base = wait_for_line(process, r"Serving demo on (http://127\.0\.0\.1:\d+)")[1]
+        with httpx.Client(base_url=base, timeout=60) as client:
+            response = open_stream(client, 1900)
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            wait_for_line(process, "SIGINT: finishing 1 requests")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+            response.close()
+
+
+@pytest.mark.processes
+def test_an_engine_that_cannot_load_ends_the_server_with_one_line(cache: Path) -> None:
+    """What only the engine process finds out reaches the user: one line, status 1."""
+    flags = (*FLAGS, "--no-enable-chunked-prefill", "--max-num-batched-tokens", "128")
+    with serving(cache, (*flags, "--log-level", "error")) as process:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        (line,) = errors.splitlines()
+        assert re.match(r"fastserve: error: --max-num-batched-tokens: 128 is below", line)
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    """The address is named, before anything is loaded."""
+    with closing(bind("127.0.0.1", 0)) as first:
+        first.listen()
+        port = address(first)[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1 port {port}"):
+            bind("127.0.0.1", port)
+
+
+def test_a_host_that_is_not_ours_is_one_line() -> None:
+    """A name that cannot be resolved is a ConfigError too."""
+    with pytest.raises(ConfigError, match="cannot listen"):
+        bind("no.such.host.invalid", 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "api_key", "is_warned"),
+    [("127.0.0.1", None, False), ("0.0.0.0", None, True), ("0.0.0.0", "secret", False)],
+)
+def test_an_open_door_is_warned_of(
+    host: str, api_key: str | None, is_warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beyond loopback and without a key: anyone could use the model."""
+    with closing(bind(host, 0)) as listener:
+        assert isinstance(listener, socket.socket)
+        warn_if_exposed(listener, ServerConfig(host=host, api_key=api_key))
+    warning = capsys.readouterr().err
+    assert ("--api-key" in warning) is is_warned
+    assert len(warning.splitlines()) == int(is_warned)
