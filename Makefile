@@ -1,12 +1,18 @@
 # Two commands for people: `make serve` and `make test`. Both need only python3 >= 3.11 and make.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test install
+.PHONY: help serve test install
 
-serve: .venv/serve.stamp
-	@echo "==> Serving the bundled demo model (ARGS=\"...\" adds flags; Ctrl-C stops)"
-	@$(BIN)/fastserve serve $(ARGS)
+help:
+	@echo "make serve   install into .venv and serve a model over the OpenAI API (ARGS=\"MODEL --flag …\")"
+	@echo "make test    install the test tools too and run the tests"
+	@echo "make install only install"
+
+serve: install
+	@echo "==> fastserve serve $(ARGS)   (no model named: the bundled demo; Ctrl-C stops)"
+	@exec $(BIN)/fastserve serve $(ARGS)
 
 test: .venv/test.stamp
 	@echo "==> Testing"
@@ -14,18 +20,19 @@ test: .venv/test.stamp
 
 install: .venv/serve.stamp
 
-.venv/bin/python:
+.venv/python.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "fastserve needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
 	@echo "==> Creating a virtual environment in .venv"
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv --clear .venv
+	@touch $@
 
-.venv/serve.stamp: .venv/bin/python pyproject.toml constraints.txt
+.venv/serve.stamp: .venv/python.stamp pyproject.toml constraints.txt
 	@echo "==> Installing FastServe into .venv (once; torch is the largest part)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@$(PIP) -e .
 	@touch $@
 
 .venv/test.stamp: .venv/serve.stamp
 	@echo "==> Installing the test tools into .venv (once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PIP) -e '.[dev]'
 	@touch $@

@@ -26,6 +26,7 @@ from fastserve.core.cost_model import CostModel
 from fastserve.core.output import ExecutorOutput, Sample, SchedulerOutput, StepDone
 from fastserve.core.request import SamplingParams
 from fastserve.core.scheduler import Scheduler
+from fastserve.engine.process import quiet_garbage_collector
 from fastserve.provenance import output_path, provenance
 
 PROMPT_TOKENS = (16, 256)
@@ -94,6 +95,7 @@ def measure_row(config: SchedulerBenchConfig, waiting: int, running: int) -> Row
         COST_MODEL,
         num_device_blocks=running * blocks_each,
     )
+    quiet_garbage_collector()  # as the engine process does
     device, population = NullDevice(), Population(scheduler, seed=waiting + running)
     population.add(waiting + running, device.now)
     costs: list[float] = []

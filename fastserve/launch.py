@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import logging
 import os
 import sys
@@ -68,8 +67,7 @@ def open_engine(
             # Whole lines survive a crash; a restarted engine's journal follows in the same file.
             path = Path(config.journal)
             journal = Journal(opened.enter_context(path.open("a", buffering=1)).write)
-            setting = (dataclasses.asdict(scheduler_config), dataclasses.asdict(cost_model))
-            journal.write("open", clock.now(), *setting, *num_blocks)
+            journal.open(clock.now(), scheduler_config, cost_model, *num_blocks)
         scheduler = build_scheduler(scheduler_config, cost_model, *num_blocks, journal=journal)
         info = EngineInfo(
             model=config.model,

@@ -37,7 +37,8 @@ SHAPE: dict[str, Any] = {
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-mha-biased": (
-        "Llama", {"num_key_value_heads": 6, "attention_bias": True, "mlp_bias": True}
+        "Llama",
+        {"num_key_value_heads": 6, "attention_bias": True, "mlp_bias": True},
     ),
     "llama-linear-rope": (
         "Llama",
@@ -65,7 +66,7 @@ def make_checkpoint(path: Path, name: str, **changes: Any) -> transformers.PreTr
 
 
 def write_old_dialect(path: Path) -> None:
-    """Rewrite config.json as transformers 4 wrote it: `rope_theta`, `rope_scaling`, `torch_dtype`."""
+    """Rewrite config.json as transformers 4 wrote it."""
     file = path / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     rope = config.pop("rope_parameters")

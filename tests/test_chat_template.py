@@ -25,8 +25,10 @@ def test_special_tokens_variables_and_defaults_are_there():
 
 def test_loop_controls_work():
     """Templates break out of loops."""
-    assert render("{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{i}}{% endfor %}") \
+    assert (
+        render("{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{i}}{% endfor %}")
         == "012"
+    )
 
 
 def test_blocks_are_trimmed():
@@ -80,7 +82,9 @@ def test_the_callers_messages_stay_as_they_are():
     """Also when the last one is continued."""
     messages = [{"role": "assistant", "content": "Once"}]
     text = render(
-        "[{{ messages[0].content }}]", messages, add_generation_prompt=False,
+        "[{{ messages[0].content }}]",
+        messages,
+        add_generation_prompt=False,
         continue_final_message=True,
     )
     assert text == "[Once"

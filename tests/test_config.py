@@ -119,6 +119,7 @@ def test_resolution_carries_every_shared_setting():
         "mlfq_quantum": 0.01,
         "mlfq_quantum_ratio": 3.0,
         "priority_aging": 2.5,
+        "preemption_mode": "defer",
     }
     resolved = resolve(EngineConfig(**given))
     assert {name: getattr(resolved, name) for name in given} == given

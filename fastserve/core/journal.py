@@ -6,18 +6,21 @@ Rules: times are written as `float.hex()`, so nothing is rounded; lines are JSON
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastserve.config import SchedulerConfig
+from fastserve.core.cost_model import CostModel
 from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput
 from fastserve.core.request import SamplingParams
 from fastserve.core.scheduler import Scheduler
 
 
-def _plain(value: Any) -> Any:
-    """Write what JSON has no word for."""
+def plain(value: Any) -> Any:
+    """Return what JSON has a word for in place of what it has none for."""
     if isinstance(value, range):
         return {"range": [value.start, value.stop]}
     if isinstance(value, SamplingParams):
@@ -27,19 +30,45 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"cannot write {type(value).__name__} into a journal")
 
 
-class Journal:
-    """A running sha256 over lines, which also go to `sink` if there is one."""
+def encode_line(values: Sequence[Any]) -> bytes:
+    """Return one line as JSON."""
+    return json.dumps(values, default=plain, separators=(",", ":")).encode()
 
-    def __init__(self, sink: Callable[[str], object] | None = None) -> None:
+
+class Journal:
+    """A running sha256 over lines, which also go to `sink` if there is one.
+
+    `encode` may be a faster writer of the same lines.
+    """
+
+    def __init__(
+        self,
+        sink: Callable[[str], object] | None = None,
+        encode: Callable[[Sequence[Any]], bytes] = encode_line,
+    ) -> None:
         self._hash = hashlib.sha256()
         self._sink = sink
+        self._encode = encode
+
+    def open(
+        self,
+        now: float,
+        config: SchedulerConfig,
+        cost_model: CostModel,
+        num_device_blocks: int,
+        num_host_blocks: int,
+    ) -> None:
+        """Write what a scheduler is built from; whoever replays builds a fresh one here."""
+        settings = dataclasses.asdict(config) | {"eos_token_ids": sorted(config.eos_token_ids)}
+        costs = dataclasses.asdict(cost_model)
+        self.write("open", now, settings, costs, num_device_blocks, num_host_blocks)
 
     def write(self, kind: str, now: float, *fields: Any) -> None:
         """Append one line."""
-        line = json.dumps([kind, now.hex(), *fields], default=_plain, separators=(",", ":"))
-        self._hash.update(line.encode() + b"\n")
+        line = self._encode([kind, now.hex(), *fields]) + b"\n"
+        self._hash.update(line)
         if self._sink is not None:
-            self._sink(line + "\n")
+            self._sink(line.decode())
 
     @property
     def sha256(self) -> str:

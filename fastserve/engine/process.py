@@ -9,6 +9,7 @@ are the parent's to answer: it drains first. Must not know: torch, text, HTTP.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import math
 import os
@@ -201,6 +202,17 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def quiet_garbage_collector() -> None:
+    """Keep the cycle collector from pausing every stream.
+
+    What a step allocates are acyclic tuples that reference counting frees; a full collection over
+    the model and ten thousand requests takes tens of milliseconds and finds nothing.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 50, 1000)
+
+
 def run(fd: int, open_engine: OpenEngine) -> int:
     """Be the engine process on the inherited socket `fd`; return the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -237,6 +249,7 @@ def _serve(inbox: Inbox, outbox: Outbox, open_engine: OpenEngine) -> None:
     engine, info = open_engine(
         first.config, lambda stage, fraction: outbox.send(Progress(stage, fraction))
     )
+    quiet_garbage_collector()
     try:
         outbox.send(Ready(info))
         Loop(engine, inbox, outbox).run()

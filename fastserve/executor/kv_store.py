@@ -40,7 +40,12 @@ class KVStore:
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes(config, block_size, dtype)
         shape = (
-            num_blocks, config.num_layers, 2, block_size, config.num_kv_heads, config.head_dim,
+            num_blocks,
+            config.num_layers,
+            2,
+            block_size,
+            config.num_kv_heads,
+            config.head_dim,
         )
         self.device = PagedKV(_lazy_zeros(shape, dtype, device))
         self.is_poisoned = is_poisoned
@@ -102,9 +107,7 @@ def count_blocks(
         window = -(-max_model_len // config.block_size)
         num_blocks = min(num_blocks, CPU_WINDOWS_PER_SEQ * max_num_seqs * window)
     if num_blocks < 1:
-        raise ConfigError(
-            f"{source}: {budget} bytes hold no KV block of {bytes_per_block} bytes"
-        )
+        raise ConfigError(f"{source}: {budget} bytes hold no KV block of {bytes_per_block} bytes")
     return num_blocks
 
 

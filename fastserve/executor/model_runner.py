@@ -186,9 +186,9 @@ class ModelRunner:
         )
 
 
-def _entries(ids_by_row: Mapping[int, Mapping[int, float] | Sequence[int]]) -> tuple[
-    IntArray, IntArray
-]:
+def _entries(
+    ids_by_row: Mapping[int, Mapping[int, float] | Sequence[int]],
+) -> tuple[IntArray, IntArray]:
     """Flatten ids by row to the two index arrays of single logits."""
     rows = [row for row, ids in ids_by_row.items() for _ in ids]
     ids = [token_id for ids in ids_by_row.values() for token_id in ids]

@@ -1,8 +1,7 @@
 """Measures step times of the loaded model and fits the CostModel.
 
 Rules: real plans on the real worker, before it serves: prefills of several lengths and starts,
-decodes of several batch sizes and contexts. Coefficients are non-negative least squares of the
-RELATIVE error, so that short steps count as much as long ones. One JSON per (model, dtype, device,
+decodes of several batch sizes and contexts. One JSON per (model, dtype, device,
 tp, pp, threads) is kept in the user's cache directory with a fingerprint; one that does not match
 is measured again, except where `--profile` named it: then it is refused.
 Must not know: the scheduler, requests of users.
@@ -18,18 +17,24 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastserve.config import ConfigError
 from fastserve.core.cost_model import CostModel
 from fastserve.core.output import NewRequest, SchedulerOutput, Work
 from fastserve.core.request import SamplingParams
+from fastserve.executor.fitting import (
+    COEFFICIENTS,
+    Measurement,
+    Shares,
+    fit,
+    relative_errors,
+)
 from fastserve.executor.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -40,20 +45,6 @@ TIME_LIMIT_S = 6.0
 REPEATS = 5
 MEMORY_LIMIT = 128 * 2**20
 """Bytes of KV to touch, unless one full window needs more: a pool is mapped as it is used."""
-COEFFICIENTS = (
-    "base_s", "prefill_token_s", "prefill_pair_s", "decode_seq_s", "decode_context_s",
-)
-
-Shares = tuple[tuple[int, int], ...]
-"""A kind of step: (num_tokens, start) of each request in it."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Measurement:
-    """Median seconds of one kind of step."""
-
-    shares: Shares
-    seconds: float
 
 
 def load_or_measure(
@@ -105,9 +96,7 @@ def write_profile(
         "fingerprint": fingerprint,
         "cost_model": dataclasses.asdict(cost_model),
         "fit_error": {"mean": float(np.mean(errors)), "max": float(np.max(errors))},
-        "measurements": [
-            {"shares": item.shares, "seconds": item.seconds} for item in measurements
-        ],
+        "measurements": [{"shares": item.shares, "seconds": item.seconds} for item in measurements],
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,8 +114,12 @@ def cache_path(worker: Worker, fingerprint: Mapping[str, Any]) -> Path:
     identity = str(fingerprint["model"])
     name = re.sub(r"[^A-Za-z0-9.]+", "-", worker.config.model).strip("-")[-40:]
     parts = (
-        name, identity[:8], worker.facts.dtype, worker.device.type,
-        f"tp{fingerprint['tensor_parallel_size']}", f"pp{fingerprint['pipeline_parallel_size']}",
+        name,
+        identity[:8],
+        worker.facts.dtype,
+        worker.device.type,
+        f"tp{fingerprint['tensor_parallel_size']}",
+        f"pp{fingerprint['pipeline_parallel_size']}",
         f"t{fingerprint['num_threads']}",
     )
     return Path(root) / "fastserve" / ("_".join(parts) + ".json")
@@ -178,7 +171,7 @@ def kinds_of_steps(worker: Worker) -> list[Shares]:
         for context in contexts:
             kinds.append(((1, context - 1),) * batch)
     half = lengths[-1] // 2
-    if half > 1 and 4 <= limits.max_num_seqs:
+    if half > 1 and limits.max_num_seqs >= 4:
         kinds.append((*((1, contexts[0] - 1),) * 4, (half, 0)))
     return [kind for kind in kinds if _num_blocks(kind, block_size) <= num_blocks]
 
@@ -194,8 +187,10 @@ def measure(worker: Worker, on_progress: Callable[[str, float], None]) -> list[M
     """Run every kind of step a few times; stops early when it takes too long."""
     # Spread by the golden ratio: cut short, what was measured still covers every sort of step.
     kinds = [
-        kind for _, kind in sorted((index * 0.618 % 1, kind)
-        for index, kind in enumerate(kinds_of_steps(worker)))
+        kind
+        for _, kind in sorted(
+            (index * 0.618 % 1, kind) for index, kind in enumerate(kinds_of_steps(worker))
+        )
     ]
     on_progress("measuring step times", 0.0)
     worker.kv.touch(num_profiled_blocks(worker))
@@ -227,72 +222,10 @@ def run_step(worker: Worker, shares: Shares) -> float:
         blocks = tuple(range(next_block, next_block - (-(start + num_tokens) // block_size)))
         next_block += len(blocks)
         new.append(NewRequest(handle, 0, start + num_tokens, params, (0,) * start))
-        works.append(
-            Work(handle, 0, start, num_tokens, (0,) * num_tokens, 0, blocks, True, "last")
-        )
+        works.append(Work(handle, 0, start, num_tokens, (0,) * num_tokens, 0, blocks, True, "last"))
     seconds = worker.execute(SchedulerOutput(-1, tuple(new), tuple(works))).device_s
     worker.execute(SchedulerOutput(-1, (), (), forget=tuple(item.request for item in new)))
     return seconds
-
-
-def fit(measurements: Sequence[Measurement]) -> CostModel:
-    """Return the non-negative coefficients of least squared relative error."""
-    seconds = np.array([item.seconds for item in measurements])
-    features = np.array([step_features(item.shares) for item in measurements])
-    coefficients = non_negative_least_squares(features / seconds[:, None], np.ones(len(seconds)))
-    if coefficients[0] + coefficients[3] + coefficients[4] <= 0.0:
-        coefficients[0] = seconds.min()  # too few kinds of step to tell the terms apart
-    return CostModel(**dict(zip(COEFFICIENTS, coefficients.tolist(), strict=True)))
-
-
-def step_features(shares: Iterable[tuple[int, int]]) -> tuple[float, ...]:
-    """Return what each coefficient of CostModel is multiplied by in this step."""
-    prefill = pairs = decodes = context = 0.0
-    for num_tokens, start in shares:
-        if num_tokens == 1:
-            decodes += 1
-            context += start + 1
-        else:
-            prefill += num_tokens
-            pairs += num_tokens * (start + num_tokens / 2)
-    return 1.0, prefill, pairs, decodes, context
-
-
-def relative_errors(
-    cost_model: CostModel, measurements: Sequence[Measurement]
-) -> npt.NDArray[np.float64]:
-    """Return |predicted - measured| / measured of each kind of step."""
-    predicted = np.array([cost_model.step_s(item.shares) for item in measurements])
-    seconds = np.array([item.seconds for item in measurements])
-    return np.abs(predicted - seconds) / seconds
-
-
-def non_negative_least_squares(
-    matrix: npt.NDArray[np.float64], target: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """Minimize |matrix x - target| over x ≥ 0, by the active-set method of Lawson and Hanson."""
-    scale = np.maximum(np.linalg.norm(matrix, axis=0), 1e-300)
-    scaled = matrix / scale
-    solution = np.zeros(matrix.shape[1])
-    is_free = np.zeros(matrix.shape[1], bool)
-    for _ in range(3 * matrix.shape[1]):
-        gradient = np.where(is_free, -np.inf, scaled.T @ (target - scaled @ solution))
-        if gradient.max() <= 1e-12:
-            break
-        is_free[int(np.argmax(gradient))] = True
-        while True:
-            trial = np.zeros_like(solution)
-            trial[is_free] = np.linalg.lstsq(scaled[:, is_free], target, rcond=None)[0]
-            if trial[is_free].min() > 0.0:
-                break
-            blocked = is_free & (trial <= 0.0)
-            steps = solution[blocked] / (solution[blocked] - trial[blocked])
-            solution += float(steps.min()) * (trial - solution)
-            is_free &= solution > 1e-15
-            if not is_free.any():
-                return np.zeros_like(solution)
-        solution = trial
-    return solution / scale
 
 
 def _num_blocks(shares: Shares, block_size: int) -> int:

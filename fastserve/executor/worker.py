@@ -118,9 +118,7 @@ class Worker:
         if not plan.work:
             return StepDone(plan.step_id, (), time.perf_counter() - started)
         samples, prompt_logprobs = self.runner.run(plan.work, states)
-        return StepDone(
-            plan.step_id, samples, time.perf_counter() - started, prompt_logprobs
-        )
+        return StepDone(plan.step_id, samples, time.perf_counter() - started, prompt_logprobs)
 
 
 def choose_device(name: str) -> torch.device:

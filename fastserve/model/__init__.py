@@ -1,1 +1,1 @@
-"""The network (torch room): weights, layers, paged attention, sampling; it never hears of requests."""
+"""The network (torch room): weights, paged attention, sampling; it never hears of requests."""

@@ -61,7 +61,9 @@ class ModelConfig:
     @property
     def max_model_len(self) -> int:
         """The longest context that is computed exactly: full attention, trained positions."""
-        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+        return min(
+            self.max_position_embeddings, self.sliding_window or self.max_position_embeddings
+        )
 
 
 def read_model_config(model_dir: Path) -> ModelConfig:
@@ -187,4 +189,6 @@ def _check_shapes(config: ModelConfig, source: str) -> None:
             f"{config.num_kv_heads} key-value heads"
         )
     if config.head_dim % 2:
-        raise ConfigError(f"{source}: head_dim {config.head_dim} is odd; rotary pairs need an even one")
+        raise ConfigError(
+            f"{source}: head_dim {config.head_dim} is odd; rotary pairs need an even one"
+        )

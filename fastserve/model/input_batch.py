@@ -149,9 +149,7 @@ def split_groups(contexts: IntArray, max_tokens: int | None) -> list[tuple[int, 
     return runs
 
 
-def _additive(
-    visible: npt.NDArray[np.bool_], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _additive(visible: npt.NDArray[np.bool_], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Turn a visibility matrix into what is added to scores.
 
     Attention would otherwise convert a boolean mask again in every layer.

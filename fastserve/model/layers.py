@@ -81,9 +81,7 @@ class Rotary:
 
     __slots__ = ("table",)
 
-    def __init__(
-        self, rope: RopeConfig, head_dim: int, max_len: int, device: torch.device
-    ) -> None:
+    def __init__(self, rope: RopeConfig, head_dim: int, max_len: int, device: torch.device) -> None:
         frequencies = rotary_frequencies(rope, head_dim)
         angles = torch.outer(torch.arange(max_len, dtype=torch.float64), frequencies.double())
         table = torch.polar(torch.ones_like(angles), angles)
@@ -97,9 +95,9 @@ class Rotary:
     def rotate_(heads: Tensor, rotations: Tensor) -> None:
         """Rotate `heads` [num_tokens, heads, head_dim] in place."""
         if heads.dtype == torch.float32:
-            torch.view_as_complex(heads.unflatten(-1, (-1, 2))).mul_(rotations)
+            torch.view_as_complex(heads.view(*heads.shape[:-1], -1, 2)).mul_(rotations)
             return
-        pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
+        pairs = torch.view_as_complex(heads.float().view(*heads.shape[:-1], -1, 2))
         heads.copy_(torch.view_as_real(pairs.mul_(rotations)).flatten(-2))
 
 
@@ -125,5 +123,5 @@ def _llama3_frequencies(frequencies: Tensor, rope: RopeConfig) -> Tensor:
 
 def interleave_pairs(rows: Tensor, head_dim: int) -> Tensor:
     """Reorder the rows of each head from halves (x₀…, y₀…) to pairs (x₀, y₀, x₁, y₁, …)."""
-    halves = rows.unflatten(0, (-1, 2, head_dim // 2))
+    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
     return halves.transpose(1, 2).flatten(0, 2).contiguous()

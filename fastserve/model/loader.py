@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,10 +37,10 @@ class SafetensorsWeights:
         self._dtype = dtype
         self._device = device
         self._unused: set[str] = set()
-        self._file_of: dict[str, safe_open] = {}
+        self._file_of: dict[str, Any] = {}  # safe_open handles, which are untyped
         for path in _weight_files(model_dir):
             try:
-                file = safe_open(path, framework="pt")
+                file: Any = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise ConfigError(f"{path}: cannot be read: {error}") from None
             for name in file.keys():  # noqa: SIM118 - a file handle, not a mapping
@@ -59,7 +59,7 @@ class SafetensorsWeights:
                 f"config.json asks for {list(shape)}"
             )
         self._unused.discard(name)
-        return tensor.to(device=self._device, dtype=self._dtype)
+        return torch.as_tensor(tensor, device=self._device, dtype=self._dtype)
 
     def finish(self) -> None:
         """Raise ConfigError when the checkpoint holds weights that the network has no use for."""
@@ -111,15 +111,19 @@ def _weight_files(model_dir: Path) -> list[Path]:
         return [single]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ConfigError(f"{index}: cannot be read: {error!r}") from None
         paths = [model_dir / str(name) for name in names]
         for path in paths:
-            if path.resolve().parent != index.resolve().parent and path.parent != model_dir:
+            if path.parent != model_dir:
                 raise ConfigError(f"{index}: names a file outside the model's directory: {path}")
             if not path.is_file():
-                raise ConfigError(f"{model_dir}: the shard {path.name} named by the index is missing")
+                raise ConfigError(
+                    f"{model_dir}: the shard {path.name} named by the index is missing"
+                )
         return paths
     found = sorted(model_dir.glob("*.safetensors"))
     if found:

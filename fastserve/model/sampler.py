@@ -21,7 +21,10 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
 NUM_CANDIDATES = 256
-"""Best logits that top-p looks at before it sorts the whole vocabulary."""
+"""Best logits of a row that get their own noise, and that top-p looks at before it sorts all."""
+
+_REST = 2**40
+"""Ids from here on are streams of noise that no real id uses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,35 +115,56 @@ def adjust(logits: Tensor, changes: Adjustments) -> Tensor:
     return logits
 
 
-def uniform(seeds: IntArray, positions: IntArray) -> FloatArray:
-    """Hash (seed, position) to a number in [0, 1) with 24 bits: splitmix64, applied twice."""
-    mixed = _splitmix64(seeds.astype(np.uint64)) ^ positions.astype(np.uint64)
-    bits = _splitmix64(_splitmix64(mixed)) >> np.uint64(40)
-    return (bits.astype(np.float64) * 2.0**-24).astype(np.float32)
+def gumbel(seeds: Tensor, positions: Tensor, token_ids: Tensor | int) -> Tensor:
+    """Hash (seed, position, id), int64 each, to standard Gumbel noise in float64."""
+    mixed = _splitmix64(_splitmix64(_splitmix64(seeds) ^ positions) ^ token_ids)
+    uniform = (_shift(mixed, 11).double() + 0.5) * 2.0**-53  # in (0, 1)
+    return -(-uniform.log()).log()
 
 
-def _splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    mixed = values + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+def _splitmix64(values: Tensor) -> Tensor:
+    """Mix 64 bits; int64 arithmetic wraps."""
+    mixed = values + _signed(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ _shift(mixed, 30)) * _signed(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ _shift(mixed, 27)) * _signed(0x94D049BB133111EB)
+    return mixed ^ _shift(mixed, 31)
+
+
+def _shift(values: Tensor, bits: int) -> Tensor:
+    """Shift right, zeros coming in."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    return constant - 2**64
 
 
 def _draw(logits: Tensor, draws: Draws) -> Tensor:
-    """Invert the cumulative distribution at the row's random number."""
+    """Return the id of each row with the largest logit plus noise among those the filters keep.
+
+    The best ids have noise of their own, all others share one draw: only where that wins, which is
+    as rare as they are unlikely, noise for the whole vocabulary decides between them.
+    """
     temperature = np.where(draws.is_greedy, np.float32(1.0), draws.temperature)
     scaled = logits / _to(logits, temperature)[:, None]
     cutoff = _cutoff(scaled, draws)
     if cutoff is not None:
         scaled = scaled.masked_fill_(scaled < cutoff[:, None], -torch.inf)
-    cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
-    # A number below 1 times the total stays below the total in float32 too, so the search ends
-    # at an id whose own probability is positive.
-    target = _to(logits, uniform(draws.seeds, draws.positions))[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    if bool((drawn >= logits.shape[1]).any()):
+    seeds = _to(logits, draws.seeds)[:, None]
+    positions = _to(logits, draws.positions)[:, None]
+    best, ids = scaled.topk(min(NUM_CANDIDATES, scaled.shape[1]), dim=-1)
+    if not bool(best[:, 0].isfinite().all()):
         raise RuntimeError("the model's logits are not numbers; no token can be drawn")
-    return drawn
+    noisy, winner = (best + gumbel(seeds, positions, ids)).max(dim=-1, keepdim=True)
+    drawn = ids.gather(1, winner)
+    rest = scaled.scatter_(1, ids, -torch.inf)
+    shared = rest.logsumexp(dim=-1, keepdim=True) + gumbel(seeds, positions, _REST)
+    rows = (shared > noisy).nonzero()[:, 0]
+    if len(rows):
+        every_id = torch.arange(rest.shape[1], device=rest.device) + _REST + 1
+        noise = gumbel(seeds[rows], positions[rows], every_id)
+        drawn[rows] = (rest[rows] + noise).argmax(dim=-1, keepdim=True)
+    return drawn[:, 0]
 
 
 def _cutoff(scaled: Tensor, draws: Draws) -> Tensor | None:

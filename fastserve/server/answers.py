@@ -90,9 +90,7 @@ class Tally:
         completion = sum(choice.text.num_output_tokens for choice in self.choices)
         if not self.counts_output:
             completion = 0
-        usage = Usage(
-            self._num_prompt_tokens, completion, self._num_prompt_tokens + completion
-        )
+        usage = Usage(self._num_prompt_tokens, completion, self._num_prompt_tokens + completion)
         cached: dict[int, int] = {}
         for choice in self.choices:
             if choice.metrics is not None:  # later choices of a prompt find what the first computed

@@ -78,6 +78,4 @@ class ChatShape:
     def _logprobs(self, news: News) -> ChatLogprobs | None:
         if not self._body.logprobs or not news.delta.samples:
             return None
-        return chat_logprobs(
-            self.tally.names, news.delta.samples, self._body.top_logprobs or 0
-        )
+        return chat_logprobs(self.tally.names, news.delta.samples, self._body.top_logprobs or 0)

@@ -24,9 +24,7 @@ KIND = "text_completion"
 class CompletionShape:
     """Makes bodies for one completion request."""
 
-    def __init__(
-        self, body: CompletionRequest, tally: Tally, tokenizer: Tokenizer | None
-    ) -> None:
+    def __init__(self, body: CompletionRequest, tally: Tally, tokenizer: Tokenizer | None) -> None:
         self.tally = tally
         self.kind = KIND
         self._body = body

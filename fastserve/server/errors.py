@@ -111,6 +111,9 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
 
 def is_empty(value: Any) -> bool:
     """Whether a field's value asks for nothing: null, false, zero, or nothing in it."""
-    return value is None or value is False or value == 0 or (
-        isinstance(value, (str, Sequence, Mapping)) and len(value) == 0
+    return (
+        value is None
+        or value is False
+        or value == 0
+        or (isinstance(value, (str, Sequence, Mapping)) and len(value) == 0)
     )

@@ -87,9 +87,7 @@ def submit(
                 stream = context.engine.submit(
                     prompt.token_ids, own, priority=priority, client=client
                 )
-                choices.append(
-                    Choice(len(choices), prompt_index, prompt, own, stream, text)
-                )
+                choices.append(Choice(len(choices), prompt_index, prompt, own, stream, text))
     except Exception as error:
         abort_all(choices)
         if isinstance(error, ValueError):

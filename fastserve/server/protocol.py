@@ -84,11 +84,14 @@ class GenerationRequest(Body):
     max_tokens: Int64 | None = None
     min_tokens: Int64 | None = None
     ignore_eos: bool | None = None
-    stop: Annotated[
-        Annotated[StrictStr, Tag("as string")]
-        | Annotated[Annotated[list[StrictStr], FirstFault()], Tag("as list")],
-        Discriminator(kind_of_text),
-    ] | None = None
+    stop: (
+        Annotated[
+            Annotated[StrictStr, Tag("as string")]
+            | Annotated[Annotated[list[StrictStr], FirstFault()], Tag("as list")],
+            Discriminator(kind_of_text),
+        ]
+        | None
+    ) = None
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -123,11 +126,14 @@ class ChatMessage(Body):
     """One message; fields that are not here reach the template."""
 
     role: StrictStr
-    content: Annotated[
-        Annotated[StrictStr, Tag("as string")]
-        | Annotated[Annotated[list[ContentPart], FirstFault()], Tag("as list")],
-        Discriminator(kind_of_text),
-    ] | None = None
+    content: (
+        Annotated[
+            Annotated[StrictStr, Tag("as string")]
+            | Annotated[Annotated[list[ContentPart], FirstFault()], Tag("as list")],
+            Discriminator(kind_of_text),
+        ]
+        | None
+    ) = None
 
 
 class ChatInput(Body):

@@ -44,9 +44,7 @@ from fastserve.tokenizer import TextDelta
 logger = logging.getLogger(__name__)
 
 
-async def complete(
-    body: CompletionRequest, context: ServerContext, request: Request
-) -> Response:
+async def complete(body: CompletionRequest, context: ServerContext, request: Request) -> Response:
     """Answer POST /v1/completions."""
     context.check_model(body.model)
     info = context.require_engine()
@@ -60,9 +58,7 @@ async def complete(
     return await respond(body, choices, shape, request)
 
 
-async def chat(
-    body: ChatCompletionRequest, context: ServerContext, request: Request
-) -> Response:
+async def chat(body: ChatCompletionRequest, context: ServerContext, request: Request) -> Response:
     """Answer POST /v1/chat/completions."""
     context.check_model(body.model)
     context.require_engine()
@@ -173,9 +169,7 @@ class EventStream(Response):
                 abort_all(self._choices)
 
     async def _send_all(self, send: Send) -> None:
-        await send(
-            {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        )
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with contextlib.aclosing(events(self._choices, self._shape)) as pieces:
             async for piece in pieces:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})

@@ -8,7 +8,7 @@ in `wait`. Must not know: the order of requests, blocks, real time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from fastserve.core.cost_model import CostModel
@@ -43,6 +43,10 @@ class _Running(NamedTuple):
     samples: list[Sample]
 
 
+OnStep = Callable[[SchedulerOutput, Sequence[tuple[float, float]]], None]
+"""Sees each plan with the times at which every stage begins and ends it."""
+
+
 class SimExecutor:
     """`ends` maps a handle to the number of tokens, prompt included, at which its EOS is drawn."""
 
@@ -55,6 +59,7 @@ class SimExecutor:
         num_stages: int = 1,
         lookahead: int = 0,
         overhead: StepOverhead = StepOverhead(),  # noqa: B008 - an immutable tuple
+        on_step: OnStep | None = None,
     ) -> None:
         self.num_slots = num_stages
         self.lookahead = lookahead if num_stages == 1 else 0
@@ -64,6 +69,7 @@ class SimExecutor:
         self._cost_model = cost_model
         self._ends = ends
         self._overhead = overhead
+        self._on_step = on_step
         self._max_running = num_stages + self.lookahead
         self._stage_free_at = [0.0] * num_stages
         self._running: deque[_Running] = deque()
@@ -79,9 +85,14 @@ class SimExecutor:
         overhead_s = self._overhead.fixed_s + self._overhead.per_seq_s * len(plan.work)
         stage_s = step_s / self.num_slots
         ready_at = self._clock.time + overhead_s
+        stages: list[tuple[float, float]] = []
         for stage, free_at in enumerate(self._stage_free_at):
-            ready_at = max(ready_at, free_at) + stage_s
+            begins_at = max(ready_at, free_at)
+            ready_at = begins_at + stage_s
             self._stage_free_at[stage] = ready_at
+            stages.append((begins_at, ready_at))
+        if self._on_step is not None:
+            self._on_step(plan, stages)
         ends = self._ends
         samples = [
             _EOS if work.start + work.num_tokens + 1 >= ends[work.request] else _ORDINARY

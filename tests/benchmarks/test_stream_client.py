@@ -9,9 +9,7 @@ import pytest
 
 from benchmarks.stream_client import Ask, LostRequestError, ask
 
-HEAD = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-)
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 def event(text="", finish_reason=None, usage=None):

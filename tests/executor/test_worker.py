@@ -44,9 +44,7 @@ def open_worker(path: Path, **settings) -> Worker:
 
 def make_driver(worker: Worker, seed: int = 0) -> Driver:
     """Return a driver over the worker's whole pool, in random order."""
-    return Driver(
-        worker.execute, worker.facts.num_device_blocks, worker.config.block_size, seed
-    )
+    return Driver(worker.execute, worker.facts.num_device_blocks, worker.config.block_size, seed)
 
 
 def random_prompt(length: int, seed: int) -> list[int]:
@@ -102,6 +100,7 @@ def test_prompt_logprobs_equal_transformers(llama):
     scores = request.prompt_logprobs + [sample.logprobs for sample in request.samples]
     assert len(request.prompt_logprobs) == len(prompt) - 1
     for position, scored in enumerate(scores):
+        assert scored is not None
         row, token_id = expected[position], request.ids[position + 1]
         assert scored.logprob == pytest.approx(float(row[token_id]), abs=1e-4)
         assert scored.rank == int((row > row[token_id]).sum()) + 1
@@ -211,9 +210,7 @@ def test_repetition_penalty_counts_the_prompt_and_frequency_does_not(llama):
     penalized = Driven(
         [*prompt, plain], SamplingParams(temperature=0.0, repetition_penalty=1e6), num_tokens=12
     )
-    frequent = Driven(
-        prompt, SamplingParams(temperature=0.0, frequency_penalty=2.0), num_tokens=1
-    )
+    frequent = Driven(prompt, SamplingParams(temperature=0.0, frequency_penalty=2.0), num_tokens=1)
     make_driver(open_worker(path)).run(penalized, frequent)
     assert not set(penalized.output) & set(penalized.prompt)
     assert len(set(penalized.output)) == 12

@@ -39,7 +39,9 @@ def test_defaults():
     config = parse()
     assert (config.head_dim, config.num_kv_heads, config.dtype) == (8, 2, "float32")
     assert config.rope == RopeConfig()
-    assert not (config.has_qkv_bias or config.has_qk_norm or config.tie_word_embeddings)
+    assert not config.has_qkv_bias
+    assert not config.has_qk_norm
+    assert not config.tie_word_embeddings
     assert parse(num_key_value_heads=None).num_kv_heads == 8
 
 

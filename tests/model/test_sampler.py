@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastserve.model import sampler
-from fastserve.model.sampler import Adjustments, Draws, adjust, sample, score, uniform
+from fastserve.model.sampler import Adjustments, Draws, adjust, gumbel, sample, score
 
 VOCAB = 60
 
@@ -33,8 +35,8 @@ def adjustments(num_rows, **changes) -> Adjustments:
     """Return changes to logits that change nothing, with changes."""
     none, ones, zeros = np.zeros(0, np.int64), np.ones(num_rows), np.zeros(num_rows)
     values = {
-        **{name: none for name in ("bias_rows", "bias_ids", "banned_rows", "banned_ids")},
-        **{name: none for name in ("seen_rows", "seen_ids")},
+        **dict.fromkeys(("bias_rows", "bias_ids", "banned_rows", "banned_ids"), none),
+        **dict.fromkeys(("seen_rows", "seen_ids"), none),
         "bias": np.zeros(0, np.float32),
         "seen_counts": np.zeros(0, np.float32),
         "repetition": ones.astype(np.float32),
@@ -174,35 +176,55 @@ def test_greedy_batch_is_argmax():
     assert torch.equal(sample(logits, None, None), logits.argmax(-1))
 
 
-def test_random_numbers():
-    """They lie in [0, 1), look uniform over positions and over seeds, negative ones too."""
+def test_noise_is_gumbel():
+    """Noise over positions, seeds and ids follows the Gumbel law and is not correlated."""
     n = 50_000
-    by_position = uniform(np.full(n, -3), np.arange(n))
-    by_seed = uniform(np.arange(-n // 2, n // 2), np.full(n, 5))
-    for numbers in (by_position, by_seed):
-        assert numbers.min() >= 0.0
-        assert numbers.max() < 1.0
-        counts = np.histogram(numbers, bins=50, range=(0, 1))[0]
+    line = torch.arange(n)
+    fixed = torch.tensor(-3)
+    for noise in (
+        gumbel(fixed, line, 7),
+        gumbel(line - n // 2, fixed, 7),
+        gumbel(fixed, fixed, line),
+    ):
+        uniform = torch.exp(-torch.exp(-noise)).numpy()
+        counts = np.histogram(uniform, bins=50, range=(0, 1))[0]
         assert ((counts - n / 50) ** 2 / (n / 50)).sum() < 100
-        assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.02
-    # Fixed for ever: a restarted or upgraded server goes on with the same tokens.
-    assert uniform(np.array([0, 42]), np.array([0, 100])).tolist() == FIRST_NUMBERS
+        assert abs(np.corrcoef(uniform[:-1], uniform[1:])[0, 1]) < 0.02
 
 
-FIRST_NUMBERS = [0.0, 0.0]
+def test_noise_is_the_hash_it_claims():
+    """It is splitmix64 of seed, position and id, computed here with plain integers."""
+
+    def splitmix64(value: int) -> int:
+        value = (value + 0x9E3779B97F4A7C15) % 2**64
+        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+        return value ^ value >> 31
+
+    for seed, position, token in ((0, 0, 0), (42, 100, 3), (-1, 7, 2**40), (2**63 - 1, 131071, 9)):
+        bits = splitmix64(splitmix64(splitmix64(seed % 2**64) ^ position) ^ token) >> 11
+        expected = -math.log(-math.log((bits + 0.5) * 2.0**-53))
+        noise = gumbel(torch.tensor([seed]), torch.tensor([position]), token)
+        assert float(noise[0]) == pytest.approx(expected, rel=1e-9)
 
 
-def test_search_ends_below_the_vocabulary():
-    """The largest random number still finds an id of positive probability."""
-    logits = torch.full((64, 100), -torch.inf)
-    rows = torch.arange(64)
-    logits[rows, rows] = 1.0
-    with pytest.MonkeyPatch.context() as patch:
-        top = np.full(64, 1 - 2.0**-24, np.float32)
-        patch.setattr(sampler, "uniform", lambda seeds, positions: top)
-        assert sample(logits, draws(64), None).tolist() == rows.tolist()
-        flat = torch.zeros(64, 3001)
-        assert set(sample(flat, draws(64), None).tolist()) == {3000}
+def test_vocabulary_beyond_the_candidates_is_drawn_fairly():
+    """Ids that share one draw come out as often as their probabilities say."""
+    vocab, n = 600, 60_000
+    logits = torch.linspace(0.0, -1.5, vocab)[torch.randperm(vocab)]
+    drawn = sample(logits.expand(n, vocab), draws(n, seeds=np.arange(n)), None)
+    expected = logits.softmax(-1).numpy() * n
+    counts = np.bincount(drawn.numpy(), minlength=vocab)
+    assert ((counts - expected) ** 2 / expected).sum() < vocab + 5 * math.sqrt(2 * vocab)
+
+
+def test_draws_survive_the_last_bits():
+    """Logits that differ as a recomputation's do give the same ids, among unlikely ones too."""
+    n, vocab = 4096, 3000
+    logits = torch.randn(n, vocab)
+    config = draws(n, seeds=np.arange(n))
+    moved = sample(logits + 1e-6 * torch.randn(n, vocab), config, None)
+    assert int((sample(logits.clone(), config, None) != moved).sum()) <= 1
 
 
 def test_logits_that_are_not_numbers_raise():
@@ -236,7 +258,9 @@ def test_adjustments():
     expected[2, 5] -= 2.0
     expected[1, 7:9] = -np.inf
     for row, token, count, repetition, presence, frequency in (
-        (0, 4, 2, 1.3, 0.2, 0.1), (0, 9, 0, 1.3, 0.2, 0.1), (2, 6, 1, 0.5, -0.4, 0.3),
+        (0, 4, 2, 1.3, 0.2, 0.1),
+        (0, 9, 0, 1.3, 0.2, 0.1),
+        (2, 6, 1, 0.5, -0.4, 0.3),
     ):
         value = expected[row, token]
         value = value / repetition if value > 0 else value * repetition

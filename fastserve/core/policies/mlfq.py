@@ -157,12 +157,12 @@ class MLFQ:
         """Move whoever has not run for the starvation limit to the tail of level 0."""
         running: list[int] = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, handle = heapq.heappop(self._deadlines)
+            due, handle = heapq.heappop(self._deadlines)
             account = self._accounts.get(handle)
             if account is None or account.level == 0:
                 continue
             deadline = account.last_ran_at + self._starvation_limit
-            if deadline > now:
+            if deadline > due:  # it ran since; even if it is late again, others are later
                 heapq.heappush(self._deadlines, (deadline, handle))
                 continue
             request = self._levels[account.level][handle]

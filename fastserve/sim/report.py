@@ -1,0 +1,118 @@
+"""Turns the outcome of a run into the figures that people compare.
+
+Rules: every latency counts from arrival; a request is compared with the same request alone on the
+same machine. Must not know: how the run was made, where the report goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastserve.config import SchedulerConfig
+from fastserve.sim.simulator import Machine, Outcome
+from fastserve.sim.workload import Floats, Workload
+
+
+def summary(values: Floats) -> dict[str, float | None]:
+    """Return mean, median, tail and maximum; NaN do not count, and nothing has no mean."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return dict.fromkeys(("mean", "p50", "p95", "p99", "max"))
+    p50, p95, p99 = np.percentile(known, (50, 95, 99)).tolist()
+    return {"mean": float(known.mean()), "p50": p50, "p95": p95, "p99": p99,
+            "max": float(known.max())}  # fmt: skip
+
+
+def alone_s(config: SchedulerConfig, machine: Machine, workload: Workload) -> Floats:
+    """Return the JCT of each row with the machine to itself and nothing cached."""
+    costs, overhead = machine.cost_model, machine.overhead
+    chunk = -(-config.max_num_batched_tokens // config.num_slots)
+    if not config.enable_chunked_prefill:
+        chunk = config.max_model_len
+    per_step_s = overhead.fixed_s + overhead.per_seq_s
+    alone: list[float] = []
+    rows = zip(workload.prompt_tokens.tolist(), workload.output_tokens.tolist(), strict=True)
+    for prompt, output in rows:
+        seconds = costs.prefill_s(prompt, 0, chunk)
+        decodes = output - 1
+        if decodes:
+            # A decode's time is linear in its context: the mean is that of the first and last.
+            ends_s = costs.iteration_s(1, prompt) + costs.iteration_s(1, prompt + decodes - 1)
+            seconds += decodes * ends_s / 2
+        alone.append(seconds + per_step_s * (-(-prompt // chunk) + decodes))
+    return np.array(alone)
+
+
+def latencies(outcome: Outcome, workload: Workload, alone: Floats) -> dict[str, Floats]:
+    """Return the figures of each row by the names of the report."""
+    jct = outcome.finished_at - outcome.arrived_at
+    output = workload.output_tokens
+    decode_s = outcome.finished_at - outcome.first_token_at
+    return {
+        "jct_s": jct,
+        "normalized_latency_s": jct / output,
+        "ttft_s": outcome.first_token_at - outcome.arrived_at,
+        "tpot_s": np.where(output > 1, decode_s / np.maximum(output - 1, 1), np.nan),
+        "max_gap_s": outcome.max_gap_s,
+        "slowdown": jct / alone,
+    }
+
+
+def make_report(
+    outcome: Outcome,
+    workload: Workload,
+    config: SchedulerConfig,
+    machine: Machine,
+    *,
+    settings: Mapping[str, Any],
+    wall_s: float,
+    journal_sha256: str | None,
+) -> dict[str, Any]:
+    """Return the JSON object of one run; `settings` say how it was asked for."""
+    alone = alone_s(config, machine, workload)
+    by_name = latencies(outcome, workload, alone)
+    queue_s = float(outcome.queue_s.mean())
+    report: dict[str, Any] = {
+        "policy": config.scheduling_policy,
+        "config": dict(settings),
+        "requests": len(workload) + workload.num_dropped,
+        "completed": len(workload),
+        "dropped": workload.num_dropped,
+        **{name: summary(values) for name, values in by_name.items()},
+        "breakdown_s": {
+            "queue": queue_s,
+            "swap": 0.0,
+            "execute": float(by_name["jct_s"].mean()) - queue_s,
+        },
+        "preemptions": outcome.stats.num_preemptions,
+        "swap_in_bytes": 0,
+        "swap_out_bytes": 0,
+        "recomputed_tokens": outcome.stats.num_recomputed_tokens,
+        "copy_wait_s": 0.0,
+        "peak_device_blocks": outcome.peak_device_blocks,
+        "peak_host_blocks": outcome.peak_host_blocks,
+        "peak_live_requests": outcome.peak_live_requests,
+        "busy_s": outcome.busy_s,
+        "makespan_s": float(outcome.finished_at.max() - outcome.arrived_at.min()),
+        "wall_s": wall_s,
+        "journal_sha256": journal_sha256,
+    }
+    if workload.source is not None:
+        report["by_source"] = by_source(by_name, workload.source)
+    return report
+
+
+def by_source(by_name: Mapping[str, Floats], source: tuple[str, ...]) -> dict[str, Any]:
+    """Return the latencies of each source apart."""
+    sources = np.array(source)
+    parts: dict[str, Any] = {}
+    for name in sorted(set(source)):
+        mine = sources == name
+        parts[name] = {
+            "completed": int(mine.sum()),
+            **{figure: summary(values[mine]) for figure, values in by_name.items()},
+        }
+    return parts

@@ -1,0 +1,105 @@
+"""Watches a run: queue lengths and KV over time for a plot, every step for a trace viewer.
+
+Rules: a timeline's size is bounded whatever the length of the run; trace events go to a file as
+they happen. Must not know: how either is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple, TextIO
+
+from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput
+from fastserve.core.scheduler import Scheduler
+
+MAX_SAMPLES = 2048
+
+
+class TimelineSample(NamedTuple):
+    """Requests and KV blocks at one moment."""
+
+    at: float
+    num_waiting: int
+    num_running: int
+    num_preempted: int
+    num_used_blocks: int
+    num_live: int
+
+
+class Timeline:
+    """Looks at the scheduler at even distances; when there are too many samples, half of them go
+    and the distance doubles.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.samples: list[TimelineSample] = []
+        self._scheduler = scheduler
+        self._interval_s = 0.01
+        self._next_at = 0.0
+
+    def planned(self, plan: SchedulerOutput, now: float) -> None:
+        """A plan changes nothing that a look after the step would not show."""
+
+    def updated(self, output: ExecutorOutput, updates: Sequence[RequestUpdate], now: float) -> None:
+        """Look, if it is time."""
+        if now < self._next_at:
+            return
+        stats, cache = self._scheduler.stats(now), self._scheduler.cache
+        self.samples.append(
+            TimelineSample(
+                now,
+                stats.num_waiting,
+                stats.num_running,
+                stats.num_preempted,
+                stats.device_blocks_used,
+                cache.num_tables,
+            )
+        )
+        if len(self.samples) >= MAX_SAMPLES:
+            del self.samples[1::2]
+            self._interval_s *= 2
+        self._next_at = now + self._interval_s
+
+
+class TraceEvents:
+    """Writes Chrome's trace event format: one slice per step and pipeline stage, and counters.
+
+    Perfetto and chrome://tracing open it. Times are virtual microseconds.
+    """
+
+    def __init__(self, file: TextIO, policy: str) -> None:
+        self.scheduler: Scheduler | None = None  # whose requests and blocks are counted
+        self._file = file
+        name = {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": policy}}
+        file.write("[\n" + json.dumps(name))
+
+    def see(self, plan: SchedulerOutput, stages: Sequence[tuple[float, float]]) -> None:
+        """Write one step."""
+        num_decodes = sum(work.num_tokens == 1 for work in plan.work)
+        shown = {
+            "sequences": len(plan.work),
+            "tokens": plan.num_tokens,
+            "decodes": num_decodes,
+            "requests": [work.request for work in plan.work[:16]],
+        }
+        kind = "decode" if num_decodes == len(plan.work) else "prefill"
+        for stage, (begins_at, ends_at) in enumerate(stages):
+            self._write(
+                "X", f"{kind} {plan.num_tokens}", begins_at, shown,
+                tid=stage, dur=round((ends_at - begins_at) * 1e6, 3), id=plan.step_id,
+            )  # fmt: skip
+        if self.scheduler is None:
+            return
+        at, cache = stages[0][0], self.scheduler.cache
+        self._write("C", "requests", at, {"in system": self.scheduler.num_requests})
+        self._write("C", "live KV", at, {"requests": cache.num_tables})
+        self._write("C", "KV blocks", at, {"used": cache.pool.num_used})
+
+    def _write(self, phase: str, name: str, at: float, args: object, **more: object) -> None:
+        event = {"ph": phase, "pid": 1, "name": name, "ts": round(at * 1e6, 3), "args": args}
+        self._file.write(",\n" + json.dumps(event | more))
+
+    def close(self) -> None:
+        """End the list; the file is the caller's."""
+        self._file.write("\n]\n")

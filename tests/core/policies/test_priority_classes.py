@@ -1,0 +1,197 @@
+"""Priority classes: strict order, aging that no class waits for ever, and the way home."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from fastserve.core.cost_model import CostModel
+from fastserve.core.policies.fcfs import FCFS
+from fastserve.core.policies.mlfq import MLFQ
+from fastserve.core.policies.priority_classes import PriorityClasses
+from fastserve.core.policies.protocol import Policy, StepBill
+from fastserve.core.request import Request, SamplingParams
+
+AGING = 10.0
+
+
+def make_request(handle: int, priority: int) -> Request:
+    params = SamplingParams()
+    return Request(handle, [1, 2], params, max_output_tokens=99, priority=priority)
+
+
+def make_mlfq() -> Policy:
+    return MLFQ(
+        CostModel(base_s=1.0, prefill_token_s=0.25),
+        quantum_s=1.0,
+        quantum_ratio=2.0,
+        starvation_limit=5.0,
+        max_num_seqs=1,
+        max_chunk=8,
+        skip_join=True,
+    )
+
+
+def admit(policy: PriorityClasses, priorities: list[int], now: float = 0.0) -> list[Request]:
+    requests = [make_request(handle, priority) for handle, priority in enumerate(priorities)]
+    for request in requests:
+        policy.admit(request, now)
+    return requests
+
+
+def order(policy: PriorityClasses, now: float = 0.0) -> list[int]:
+    return [request.handle for request in policy.ordered(now)]
+
+
+def run(policy: PriorityClasses, request: Request, now: float) -> None:
+    request.num_computed_tokens = request.num_tokens
+    request.append(5)
+    policy.charge(StepBill(1.0, [(request, 1)]), now)
+
+
+def test_lower_values_go_first_and_extremes_are_clamped() -> None:
+    """Strict between classes, first come first served within; beyond ±100 is ±100."""
+    policy = PriorityClasses(FCFS, AGING)
+    admit(policy, [0, 5, -3, 0, 100, 10_000, -100, -10_000, 5])
+    assert order(policy) == [6, 7, 2, 0, 3, 1, 8, 4, 5]
+
+
+def test_waiting_lifts_by_one_class_at_a_time() -> None:
+    """A request moves up a class every `aging_s`, and keeps its place by arrival there."""
+    policy = PriorityClasses(FCFS, AGING)
+    requests = admit(policy, [2, 1, 0])
+    now = 0.0
+    while now < AGING - 1:
+        now += 1.0
+        run(policy, requests[1], now)
+        run(policy, requests[2], now)
+        assert order(policy, now) == [2, 1, 0]
+    run(policy, requests[1], AGING)
+    run(policy, requests[2], AGING)
+    assert order(policy, AGING) == [2, 0, 1]  # in class 1, where it is the oldest
+    run(policy, requests[1], 2 * AGING - 1)
+    run(policy, requests[2], 2 * AGING - 1)
+    assert order(policy, 2 * AGING - 1) == [2, 0, 1]
+    run(policy, requests[2], 2 * AGING)
+    assert order(policy, 2 * AGING) == [0, 2, 1]  # in class 0
+
+
+def test_a_lifted_request_goes_home_when_it_has_run() -> None:
+    """After one step it is back in its class, and waits a full `aging_s` for the next lift."""
+    policy = PriorityClasses(FCFS, AGING)
+    low, high = admit(policy, [1, 0])
+    for turn in range(1, 6):
+        run(policy, high, turn * AGING)
+        assert order(policy, turn * AGING) == [0, 1], f"turn {turn}"
+        run(policy, low, turn * AGING)
+        assert order(policy, turn * AGING) == [1, 0]
+        run(policy, high, turn * AGING + AGING - 0.5)
+        assert order(policy, turn * AGING + AGING - 0.5) == [1, 0]
+
+
+def test_every_lift_is_by_one_class_however_often_it_was_lifted() -> None:
+    """The third lift of a request is no faster than its first."""
+    policy = PriorityClasses(FCFS, AGING)
+    requests = admit(policy, [3, 2, 1, 0])
+    low, others = requests[0], requests[1:]
+    now = 0.0
+    for _ in range(4):
+        for _ in range(10):
+            now += AGING / 10
+            for request in others:
+                run(policy, request, now)
+        assert order(policy, now) == [3, 2, 0, 1]
+        run(policy, low, now)
+        assert order(policy, now) == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 6])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_lowest_class_heads_the_order_in_time(num_classes: int, seed: int) -> None:
+    """Bounded waiting: of c classes, under constant load above, within c · aging_s.
+
+    The bound holds for any stream of arrivals, because the lifted keep their place by arrival.
+    """
+    rng = Random(seed)
+    policy = PriorityClasses(FCFS, AGING)
+    waiting = admit(policy, list(range(num_classes)))
+    lowest, waiting = waiting[-1], waiting[:-1]
+    now, handle, waited_since = 0.0, num_classes, 0.0
+    longest, num_heads = 0.0, 0
+    while num_heads < 5:
+        now += 0.5
+        waiting.append(make_request(handle, rng.randrange(num_classes - 1)))
+        policy.admit(waiting[-1], now)
+        handle += 1
+        head = next(iter(policy.ordered(now)))
+        if head is lowest:
+            num_heads += 1
+            longest = max(longest, now - waited_since)
+            waited_since = now
+            run(policy, lowest, now)
+        elif rng.random() < 0.5:
+            policy.remove(head)
+            waiting.remove(head)
+        else:
+            run(policy, head, now)
+        assert now - waited_since <= num_classes * AGING
+    assert longest >= (num_classes - 1) * AGING  # and strictly by class until then
+
+
+def test_the_coldest_is_in_the_lowest_class() -> None:
+    """Estimates do not contradict the order: no class loses KV before a lower one."""
+    policy = PriorityClasses(FCFS, 0.5)
+    requests = admit(policy, [0] * 40 + [1] * 3 + [2] * 3)
+    estimates = [policy.estimated_next_schedule_time(r, 0.0) for r in policy.ordered(0.0)]
+    assert estimates == sorted(set(estimates))
+    for request in requests[40:]:
+        policy.remove(request)
+    assert order(policy) == list(range(40))
+
+
+def test_one_class_is_the_inner_policy() -> None:
+    """Where nobody asks for priorities, there is nothing between the scheduler and the policy."""
+    policy, bare = PriorityClasses(make_mlfq, AGING), make_mlfq()
+    requests = admit(policy, [7, 7, 7])
+    for request in requests:
+        bare.admit(request, 0.0)
+    for now in (1.0, 2.0, 3.0, 99.0):
+        request = next(iter(bare.ordered(now)))
+        assert next(iter(policy.ordered(now))) is request
+        run(policy, request, now)
+        bare.charge(StepBill(1.0, [(request, 1)]), now)
+        for other in requests:
+            assert policy.level(other) == bare.level(other)
+            estimate = policy.estimated_next_schedule_time(other, now)
+            assert estimate == bare.estimated_next_schedule_time(other, now)
+    assert policy.stats() == bare.stats()
+
+
+def test_those_who_came_before_the_second_class_age_too() -> None:
+    """Aging begins with the second class, for everybody."""
+    policy = PriorityClasses(FCFS, AGING)
+    low = make_request(0, 5)
+    policy.admit(low, 0.0)
+    order(policy, 50.0)
+    high = make_request(1, 0)
+    policy.admit(high, 50.0)
+    assert order(policy, 50.0) == [1, 0]
+    assert order(policy, 50.0 + AGING - 0.001) == [1, 0]
+    assert order(policy, 50.0 + AGING) == [0, 1]
+
+
+def test_nothing_is_left_of_those_who_ended() -> None:
+    """Neither lifts nor ends leave entries behind."""
+    policy = PriorityClasses(make_mlfq, 1e9)
+    for handle in range(5_000):
+        request = make_request(handle, handle % 3)
+        policy.admit(request, float(handle))
+        run(policy, request, float(handle))
+        policy.remove(request)
+    assert len(policy._deadlines) <= 66
+    assert not policy._due
+    assert not policy._members
+    assert not policy._class_of
+    assert not policy._last_ran_at
+    assert not policy._lifted

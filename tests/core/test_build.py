@@ -1,0 +1,75 @@
+"""build_scheduler: settings arrive where they act."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastserve.core.build import build_policy, build_scheduler
+from fastserve.core.cost_model import CostModel
+from fastserve.core.journal import Journal, JournaledScheduler
+from fastserve.core.policies.fcfs import FCFS
+from fastserve.core.policies.mlfq import MLFQ
+from fastserve.core.policies.srpt import SRPT
+from fastserve.core.request import Request, SamplingParams
+from tests.core.harness import small_config
+
+COST = CostModel(base_s=1.0, prefill_token_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("fcfs", FCFS), ("mlfq", MLFQ), ("skip-join-mlfq", MLFQ), ("srpt", SRPT)],
+)
+def test_each_name_builds_its_policy(name: str, kind: type) -> None:
+    """A name is a policy, fresh every time."""
+    config = small_config(scheduling_policy=name)
+    first, second = (build_policy(config, COST, {}) for _ in range(2))
+    assert type(first) is kind
+    assert first is not second
+
+
+@pytest.mark.parametrize("name", ["srpt", "shortest-first"])
+def test_what_cannot_be_built_is_named(name: str) -> None:
+    """An unknown policy, or foresight without lengths, is an error that names it."""
+    with pytest.raises(ValueError, match=name):
+        build_policy(small_config(scheduling_policy=name), COST)
+
+
+@pytest.mark.parametrize(
+    ("changes", "level"),
+    [
+        ({}, 4),  # 9 s in one chunk, 1 + 8: quanta 1 2 4 8 16
+        ({"scheduling_policy": "mlfq"}, 0),
+        ({"max_num_batched_tokens": 4}, 4),  # two chunks, 10 s
+        ({"max_num_batched_tokens": 1}, 4),  # eight chunks, 16 s
+        ({"max_num_batched_tokens": 1, "enable_chunked_prefill": False}, 4),
+        ({"mlfq_quantum": 3.0}, 2),
+        ({"mlfq_quantum": 9.0}, 0),
+        ({"mlfq_quantum_ratio": 9.0}, 1),
+    ],
+)
+def test_quanta_come_from_settings_and_costs(changes: dict[str, object], level: int) -> None:
+    """q₁ is the setting or the least iteration, the ratio and the chunks are the settings'."""
+    config = small_config(**({"scheduling_policy": "skip-join-mlfq"} | changes))
+    policy = build_policy(config, COST)
+    request = Request(0, range(8), SamplingParams(), max_output_tokens=4)
+    policy.admit(request, 0.0)
+    assert policy.level(request) == level
+
+
+def test_a_journal_makes_it_a_journaled_scheduler() -> None:
+    """Without a journal nothing is written and nothing is paid."""
+    config = small_config()
+    assert not isinstance(build_scheduler(config, COST, 4), JournaledScheduler)
+    assert isinstance(build_scheduler(config, COST, 4, journal=Journal()), JournaledScheduler)
+
+
+def test_the_salt_keeps_tenants_apart() -> None:
+    """Two schedulers with other salts name the same ids otherwise."""
+    request = Request(0, range(8), SamplingParams(), max_output_tokens=4)
+    hashes = set()
+    for salt in ("", "a", "b"):
+        cache = build_scheduler(small_config(cache_salt=salt), COST, 4).cache
+        request.block_hashes.clear()
+        hashes.add(request.block_hash(0, 4, cache._salt))
+    assert len(hashes) == 3

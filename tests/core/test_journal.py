@@ -1,0 +1,146 @@
+"""The journal: the same in any process, and enough to run a schedule again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastserve.core.build import build_scheduler
+from fastserve.core.journal import Journal
+from fastserve.core.output import ExecutorOutput, Sample, StepDone
+from fastserve.core.request import SamplingParams
+from tests.core.harness import UNIT_COST, Harness, small_config
+
+ROOT = Path(__file__).parents[2]
+HASH_PROGRAM = """
+from tests.core.test_random_runs import run
+print(*(run(seed).journal.sha256 for seed in range(24)))
+"""
+
+
+def test_any_process_writes_the_same_journal() -> None:
+    """Neither hash randomization nor the process shows in a schedule."""
+    printed = []
+    for hash_seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", HASH_PROGRAM],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        printed.append(done.stdout.split())
+    assert printed[0] == printed[1]
+    assert len(set(printed[0])) == 24
+
+
+def busy_run(lines: list[str], *, slots: int, lookahead: int) -> Harness:
+    """Run a load with preemptions, recomputation, EOS, aborts, stops and a refusal."""
+    config = small_config(
+        max_num_seqs=2,
+        max_num_batched_tokens=6,
+        max_model_len=32,
+        scheduling_policy="skip-join-mlfq",
+        enable_prefix_caching=True,
+        starvation_limit=2.0,
+        priority_aging=3.0,
+        num_slots=slots,
+        lookahead=lookahead,
+        eos_token_ids=frozenset((3,)),
+    )
+    harness = Harness(config, 9, token=lambda seed, p: (seed + 5 * p) % 23, sink=lines.append)
+    for number in range(8):
+        prompt: Any = [number % 3, *range(number + 2)] if number % 2 else range(number, number + 9)
+        harness.add(prompt, 20, seed=number, priority=number % 2, logit_bias={7: 1.5})
+        for _ in range(number):
+            harness.step()
+    with pytest.raises(ValueError, match="exceed"):
+        harness.engine.add([1], SamplingParams(max_tokens=99))
+    harness.abort(harness.live[0])
+    harness.finish(harness.live[-1])
+    harness.drain()
+    stats = harness.scheduler.stats(0.0)
+    assert stats.num_preemptions > 0
+    assert stats.num_recomputed_tokens > 0
+    assert stats.num_dropped_samples > 0 or not lookahead
+    return harness
+
+
+def replay(lines: list[str], harness: Harness) -> list[str]:
+    """Feed the facts of a journal to a new scheduler and return what it writes."""
+    written: list[str] = []
+    scheduler = build_scheduler(
+        harness.config, UNIT_COST, 9, journal=Journal(written.append)
+    )
+    for line in lines:
+        kind, at, *rest = json.loads(line)
+        now = float.fromhex(at)
+        if kind == "add":
+            prompt, params, arrived_at, output, hashes, priority, client = rest
+            ids = range(*prompt["range"]) if isinstance(prompt, dict) else prompt
+            params["logit_bias"] = {int(key): bias for key, bias in params["logit_bias"].items()}
+            try:
+                scheduler.add(
+                    ids,
+                    SamplingParams(**params),
+                    now,
+                    arrived_at=None if arrived_at is None else float.fromhex(arrived_at),
+                    output_token_ids=output,
+                    block_hashes=hashes,
+                    priority=priority,
+                    client=client,
+                )
+            except ValueError:
+                assert params["max_tokens"] == 99
+        elif kind == "schedule":
+            scheduler.schedule(now, rest[0])
+        elif kind == "update":
+            steps = [
+                StepDone(step_id, [Sample(i) for i in ids], float.fromhex(device_s))
+                for step_id, ids, device_s in rest[0]
+            ]
+            scheduler.update(ExecutorOutput(steps, rest[1]), now)
+        else:
+            getattr(scheduler, kind)(*rest, now)
+    assert scheduler.num_requests == 0
+    scheduler.check()
+    return written
+
+
+@pytest.mark.parametrize(("slots", "lookahead"), [(1, 0), (1, 1), (2, 0)])
+def test_replay_repeats_every_plan(slots: int, lookahead: int) -> None:
+    """The facts of a journal lead a new scheduler to the very same lines."""
+    lines: list[str] = []
+    harness = busy_run(lines, slots=slots, lookahead=lookahead)
+    kinds = {json.loads(line)[0] for line in lines}
+    assert kinds == {"add", "schedule", "update", "abort", "finish"}
+    assert replay(lines, harness) == lines
+
+
+def test_a_changed_fact_changes_the_hash() -> None:
+    """One id, one bit of a time, or the order of two lines shows."""
+    hashes = set()
+    for lines in (
+        (("update", 1.0, 5), ("abort", 2.0, 7)),
+        (("update", 1.0, 6), ("abort", 2.0, 7)),
+        (("update", 1.0000000000000002, 5), ("abort", 2.0, 7)),
+        (("abort", 2.0, 7), ("update", 1.0, 5)),
+    ):
+        journal = Journal()
+        for kind, now, value in lines:
+            journal.write(kind, now, value)
+        hashes.add(journal.sha256)
+    assert len(hashes) == 4
+
+
+def test_what_has_no_words_is_refused() -> None:
+    """A value that could not be read back is an error, not a repr."""
+    with pytest.raises(TypeError, match="object"):
+        Journal().write("add", 0.0, object())

@@ -1,0 +1,309 @@
+"""Packing: budgets, claims, who may take KV from whom, and bounded waiting."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from fastserve.core.output import SchedulerOutput
+from fastserve.core.request import Request
+from tests.core.harness import Harness, small_config
+from tests.core.test_random_runs import run as random_run
+
+
+def one_second(plan: SchedulerOutput) -> float:
+    return 1.0
+
+
+def prompt_of(handle: int, length: int) -> list[int]:
+    return [1000 * (handle + 1) + position for position in range(length)]
+
+
+def tokens_of(plan: SchedulerOutput) -> dict[int, int]:
+    return {work.request: work.num_tokens for work in plan.work}
+
+
+@pytest.mark.parametrize("batch", range(4))
+def test_no_plan_exceeds_a_budget(batch: int) -> None:
+    """Sequences and tokens of every plan stay within the limits, a stage's within its share."""
+    for seed in range(batch * 40, batch * 40 + 40):
+        harness = random_run(seed)
+        config = harness.config
+        for plan in harness.executor.plans:
+            assert len(plan.work) <= config.max_num_seqs
+            num_decodes = sum(work.num_tokens == 1 for work in plan.work)
+            if config.enable_chunked_prefill:
+                share = -(-config.max_num_batched_tokens // config.num_slots)
+                assert plan.num_tokens <= max(share, config.max_num_seqs)
+            else:
+                assert plan.num_tokens - num_decodes <= config.max_num_batched_tokens
+
+
+def test_decodes_come_first_and_chunks_fill_the_rest() -> None:
+    """A decode is never crowded out by a prefill before it in the order."""
+    harness = Harness(small_config(max_num_seqs=3, max_num_batched_tokens=8), 64, step_s=one_second)
+    for handle in range(2):
+        harness.add(prompt_of(handle, 3), 20)
+    harness.step()
+    harness.add(prompt_of(2, 30), 5)
+    for _ in range(3):
+        harness.step()
+        assert tokens_of(harness.executor.plans[-1]) == {0: 1, 1: 1, 2: 6}
+    harness.drain()
+
+
+def test_an_unchunked_prefill_gets_in_beside_a_constant_stream_of_decodes() -> None:
+    """A prompt as long as the budget runs at its first turn though decodes never stop."""
+    config = small_config(
+        max_num_seqs=4, max_num_batched_tokens=64, enable_chunked_prefill=False
+    )
+    harness = Harness(config, 400, step_s=one_second)
+    for handle in range(3):
+        harness.add(prompt_of(handle, 2), 40)
+    for _ in range(4):
+        harness.step()
+    long = harness.add(prompt_of(3, 63), 1)
+    harness.step()
+    assert tokens_of(harness.executor.plans[-1]) == {0: 1, 1: 1, 2: 1, long: 63}
+    harness.drain()
+
+
+def test_unchunked_prefills_wait_for_a_budget_of_their_own() -> None:
+    """Two long prompts do not share a step, and the second is the first of the next."""
+    config = small_config(max_num_batched_tokens=64, enable_chunked_prefill=False)
+    harness = Harness(config, 400, step_s=one_second)
+    for handle in range(3):
+        harness.add(prompt_of(handle, 40), 4)
+    harness.step()
+    harness.step()
+    harness.step()
+    plans = [tokens_of(plan) for plan in harness.executor.plans]
+    assert plans == [{0: 40}, {0: 1, 1: 40}, {0: 1, 1: 1, 2: 40}]
+    harness.drain()
+
+
+@pytest.mark.parametrize(("num_requests", "num_slots"), [(5, 2), (8, 4), (3, 4), (1, 2)])
+def test_stages_fill_evenly(num_requests: int, num_slots: int) -> None:
+    """With several slots a plan takes at most its share of the requests."""
+    config = small_config(max_num_seqs=8, max_num_batched_tokens=64, num_slots=num_slots)
+    harness = Harness(config, 400, step_s=one_second)
+    for handle in range(num_requests):
+        harness.add(prompt_of(handle, 2), 6)
+    harness.executor.wake()
+    harness.step()
+    share = -(-num_requests // num_slots)
+    sizes = [len(run.plan.work) for run in harness.executor.running]
+    assert max(sizes) <= share
+    assert sum(sizes) == num_requests
+    harness.drain()
+
+
+def fill_pool(harness: Harness, num_requests: int, length: int) -> None:
+    """Let requests in until they hold all the blocks there are."""
+    for handle in range(num_requests):
+        harness.add(prompt_of(handle, length), 8, priority=5)
+    while harness.scheduler.cache.num_available:
+        harness.step()
+
+
+def test_the_head_takes_kv_from_anyone() -> None:
+    """A request that heads the order computes in the very next plan, whoever holds the pool."""
+    config = small_config(max_model_len=32, max_num_seqs=2, max_num_batched_tokens=32)
+    harness = Harness(config, 8, step_s=one_second)
+    fill_pool(harness, 2, 13)
+    head = harness.add(prompt_of(2, 28), 4, priority=0)
+    harness.step()
+    assert tokens_of(harness.executor.plans[-1]).get(head) == 28
+    assert sum(harness.request(handle).epoch for handle in (0, 1)) >= 1
+    harness.drain()
+    stats = harness.scheduler.stats(0.0)
+    assert stats.num_preemptions > 0
+    assert stats.num_recomputed_tokens > 0
+
+
+def test_nobody_takes_kv_from_those_before_it() -> None:
+    """First come first served, and no room: the newcomer waits, the holders keep their KV."""
+    config = small_config(max_model_len=32, max_num_batched_tokens=32)
+    harness = Harness(config, 8, step_s=one_second)
+    for handle in range(2):
+        harness.add(prompt_of(handle, 13), 3)
+    harness.step()
+    late = harness.add(prompt_of(2, 17), 2)
+    harness.step()
+    assert late not in tokens_of(harness.executor.plans[-1])
+    harness.drain()
+    assert harness.scheduler.stats(0.0).num_recomputed_tokens == 0
+
+
+def test_a_recomputing_request_keeps_its_blocks_until_it_is_past_where_it_was() -> None:
+    """Neither the head nor anybody else takes KV that would have to be computed a third time."""
+    num_protected = num_blocked_heads = 0
+    for seed in range(250):
+        lost: dict[int, int] = {}  # handle → tokens it had when it lost them
+        for plan, requests in traced_run(seed):
+            for request, epoch, num_computed, num_lost in requests:
+                was = lost.get(request.handle)
+                if was is not None and was < epoch and epoch > 1:
+                    raise AssertionError(f"seed {seed}: {request.handle} lost KV it recomputed")
+                if epoch and num_computed <= num_lost:
+                    lost[request.handle] = epoch
+                    num_protected += 1
+                else:
+                    lost.pop(request.handle, None)
+            num_blocked_heads += plan is None
+    assert num_protected > 1000
+
+
+def traced_run(
+    seed: int,
+) -> list[tuple[SchedulerOutput | None, list[tuple[Request, int, int, int]]]]:
+    """Run a crowded load and note after every turn where each holder of KV stands."""
+    harness = crowded(seed)
+    trace = []
+    while harness.is_busy:
+        harness.step()
+        holders = [
+            (request, request.epoch, request.num_computed_tokens, request.num_lost_tokens)
+            for request in harness.scheduler.cache.holders()
+        ]
+        trace.append((harness.executor.plans[-1], holders))
+    harness.check_at_rest()
+    return trace
+
+
+def crowded(seed: int, **changes: object) -> Harness:
+    """Return a harness with more prompts than the pool holds and a hot-headed policy."""
+    rng = Random(seed)
+    slots, lookahead = ((1, 0), (1, 1), (2, 0))[seed % 3]
+    settings: dict[str, object] = {
+        "max_num_seqs": rng.choice((1, 2, 3)),
+        "max_num_batched_tokens": rng.choice((4, 9)),
+        "max_model_len": 24,
+        "scheduling_policy": rng.choice(("mlfq", "skip-join-mlfq")),
+        "starvation_limit": rng.choice((0.0, 0.5, 3.0)),
+        "max_live_seqs": rng.choice((None, 2)),
+        "num_slots": slots,
+        "lookahead": lookahead,
+    }
+    harness = Harness(small_config(**(settings | changes)), rng.choice((6, 7, 9)), seed=seed)
+    for handle in range(6):
+        length = rng.randrange(1, 20)
+        harness.add(prompt_of(handle, length), rng.randrange(1, 25 - length))
+    return harness
+
+
+@pytest.mark.parametrize("batch", range(3))
+def test_the_head_of_the_order_runs_within_the_bound(batch: int) -> None:
+    """Bounded waiting of the first in the order.
+
+    While a request stays first and does not compute, every plan computes tokens of somebody whom
+    nobody may take KV from. So it computes in the next plan, or after at most as many plans as
+    there are steps in flight plus positions that are protected when it becomes first: for each
+    recomputing request those up to one past where it was.
+    """
+    num_waits = 0
+    for seed in range(batch * 60, batch * 60 + 60):
+        harness = crowded(seed)
+        scheduler = harness.scheduler
+        head: Request | None = None
+        bound = num_plans = 0
+        while harness.is_busy:
+            first = next(scheduler.policy.ordered(harness.clock.now()), None)
+            if first is not head:
+                head, num_plans = first, len(harness.executor.plans)
+                bound = 1 + len(harness.executor.running)
+                bound += harness.config.num_slots + harness.config.lookahead
+                for request in scheduler.cache.holders():
+                    if request.is_recomputing:
+                        bound += request.num_lost_tokens + 1 - request.num_computed_tokens
+            harness.step()
+            if head is None:
+                continue
+            if head.handle not in scheduler._requests or head.steps_in_flight:
+                head = None
+                continue
+            for position, plan in enumerate(harness.executor.plans[num_plans:]):
+                if head.handle in tokens_of(plan):
+                    num_plans += position + 1
+                    bound = 1 + harness.config.num_slots + harness.config.lookahead
+                    for request in scheduler.cache.holders():
+                        if request.is_recomputing:
+                            bound += request.num_lost_tokens + 1 - request.num_computed_tokens
+            waited = len(harness.executor.plans) - num_plans
+            num_waits += waited > 0
+            assert waited <= bound, f"seed {seed}: {waited} plans, {scheduler.story()}"
+        harness.check_at_rest()
+    assert num_waits > 0
+
+
+@pytest.mark.parametrize("num_seqs", [1, 3])
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_waiting_is_bounded_by_the_starvation_limit(num_seqs: int, lookahead: int) -> None:
+    """A long request under a flood of short ones never waits much longer than α.
+
+    Having waited α it is at the tail of level 0, so it waits for those in level 0 then, at most
+    twice: with q₁ the least iteration, each leaves level 0 with the first or second step it takes.
+    """
+    alpha = 12.0
+    config = small_config(
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=16,
+        scheduling_policy="skip-join-mlfq",
+        starvation_limit=alpha,
+        lookahead=lookahead,
+    )
+    harness = Harness(config, 400, step_s=one_second)
+    long = harness.add(prompt_of(0, 30), 20)
+    number, longest, waited_since = 1, 0.0, 0.0
+    while long in harness.live:
+        for _ in range(num_seqs):  # as many arrivals as the machine could just serve
+            harness.add(prompt_of(number, 1), 2)
+            number += 1
+        harness.step()
+        if long in {work.request for work in harness.executor.plans[-1].work}:
+            longest = max(longest, harness.clock.now() - waited_since)
+            waited_since = harness.clock.now()
+            num_first = 0
+        else:
+            num_first = harness.scheduler.policy.stats().requests_by_level.get(0, 0)
+        bound = alpha + 2 + 2 * num_first / num_seqs + lookahead
+        assert harness.clock.now() - waited_since <= bound
+    assert longest >= alpha
+    assert harness.scheduler.stats(0.0).num_promotions > 0
+    harness.drain()
+
+
+@pytest.mark.parametrize("max_live", [1, 2, 5])
+def test_seats_are_respected_and_passed_on(max_live: int) -> None:
+    """Never more holders of KV than `max_live_seqs`, and the head takes a seat from the coldest."""
+    config = small_config(max_live_seqs=max_live, scheduling_policy="mlfq", starvation_limit=2.0)
+    harness = Harness(config, 400)
+    peak = 0
+    for handle in range(8):
+        harness.add(prompt_of(handle, 6), 10)
+        harness.step()
+        peak = max(peak, harness.scheduler.cache.num_tables)
+    harness.drain()  # the harness counts the seats after every step
+    assert peak == min(max_live, 4) or peak == max_live
+    assert harness.scheduler.stats(0.0).num_recomputed_tokens > 0 or max_live == 5
+
+
+def test_nobody_is_evicted_for_a_request_that_cannot_run_now() -> None:
+    """An unchunked prompt beyond what is left of the budget costs nobody a seat or KV."""
+    config = small_config(
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        max_model_len=32,
+        enable_chunked_prefill=False,
+        max_live_seqs=2,
+    )
+    harness = Harness(config, 400, step_s=one_second)
+    holder = harness.add(prompt_of(0, 2), 12, priority=9)
+    harness.step()
+    harness.add(prompt_of(1, 30), 1, priority=0)
+    harness.add(prompt_of(2, 30), 1, priority=1)
+    harness.step()
+    assert tokens_of(harness.executor.plans[-1]) == {1: 30, holder: 1}
+    assert harness.request(holder).epoch == 0
+    harness.drain()

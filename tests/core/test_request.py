@@ -1,0 +1,103 @@
+"""Requests: their counters, their ids, and the parameters they refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastserve.core.request import Request, SamplingParams
+
+
+def make_request(num_prompt: int = 5, max_output_tokens: int = 4, **kw: Any) -> Request:
+    prompt = range(100, 100 + num_prompt)
+    params = SamplingParams()
+    return Request(0, prompt, params, max_output_tokens=max_output_tokens, **kw)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(a, b) for a in range(9) for b in range(a, 9)])
+def test_token_ids_are_one_sequence(start: int, stop: int) -> None:
+    """Prompt and output read like one list, shorter where ids are not known yet."""
+    request = make_request(output_token_ids=(1, 2))
+    everything = [100, 101, 102, 103, 104, 1, 2]
+    assert list(request.token_ids(start, stop)) == everything[start:stop]
+
+
+def test_an_earlier_life_counts() -> None:
+    """Ids of an earlier life are known, not computed, and count as output."""
+    request = make_request(output_token_ids=(1, 2))
+    assert (request.num_tokens, request.num_output_tokens) == (7, 2)
+    assert request.num_unscheduled_tokens == 7
+    request.append(3)
+    assert not request.is_at_length_limit
+    request.num_pending_samples = 1
+    assert request.is_at_length_limit
+
+
+def test_restart_forgets_kv_and_keeps_ids() -> None:
+    """A new epoch starts from nothing computed, and is protected until it is past the old one."""
+    request = make_request(output_token_ids=(1, 2))
+    request.num_computed_tokens = request.num_scheduled_tokens = request.max_computed_tokens = 6
+    request.num_pending_samples = 1
+    request.restart()
+    assert (request.epoch, request.num_tokens, request.num_unscheduled_tokens) == (1, 7, 7)
+    assert request.is_recomputing
+    request.num_computed_tokens = 6
+    assert request.is_recomputing
+    request.num_computed_tokens = 7
+    assert not request.is_recomputing
+
+
+def test_hashes_do_not_depend_on_how_ids_are_held() -> None:
+    """Range, tuple and list with equal ids, prompt or output, hash alike."""
+    params = SamplingParams()
+    holders: list[Any] = [range(8), tuple(range(8)), list(range(8))]
+    requests = [Request(0, ids, params, max_output_tokens=4) for ids in holders]
+    requests.append(Request(0, range(3), params, max_output_tokens=9, output_token_ids=[3, 4, 5, 6, 7]))
+    assert len({request.block_hash(1, 4, b"salt") for request in requests}) == 1
+    assert requests[0].block_hash(0, 4, b"salt") != requests[0].block_hash(1, 4, b"salt")
+
+
+def test_hashes_of_a_workload_are_believed() -> None:
+    """Hashes that come with the request are used as they are."""
+    request = make_request(block_hashes=[b"a", b"b"])
+    assert request.block_hash(1, 4, b"") == b"b"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 0),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -2),
+        ("min_p", 1.5),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("repetition_penalty", 0.0),
+        ("seed", 2**63),
+        ("logprobs", -1),
+        ("prompt_logprobs", -1),
+        ("max_tokens", 0),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
+        ("logit_bias", {3: 101.0}),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+    ],
+)
+def test_bad_parameters_are_named(name: str, value: Any) -> None:
+    """A value that no sampler can honour is refused, by name."""
+    with pytest.raises(ValueError, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_good_parameters() -> None:
+    """The edges of every range are inside."""
+    params = SamplingParams(temperature=0.0, top_k=-1, min_tokens=16, max_tokens=16, stop="x")
+    assert params.is_greedy
+    assert params.stop_strings == ("x",)
+    assert SamplingParams(stop=["a", "b"], max_tokens=None, min_tokens=99).stop_strings == ("a", "b")

@@ -1,0 +1,98 @@
+"""How many KV blocks there are, and what the pool's memory costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastserve.config import ConfigError, EngineConfig
+from fastserve.executor import kv_store
+from fastserve.executor.kv_store import KVStore, available_memory, block_bytes, count_blocks
+from fastserve.model.config import parse_model_config
+from tests.checkpoints import SHAPE
+
+CPU = torch.device("cpu")
+CONFIG = parse_model_config({**SHAPE, "architectures": ["LlamaForCausalLM"]}, source="test")
+
+
+def count(bytes_per_block=1000, max_num_seqs=4, max_model_len=100, **settings) -> int:
+    """Count blocks on the CPU."""
+    return count_blocks(
+        EngineConfig(block_size=10, **settings),
+        bytes_per_block=bytes_per_block,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        device=CPU,
+    )
+
+
+def test_block_bytes():
+    """A block holds keys and values of every layer."""
+    assert block_bytes(CONFIG, 16, torch.float32) == 3 * 2 * 16 * 2 * 8 * 4
+    assert block_bytes(CONFIG, 16, torch.bfloat16) == 3 * 2 * 16 * 2 * 8 * 2
+
+
+def test_blocks_as_told():
+    """A number of blocks wins over bytes, and bytes over what memory allows."""
+    assert count(num_device_blocks=7, kv_cache_memory_bytes=10**6) == 7
+    assert count(kv_cache_memory_bytes=123_456) == 123
+    with pytest.raises(ConfigError, match="hold no KV block"):
+        count(kv_cache_memory_bytes=999)
+
+
+def test_blocks_by_memory(monkeypatch):
+    """A quarter of free memory, at most 4 GiB, and no more than can ever be used."""
+    monkeypatch.setattr(kv_store, "available_memory", lambda: 40_000_000)
+    assert count(bytes_per_block=10_000) == 1000
+    assert count() == 64 * 4 * 10
+    monkeypatch.setattr(kv_store, "available_memory", lambda: 2**50)
+    assert count(bytes_per_block=2**21, max_num_seqs=1000) == 2048
+    monkeypatch.setattr(kv_store, "available_memory", lambda: 100)
+    with pytest.raises(ConfigError, match="free memory"):
+        count()
+
+
+def test_available_memory():
+    """It is positive, and less than an exabyte on any machine this runs on."""
+    assert 0 < available_memory() < 2**60
+
+
+def make_store(num_blocks, **settings) -> KVStore:
+    """Return a pool of the test's shape."""
+    return KVStore(
+        CONFIG, num_blocks=num_blocks, block_size=16, dtype=torch.float32, device=CPU, **settings
+    )
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process that is really there."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_a_large_pool_costs_nothing_until_used():
+    """The pool is mapped as it is touched."""
+    before = resident_bytes()
+    store = make_store(100_000)  # 614 MB
+    assert store.device.tensor.nbytes > 600_000_000
+    assert resident_bytes() - before < 50_000_000
+    assert not store.device.tensor[::9999].any()
+    store.touch(10_000)
+    assert resident_bytes() - before > 50_000_000
+
+
+def test_poison():
+    """Poisoned blocks are blanked as they enter a table, blocks in use keep their content."""
+    store = make_store(4, is_poisoned=True)
+    assert store.device.tensor.isnan().all()
+    store.admit([1, 2])
+    assert not store.device.tensor[1:3].any()
+    store.device.tensor[2] = 3.0
+    store.admit([2])
+    assert (store.device.tensor[2] == 3.0).all()
+    store.poison([2])
+    assert store.device.tensor[2].isnan().all()
+    healthy = make_store(2)
+    healthy.device.tensor[1] = torch.nan
+    healthy.admit([1])
+    assert healthy.device.tensor[1].isnan().all()  # only tests poison

@@ -1,0 +1,195 @@
+"""LocalExecutor: the thread, its waiting and waking, its failures, and lookahead."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+from fastserve.config import ConfigError, EngineConfig
+from fastserve.core.output import NewRequest, SchedulerOutput, StepDone, Work
+from fastserve.core.request import SamplingParams
+from fastserve.engine.interfaces import Executor
+from fastserve.executor.local import LocalExecutor
+from tests.checkpoints import EOS_TOKEN_ID, make_checkpoint
+from tests.executor.driver import GREEDY, Driven, Driver
+
+PROMPT = [random.Random(i).randrange(2, 190) for i in range(11)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny Llama."""
+    path = tmp_path_factory.mktemp("llama")
+    make_checkpoint(path, "llama")
+    return path
+
+
+@pytest.fixture
+def open_executor(checkpoint):
+    """Opens executors, and closes them after the test."""
+    opened: list[LocalExecutor] = []
+
+    def open_one(**settings) -> LocalExecutor:
+        config = EngineConfig(
+            model=str(checkpoint), device="cpu", block_size=8, num_device_blocks=64, num_threads=1
+        )
+        executor = LocalExecutor(
+            config,
+            checkpoint,
+            eos_token_ids=frozenset({EOS_TOKEN_ID}),
+            on_progress=lambda stage, fraction: None,
+            is_poisoned=True,
+            **settings,
+        )
+        opened.append(executor)
+        return executor
+
+    yield open_one
+    for executor in opened:
+        executor.close()
+
+
+def first_plan(step_id=0, handle=0, params=GREEDY) -> SchedulerOutput:
+    """Return the prefill of PROMPT."""
+    work = Work(handle, 0, 0, len(PROMPT), tuple(PROMPT), 0, (3, 1), True, "last")
+    new = NewRequest(handle, 0, len(PROMPT), params, ())
+    return SchedulerOutput(step_id, (new,), (work,))
+
+
+def test_fits_the_interface_and_generates(open_executor):
+    """It is an Executor by shape, and its tokens do not depend on the thread."""
+    executor = open_executor()
+    as_interface: Executor = executor
+
+    def step(plan: SchedulerOutput) -> StepDone:
+        assert as_interface.can_submit()
+        as_interface.submit(plan)
+        assert not as_interface.can_submit()
+        output = as_interface.wait(math.inf)
+        assert output is not None
+        (done,) = output.steps
+        assert done.device_s > 0.0
+        return done
+
+    request = Driven(PROMPT, num_tokens=10)
+    Driver(step, 64, 8).run(request)
+    assert len(request.output) == 10
+    assert (executor.num_slots, executor.lookahead) == (1, 0)
+    assert executor.facts.num_device_blocks == 64
+
+
+@pytest.mark.parametrize(
+    "params", [GREEDY, SamplingParams(temperature=1.0, seed=3, repetition_penalty=1.3)]
+)
+def test_lookahead_yields_the_same_tokens(open_executor, params):
+    """Steps submitted behind an unfinished sample give the tokens of lookahead 0."""
+    plain = open_executor()
+    request = Driven(PROMPT, params, num_tokens=12)
+
+    def step(plan: SchedulerOutput) -> StepDone:
+        plain.submit(plan)
+        output = plain.wait(math.inf)
+        assert output is not None
+        return output.steps[0]
+
+    Driver(step, 64, 8).run(request)
+
+    ahead = open_executor(lookahead=1)
+    assert ahead.lookahead == 1
+    tokens: list[int] = []
+    pending = [first_plan(params=params)]
+    for position in range(len(PROMPT), len(PROMPT) + 11):
+        blocks = (20 + position,) if position % 8 == 0 else ()
+        work = Work(0, 0, position, 1, (), position // 8, blocks, True, "last")
+        pending.append(SchedulerOutput(position, (), (work,)))
+    while len(tokens) < 12:
+        while pending and ahead.can_submit():
+            ahead.submit(pending.pop(0))
+        output = ahead.wait(math.inf)
+        assert output is not None
+        tokens += [sample.token_id for done in output.steps for sample in done.samples]
+    assert tokens == request.output
+
+
+def test_two_steps_in_flight_with_lookahead(open_executor):
+    """With lookahead 1 a second step may be submitted before the first was reported, no third."""
+    executor = open_executor(lookahead=1)
+    executor.submit(first_plan(0, 0))
+    assert executor.can_submit()
+    executor.submit(first_plan(1, 1))
+    assert not executor.can_submit()
+    steps: list[StepDone] = []
+    while len(steps) < 2:
+        output = executor.wait(math.inf)
+        assert output is not None
+        steps += output.steps
+    assert [done.step_id for done in steps] == [0, 1]
+    assert executor.can_submit()
+
+
+def test_failure_surfaces_in_wait(open_executor):
+    """An exception of a step is raised by wait, now and ever after, as a RuntimeError."""
+    executor = open_executor()
+    unknown = Work(9, 0, 0, 1, (5,), 0, (0,), True, "last")
+    executor.submit(SchedulerOutput(0, (), (unknown,)))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a step failed: KeyError") as caught:
+            executor.wait(math.inf)
+        assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_what_finished_before_a_failure_is_reported(open_executor):
+    """The step before the failing one is not lost."""
+    executor = open_executor(lookahead=1)
+    executor.submit(first_plan())
+    executor.submit(SchedulerOutput(1, (), (Work(9, 0, 0, 1, (5,), 0, (0,), True, "last"),)))
+    output = executor.wait(math.inf)
+    assert output is not None
+    assert [done.step_id for done in output.steps] == [0]
+    with pytest.raises(RuntimeError, match="a step failed"):
+        executor.wait(math.inf)
+
+
+def test_wake_ends_a_wait(open_executor):
+    """wake ends a wait in progress, or the next one, once."""
+    executor = open_executor()
+    waker = threading.Timer(0.05, executor.wake)
+    waker.start()
+    assert executor.wait(math.inf) is None
+    waker.join()
+    executor.wake()
+    assert executor.wait(math.inf) is None
+    started = time.monotonic()
+    assert executor.wait(started + 0.05) is None
+    assert time.monotonic() >= started + 0.05
+
+
+def test_wait_for_a_time_gone_by(open_executor):
+    """A wait until the past returns at once."""
+    executor = open_executor()
+    assert executor.wait(time.monotonic() - 1.0) is None
+    assert executor.wait(-math.inf) is None
+
+
+def test_a_model_that_cannot_load_leaves_no_thread(tmp_path):
+    """The constructor raises the ConfigError itself and ends its thread."""
+    before = threading.active_count()
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        LocalExecutor(
+            EngineConfig(model=str(tmp_path)),
+            tmp_path,
+            eos_token_ids=frozenset(),
+            on_progress=lambda stage, fraction: None,
+        )
+    assert threading.active_count() == before
+
+
+def test_threads_of_the_compute_thread(open_executor):
+    """--num-threads holds on the compute thread, where the operations run."""
+    executor = open_executor()
+    assert executor._call(torch.get_num_threads) == 1
