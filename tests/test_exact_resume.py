@@ -1,0 +1,99 @@
+"""Preemption is invisible: what is preempted, recomputed and chunked yields the same tokens."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastserve.core.request import SamplingParams
+from fastserve.llm import LLM
+from tests.checkpoints import VOCAB_SIZE, make_checkpoint, write_old_dialect
+
+NUM_TOKENS = 64
+PROMPT_LENGTHS = (5, 9, 17, 33, 50, 64)
+MARGIN = 1e-3  # where the reference's two best logits are closer, either may be chosen
+MAX_EXCUSED_SHARE = 0.005
+
+
+def prompts() -> list[list[int]]:
+    """Return prompts of several lengths, some with a common beginning."""
+    rng = random.Random(3)
+    shared = [rng.randrange(2, VOCAB_SIZE) for _ in range(32)]
+    return [
+        (shared[: length // 2] + [rng.randrange(2, VOCAB_SIZE) for _ in range(length)])[:length]
+        for length in PROMPT_LENGTHS
+    ]
+
+
+def num_excused(model: torch.nn.Module, prompt: list[int], output: list[int]) -> int:
+    """Hold each token against an uncached pass of the reference; return how many were ties."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + output[:-1]])).logits[0, -len(output) :]
+    excused = 0
+    for row, token_id in zip(logits, output, strict=True):
+        best, second = row.topk(2).values.tolist()
+        if int(row.argmax()) != token_id:
+            assert best - second < MARGIN
+            assert best - float(row[token_id]) < MARGIN
+            excused += 1
+    return excused
+
+
+@pytest.mark.parametrize("policy", ["skip-join-mlfq", "mlfq"])
+@pytest.mark.parametrize("dialect", ["new", "old"])
+@pytest.mark.parametrize("name", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
+def test_preempted_tokens_are_the_reference_s(
+    name: str, dialect: str, policy: str, tmp_path: Path
+) -> None:
+    """With too few blocks for all, 64 greedy tokens of each request still equal the reference's."""
+    model = make_checkpoint(tmp_path, name)
+    if dialect == "old":
+        write_old_dialect(tmp_path)
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    with LLM(
+        str(tmp_path),
+        dtype="float32",
+        num_threads=1,
+        block_size=4,
+        num_device_blocks=48,  # one request may need 32
+        max_num_seqs=3,
+        max_num_batched_tokens=16,  # the longest prompt takes at least four chunks
+        scheduling_policy=policy,
+        starvation_limit=0.02,
+    ) as llm:
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts()], params, use_tqdm=False
+        )
+    metrics = [output.metrics for output in outputs]
+    assert sum(item.num_preemptions for item in metrics) > 0
+    assert sum(item.recomputed_tokens for item in metrics) > 0
+    excused = sum(
+        num_excused(model, output.prompt_token_ids, list(output.outputs[0].token_ids))
+        for output in outputs
+    )
+    assert excused <= MAX_EXCUSED_SHARE * NUM_TOKENS * len(outputs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_demo_text_does_not_depend_on_the_company(temperature: float) -> None:
+    """The bundled model writes the same under pressure as alone, greedy and sampled."""
+    questions = ["The function returns", "A list is", "def", "Explain", "If the argument"]
+    params = SamplingParams(temperature=temperature, seed=7, max_tokens=60, ignore_eos=True)
+    with LLM("demo", num_threads=1, enable_prefix_caching=False) as llm:
+        alone = [llm.generate(text, params, use_tqdm=False)[0].outputs[0] for text in questions]
+    with LLM(
+        "demo",
+        num_threads=1,
+        num_device_blocks=12,
+        max_model_len=128,
+        max_num_seqs=2,
+        max_num_batched_tokens=8,
+        starvation_limit=0.02,
+    ) as llm:
+        outputs = llm.generate(questions, params, use_tqdm=False)
+    assert sum(output.metrics.num_preemptions for output in outputs) > 0
+    assert sum(output.metrics.recomputed_tokens for output in outputs) > 0
+    assert [output.outputs[0].token_ids for output in outputs] == [one.token_ids for one in alone]
