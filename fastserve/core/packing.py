@@ -122,8 +122,10 @@ class Packing:
 
     def _claim_first(self, request: Request) -> int:
         """The same for a request without KV, which also needs a seat among the live."""
-        # Behind a claim that is not met there is nothing for newcomers.
-        if not self._prefill_left or self._blocks_left < 0 or not self._take_seat(request):
+        # Behind a claim that is not met there is nothing for newcomers, and nobody is evicted for
+        # one that the budget cannot hold.
+        can_run = self._share(request.num_tokens - request.num_cached_tokens)
+        if not can_run or self._blocks_left < 0 or not self._take_seat(request):
             return 0
         # Opened before anything is taken, so that nobody's KV which it shares can vanish meanwhile.
         blocks_left, available = self._blocks_left, self._cache.num_available

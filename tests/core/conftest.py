@@ -1,4 +1,4 @@
-"""How hard hypothesis tries: `ci` repeats itself to the bit; `--hypothesis-profile deep` searches."""
+"""How hard hypothesis tries: `ci` repeats itself, `--hypothesis-profile deep` searches."""
 
 from __future__ import annotations
 

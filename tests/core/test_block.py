@@ -48,14 +48,18 @@ def test_pool_behaves_like_sets(num_places: int, operations: list[tuple[str, int
             names.append(block)
             if block in cached:
                 cached.remove(block)
-        pool.check()
         assert all(pool.find(bytes([n])) is hashes.get(bytes([n])) for n in range(8))
-        assert all(block.refs == names.count(block) for block in names)
-        used = {block.device_id for block in names}
-        assert pool.num_used == len(used)
-        assert pool.num_cached == len(cached)
-        assert pool.num_free == num_places - len(used) - len(cached)
-        assert pool.num_available == pool.num_free + pool.num_cached
+        compare(pool, names, len(cached))
+
+
+def compare(pool: BlockPool, names: list[Block], num_cached: int) -> None:
+    """Hold the pool against the model's names and its number of cached blocks."""
+    pool.check()
+    assert all(block.refs == names.count(block) for block in names)
+    used = {block.device_id for block in names}
+    assert (pool.num_used, pool.num_cached) == (len(used), num_cached)
+    assert pool.num_free == pool.num_device_blocks - len(used) - num_cached
+    assert pool.num_available == pool.num_free + pool.num_cached
 
 
 def test_a_twin_is_not_published() -> None:

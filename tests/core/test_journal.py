@@ -76,9 +76,7 @@ def busy_run(lines: list[str], *, slots: int, lookahead: int) -> Harness:
 def replay(lines: list[str], harness: Harness) -> list[str]:
     """Feed the facts of a journal to a new scheduler and return what it writes."""
     written: list[str] = []
-    scheduler = build_scheduler(
-        harness.config, UNIT_COST, 9, journal=Journal(written.append)
-    )
+    scheduler = build_scheduler(harness.config, UNIT_COST, 9, journal=Journal(written.append))
     for line in lines:
         kind, at, *rest = json.loads(line)
         now = float.fromhex(at)

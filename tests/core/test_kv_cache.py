@@ -12,10 +12,14 @@ BLOCK_SIZE = 4
 
 
 def make_request(handle: int, prompt: list[int], **params: int) -> Request:
+    """Return a request that has done nothing yet."""
     return Request(handle, prompt, SamplingParams(**params), max_output_tokens=8)  # type: ignore[arg-type]
 
 
-def make_cache(num_blocks: int = 8, *, is_enabled: bool = True, salt: bytes = b"") -> KVCacheManager:
+def make_cache(
+    num_blocks: int = 8, *, is_enabled: bool = True, salt: bytes = b""
+) -> KVCacheManager:
+    """Return a manager over an empty pool."""
     return KVCacheManager(
         BlockPool(num_blocks), BLOCK_SIZE, enable_prefix_caching=is_enabled, salt=salt
     )

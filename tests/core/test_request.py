@@ -10,6 +10,7 @@ from fastserve.core.request import Request, SamplingParams
 
 
 def make_request(num_prompt: int = 5, max_output_tokens: int = 4, **kw: Any) -> Request:
+    """Return a request with the prompt 100, 101, …."""
     prompt = range(100, 100 + num_prompt)
     params = SamplingParams()
     return Request(0, prompt, params, max_output_tokens=max_output_tokens, **kw)
@@ -53,7 +54,9 @@ def test_hashes_do_not_depend_on_how_ids_are_held() -> None:
     params = SamplingParams()
     holders: list[Any] = [range(8), tuple(range(8)), list(range(8))]
     requests = [Request(0, ids, params, max_output_tokens=4) for ids in holders]
-    requests.append(Request(0, range(3), params, max_output_tokens=9, output_token_ids=[3, 4, 5, 6, 7]))
+    requests.append(
+        Request(0, range(3), params, max_output_tokens=9, output_token_ids=[3, 4, 5, 6, 7])
+    )
     assert len({request.block_hash(1, 4, b"salt") for request in requests}) == 1
     assert requests[0].block_hash(0, 4, b"salt") != requests[0].block_hash(1, 4, b"salt")
 
@@ -100,4 +103,7 @@ def test_good_parameters() -> None:
     params = SamplingParams(temperature=0.0, top_k=-1, min_tokens=16, max_tokens=16, stop="x")
     assert params.is_greedy
     assert params.stop_strings == ("x",)
-    assert SamplingParams(stop=["a", "b"], max_tokens=None, min_tokens=99).stop_strings == ("a", "b")
+    assert SamplingParams(stop=["a", "b"], max_tokens=None, min_tokens=99).stop_strings == (
+        "a",
+        "b",
+    )

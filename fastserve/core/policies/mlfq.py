@@ -18,6 +18,8 @@ from fastserve.core.cost_model import CostModel
 from fastserve.core.policies.protocol import PolicyStats, StepBill
 from fastserve.core.request import Request
 
+MAX_CHECKS_PER_PLAN = 1024  # of deadlines: when thousands starve at once, the rest is next
+
 
 @dataclass(slots=True)
 class _Account:
@@ -156,7 +158,9 @@ class MLFQ:
     def _promote_starving(self, now: float) -> None:
         """Move whoever has not run for the starvation limit to the tail of level 0."""
         running: list[int] = []
-        while self._deadlines and self._deadlines[0][0] <= now:
+        for _ in range(MAX_CHECKS_PER_PLAN):
+            if not self._deadlines or self._deadlines[0][0] > now:
+                break
             due, handle = heapq.heappop(self._deadlines)
             account = self._accounts.get(handle)
             if account is None or account.level == 0:

@@ -8,10 +8,12 @@ from fastserve.core.request import Request, SamplingParams
 
 
 def make_request(handle: int) -> Request:
+    """Return a request that has done nothing yet."""
     return Request(handle, [1, 2, 3], SamplingParams(), max_output_tokens=4)
 
 
 def order(policy: FCFS) -> list[int]:
+    """Return the handles in order."""
     return [request.handle for request in policy.ordered(0.0)]
 
 

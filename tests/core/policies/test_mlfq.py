@@ -18,6 +18,7 @@ COST = CostModel(base_s=0.75, prefill_token_s=0.25, decode_seq_s=0.25)
 
 
 def make_policy(**changes: Any) -> MLFQ:
+    """Return an MLFQ with quanta 1, 2, 4, … unless told otherwise."""
     settings: dict[str, Any] = {
         "quantum_s": 1.0,
         "quantum_ratio": 2.0,
@@ -30,6 +31,7 @@ def make_policy(**changes: Any) -> MLFQ:
 
 
 def make_request(handle: int, num_prompt: int = 1, num_cached: int = 0) -> Request:
+    """Return a request that has done nothing yet."""
     request = Request(handle, range(num_prompt), SamplingParams(), max_output_tokens=99)
     request.num_cached_tokens = num_cached
     return request
@@ -46,6 +48,7 @@ def run(policy: MLFQ, requests: list[Request], device_s: float, now: float) -> N
 
 
 def order(policy: MLFQ, now: float = 0.0) -> list[int]:
+    """Return the handles in order, after promotions."""
     return [request.handle for request in policy.ordered(now)]
 
 
@@ -176,6 +179,19 @@ def test_promotion_at_exactly_the_limit_since_it_last_ran() -> None:
     assert policy.level(long) == 1
 
 
+def test_the_promoted_start_with_a_whole_quantum() -> None:
+    """What was used in the level below is forgotten."""
+    policy = make_policy(starvation_limit=10.0, quantum_s=4.0)
+    request = make_request(0, 29)
+    policy.admit(request, 0.0)
+    run(policy, [request], 7.0, 7.0)
+    assert policy.level(request) == 1
+    order(policy, 17.0)
+    for now, level in ((18.0, 0), (19.0, 0), (20.0, 0), (21.0, 1)):
+        run(policy, [request], 1.0, now)
+        assert policy.level(request) == level
+
+
 def test_who_waits_longest_is_promoted_first() -> None:
     """Several that starve at once line up by when they last ran, behind those in level 0."""
     policy = make_policy(starvation_limit=10.0)
@@ -282,9 +298,7 @@ class NaiveMLFQ:
         self.jobs = [other for other in self.jobs if other is not job] + [job]
 
     def ordered(self, now: float) -> list[int]:
-        starving = [
-            job for job in self.jobs if job.level and job.last_ran_at + self.alpha <= now
-        ]
+        starving = [job for job in self.jobs if job.level and job.last_ran_at + self.alpha <= now]
         for job in sorted(starving, key=lambda job: (job.last_ran_at, job.request.handle)):
             job.level, job.used_s = 0, 0.0
             self.to_tail(job)

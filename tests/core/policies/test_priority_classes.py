@@ -17,11 +17,13 @@ AGING = 10.0
 
 
 def make_request(handle: int, priority: int) -> Request:
+    """Return a request that has done nothing yet."""
     params = SamplingParams()
     return Request(handle, [1, 2], params, max_output_tokens=99, priority=priority)
 
 
 def make_mlfq() -> Policy:
+    """Return an inner policy with levels."""
     return MLFQ(
         CostModel(base_s=1.0, prefill_token_s=0.25),
         quantum_s=1.0,
@@ -34,6 +36,7 @@ def make_mlfq() -> Policy:
 
 
 def admit(policy: PriorityClasses, priorities: list[int], now: float = 0.0) -> list[Request]:
+    """Admit one request per priority, handles in order."""
     requests = [make_request(handle, priority) for handle, priority in enumerate(priorities)]
     for request in requests:
         policy.admit(request, now)
@@ -41,10 +44,12 @@ def admit(policy: PriorityClasses, priorities: list[int], now: float = 0.0) -> l
 
 
 def order(policy: PriorityClasses, now: float = 0.0) -> list[int]:
+    """Return the handles in order, after lifts."""
     return [request.handle for request in policy.ordered(now)]
 
 
 def run(policy: PriorityClasses, request: Request, now: float) -> None:
+    """Let a step of one request land."""
     request.num_computed_tokens = request.num_tokens
     request.append(5)
     policy.charge(StepBill(1.0, [(request, 1)]), now)

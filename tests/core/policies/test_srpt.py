@@ -15,6 +15,7 @@ COST = CostModel(base_s=1.0, prefill_token_s=0.1)
 
 
 def make_request(handle: int, num_prompt: int) -> Request:
+    """Return a request that has done nothing yet."""
     return Request(handle, range(num_prompt), SamplingParams(), max_output_tokens=50)
 
 
