@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import published_tables as tables
+from experiments.distserve_fit import distserve_steps, fit_direct, fit_rows
 from experiments.hardware_checks import checks
 from fastserve.core.cost_model import CostModel
-from fastserve.executor.fitting import COEFFICIENTS, non_negative_least_squares, step_features
 from fastserve.provenance import ROOT, provenance
 from fastserve.sim.hardware import FITS_FILE, HARDWARE, Fits, load_fits
 from fastserve.sim.roofline import Efficiency, Roofline
@@ -39,16 +39,26 @@ SOURCE = {
     "direct": "DistServe's fit of vLLM, host time included",
 }
 UNIT = Efficiency(
-    layer_s=0.0, weight_bandwidth=1.0, matmul_flops=1.0, activation_passes=1.0, attention_s=0.0,
-    attention_flops=1.0, kv_bandwidth=1.0, all_reduce_s=0.0, all_reduce_bandwidth=1.0,
-    send_recv_s=0.0, send_recv_bandwidth=1.0,
+    layer_s=0.0,
+    weight_bandwidth=1.0,
+    matmul_flops=1.0,
+    activation_passes=1.0,
+    attention_s=0.0,
+    attention_flops=1.0,
+    kv_bandwidth=1.0,
+    all_reduce_s=0.0,
+    all_reduce_bandwidth=1.0,
+    send_recv_s=0.0,
+    send_recv_bandwidth=1.0,
 )
 
 
 def roofline(chip: str, row: tables.Dense | tables.Attention, fit: Efficiency) -> Roofline:
     """Return the roofline of a row's model on its devices."""
     return Roofline(
-        shape=row.shape, hardware=DEVICE_OF_CHIP[chip], efficiency=fit,
+        shape=row.shape,
+        hardware=DEVICE_OF_CHIP[chip],
+        efficiency=fit,
         tensor_parallel_size=row.ranks,
     )
 
@@ -93,24 +103,29 @@ def table_errors(fits: Fits) -> dict[str, dict[str, float]]:
         for part, is_prefill in (("prefill", True), ("decode", False)):
             pairs = [
                 (attention_s(chip, row, fit), row.seconds)
-                for row in rows if bool(row.chunk) == is_prefill
+                for row in rows
+                if bool(row.chunk) == is_prefill
             ]
             if pairs:
                 errors[f"{name}: {part}"] = error_of(pairs)
     for name, chip in tables.NETWORK.items():
         fit = fits.efficiency[chip]
         is_all_reduce = name.endswith("all_reduce")
-        errors[name] = error_of([
-            (message_s(chip, row, fit, is_all_reduce=is_all_reduce), row.seconds)
-            for row in tables.messages(name)
-        ])
+        errors[name] = error_of(
+            [
+                (message_s(chip, row, fit, is_all_reduce=is_all_reduce), row.seconds)
+                for row in tables.messages(name)
+            ]
+        )
     for model, by_ranks in tables.distserve_fits().items():
         for ranks, measured in by_ranks.items():
             cost_model = CostModel(**fits.direct[model]["a100-80g"][ranks])
-            errors[f"distserve_profiler-a100-80g.vllm: {model} tp{ranks}"] = error_of([
-                (cost_model.step_s(shares), seconds)
-                for shares, seconds in distserve_steps(measured)
-            ])
+            errors[f"distserve_profiler-a100-80g.vllm: {model} tp{ranks}"] = error_of(
+                [
+                    (cost_model.step_s(shares), seconds)
+                    for shares, seconds in distserve_steps(measured)
+                ]
+            )
     return errors
 
 
@@ -128,16 +143,12 @@ def error_of(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
 # ── fits ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def fit_rows(features: Floats, seconds: Floats, weights: Floats | None = None) -> Floats:
-    """Return the non-negative coefficients of least squared relative error."""
-    scale = seconds if weights is None else seconds / weights
-    return non_negative_least_squares(features / scale[:, None], seconds / scale)
-
-
 def fit_dense(chip: str) -> dict[str, float]:
     """Fit the matrix products and what lies between them; the knee is found by iteration."""
     rows = [
-        row for name, (where, _) in tables.DENSE.items() if where == chip
+        row
+        for name, (where, _) in tables.DENSE.items()
+        if where == chip
         for row in tables.dense_rows(name)
     ]
     lines = [roofline(chip, row, UNIT) for row in rows]
@@ -150,7 +161,9 @@ def fit_dense(chip: str) -> dict[str, float]:
     for _ in range(50):
         features = np.stack(
             [
-                np.ones(len(rows)), reading * is_reading, products * ~is_reading,
+                np.ones(len(rows)),
+                reading * is_reading,
+                products * ~is_reading,
                 moving * ~is_reading,
             ],
             axis=1,
@@ -195,9 +208,9 @@ def fit_network(chip: str) -> dict[str, float]:
         if where == chip:
             is_all_reduce = name.endswith("all_reduce")
             rows = tables.messages(name)
-            features = np.array([
-                (1.0, message_s(chip, row, UNIT, is_all_reduce=is_all_reduce)) for row in rows
-            ])
+            features = np.array(
+                [(1.0, message_s(chip, row, UNIT, is_all_reduce=is_all_reduce)) for row in rows]
+            )
             start_s, slowness = fit_rows(features, np.array([row.seconds for row in rows]))
             kind = "all_reduce" if is_all_reduce else "send_recv"
             found[f"{kind}_s"] = float(start_s)
@@ -205,54 +218,12 @@ def fit_network(chip: str) -> dict[str, float]:
     return found
 
 
-def distserve_steps(fit: dict[str, Any]) -> list[tuple[tuple[tuple[int, int], ...], float]]:
-    """Return steps across the range that one of DistServe's fits covers, with its seconds."""
-    start, per_token, per_square = fit["prefill"]
-    steps = []
-    for length in (64, 128, 256, 512, 768, 1024, 1536, 2048):
-        for batch in (1, 2, 4):
-            if length * batch <= 4096:
-                time_ms = start + batch * (per_token * length + per_square * length**2)
-                steps.append((((length, 0),) * batch, time_ms / 1e3))
-    for batch in (1, 2, 4, 8, 16, 32, 48, 64, 94, 128, 192, 256):
-        is_small = batch < fit["decoding_large_small_bs_threshold"]
-        start, per_context, per_seq = fit["decoding_smallbs" if is_small else "decoding_largebs"]
-        for context in (64, 128, 256, 512, 1024, 2000):
-            if batch * context <= 64_000:
-                time_ms = start + per_context * batch * context + per_seq * batch
-                steps.append((((1, context - 1),) * batch, time_ms / 1e3))
-    return steps
-
-
-def fit_direct(fit: dict[str, Any]) -> dict[str, float]:
-    """Put one of DistServe's fits, which has three bases and two slopes, in CostModel's terms."""
-    steps = distserve_steps(fit)
-    features = np.array([step_features(shares) for shares, _ in steps])
-    seconds = np.array([step_s for _, step_s in steps])
-    candidates = []
-    for floor_s in np.linspace(0.0, 0.9 * seconds.min(), 41):
-        is_flat = np.zeros(len(steps), bool)
-        for _ in range(20):
-            adjusted = features.copy()
-            adjusted[np.ix_(is_flat, (1, 3))] = 0.0
-            found = fit_rows(adjusted, seconds - floor_s * is_flat)
-            is_flat = features[:, 1] * found[1] + features[:, 3] * found[3] < floor_s
-        coefficients = dict(zip(COEFFICIENTS, found.tolist(), strict=True))
-        cost_model = CostModel(**coefficients, floor_s=float(floor_s))
-        predicted = np.array([cost_model.step_s(shares) for shares, _ in steps])
-        error = float(np.mean((predicted / seconds - 1.0) ** 2))
-        candidates.append((error, {**coefficients, "floor_s": float(floor_s)}))
-    return min(candidates, key=lambda candidate: candidate[0])[1]
-
-
 def fit_capacity() -> tuple[float, float]:
     """Return the memory utilization of DistServe's capacities, and activations per hidden unit."""
     device = DEVICE_OF_CHIP["a100"]
     features, usable = [], []
     for shape, ranks, stages, num_tokens in tables.capacities():
-        line = Roofline(
-            shape=shape, hardware=device, efficiency=UNIT, tensor_parallel_size=ranks
-        )
+        line = Roofline(shape=shape, hardware=device, efficiency=UNIT, tensor_parallel_size=ranks)
         num_layers = -(-shape.num_layers // stages)
         num_tables = 1
         weights = (num_layers * shape.layer_params + num_tables * shape.head_params) * 2 / ranks
@@ -273,9 +244,7 @@ def fit_all() -> tuple[Fits, dict[str, Any]]:
     }
     utilization, per_hidden = fit_capacity()
     rows = tables.host_overheads()
-    fixed_s, per_seq_s = fit_rows(
-        np.stack([np.ones(len(rows)), rows[:, 0]], axis=1), rows[:, 1]
-    )
+    fixed_s, per_seq_s = fit_rows(np.stack([np.ones(len(rows)), rows[:, 0]], axis=1), rows[:, 1])
     fits = Fits(
         {"a100": Efficiency(**a100), "h100": Efficiency(**h100)}, direct, per_hidden, SOURCE
     )

@@ -17,9 +17,7 @@ from fastserve.sim.models import MODELS
 from fastserve.sim.roofline import Roofline
 
 BLOCK_SIZE = 16
-PRODUCTS = frozenset(
-    {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-)
+PRODUCTS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
 
 def checks(memory_utilization: float) -> dict[str, dict[str, dict[str, float]]]:
@@ -37,7 +35,9 @@ def capacity(memory_utilization: float) -> dict[str, dict[str, float]]:
     hardware = HARDWARE["a100-80g"]
     for shape, ranks, stages, num_tokens in tables.capacities():
         line = Roofline(
-            shape=shape, hardware=hardware, efficiency=load_fits().efficiency[hardware.chip],
+            shape=shape,
+            hardware=hardware,
+            efficiency=load_fits().efficiency[hardware.chip],
             tensor_parallel_size=ranks,
         )
         found = num_blocks_that_fit(line, stages, BLOCK_SIZE, memory_utilization) * BLOCK_SIZE
@@ -71,16 +71,21 @@ def products() -> dict[str, dict[str, float]]:
     """Compare the matrix products of a layer on an H100."""
     ratios = defaultdict(list)
     for model, name, ranks in (
-        ("llama-3-8b", "8b", 1), ("llama-3-8b", "8b", 2),
-        ("llama-3-70b", "70b", 1), ("llama-3-70b", "70b", 2), ("llama-3-70b", "70b", 4),
+        ("llama-3-8b", "8b", 1),
+        ("llama-3-8b", "8b", 2),
+        ("llama-3-70b", "70b", 1),
+        ("llama-3-70b", "70b", 2),
+        ("llama-3-70b", "70b", 4),
     ):
         seconds: dict[int, float] = defaultdict(float)
         for row in tables.rows_of(f"llmservingsim_h100_llama-3.1-{name}_tp{ranks}_layers"):
             if row["layer_name"] in PRODUCTS:
                 seconds[int(row["num_tokens"])] += float(row["latency_ns"]) / 1e9
         line = Roofline(
-            shape=MODELS[model], hardware=HARDWARE["h100"],
-            efficiency=load_fits().efficiency["h100"], tensor_parallel_size=ranks,
+            shape=MODELS[model],
+            hardware=HARDWARE["h100"],
+            efficiency=load_fits().efficiency["h100"],
+            tensor_parallel_size=ranks,
         )
         fit = line.efficiency
         for num_tokens, measured in seconds.items():
@@ -96,7 +101,9 @@ def summary(ratios: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     for name, values in sorted(ratios.items()):
         low, median, high = np.quantile(np.array(values), (0.25, 0.5, 0.75))
         found[name] = {
-            "rows": len(values), "q1": round(float(low), 3),
-            "median": round(float(median), 3), "q3": round(float(high), 3),
+            "rows": len(values),
+            "q1": round(float(low), 3),
+            "median": round(float(median), 3),
+            "q3": round(float(high), 3),
         }
     return found

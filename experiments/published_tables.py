@@ -83,7 +83,8 @@ def dense_rows(name: str) -> list[Dense]:
     found = []
     for row in rows_of(name):
         times = [
-            float(value) for key, value in row.items()
+            float(value)
+            for key, value in row.items()
             if key.endswith("_median_ms") and key != "emb_median_ms" and value
         ]
         ranks, num_tokens = int(row["num_tensor_parallel_workers"]), int(row["num_tokens"])
@@ -129,7 +130,9 @@ def capacities() -> list[tuple[ModelShape, int, int, int]]:
         return [
             (
                 MODELS[row["model"].rpartition("/")[2]],
-                int(row["tp"]), int(row["pp"]), int(row["max_num_tokens"]),
+                int(row["tp"]),
+                int(row["pp"]),
+                int(row["max_num_tokens"]),
             )
             for row in csv.DictReader(file)
         ]
@@ -138,11 +141,15 @@ def capacities() -> list[tuple[ModelShape, int, int, int]]:
 def host_overheads() -> npt.NDArray[np.float64]:
     """Return (sequences, host seconds of a step) of vLLM on one A100."""
     parts = (
-        "schedule_median", "sampler_e2e_median", "prepare_inputs_e2e_median",
+        "schedule_median",
+        "sampler_e2e_median",
+        "prepare_inputs_e2e_median",
         "process_model_outputs_median",
     )
-    return np.array([
-        (float(row["batch_size"]), sum(float(row[part]) for part in parts) / 1e3)
-        for row in rows_of("vidur_a100_cpu_overheads")
-        if row["tensor_parallel_degree"] == "1"
-    ])
+    return np.array(
+        [
+            (float(row["batch_size"]), sum(float(row[part]) for part in parts) / 1e3)
+            for row in rows_of("vidur_a100_cpu_overheads")
+            if row["tensor_parallel_degree"] == "1"
+        ]
+    )

@@ -31,21 +31,41 @@ HARDWARE = {
     hardware.name: hardware
     for hardware in (
         Hardware(
-            name="a100-40g", chip="a100", memory_bytes=40 * _GIB,
-            bandwidth=1.555e12, flops=312e12, nvlink=300e9, pcie=32e9,
+            name="a100-40g",
+            chip="a100",
+            memory_bytes=40 * _GIB,
+            bandwidth=1.555e12,
+            flops=312e12,
+            nvlink=300e9,
+            pcie=32e9,
         ),
         Hardware(
-            name="a100-80g", chip="a100", memory_bytes=80 * _GIB,
-            bandwidth=2.039e12, flops=312e12, nvlink=300e9, pcie=32e9,
+            name="a100-80g",
+            chip="a100",
+            memory_bytes=80 * _GIB,
+            bandwidth=2.039e12,
+            flops=312e12,
+            nvlink=300e9,
+            pcie=32e9,
         ),
         Hardware(
-            name="h100", chip="h100", memory_bytes=80 * _GIB,
-            bandwidth=3.35e12, flops=989e12, nvlink=450e9, pcie=64e9,
+            name="h100",
+            chip="h100",
+            memory_bytes=80 * _GIB,
+            bandwidth=3.35e12,
+            flops=989e12,
+            nvlink=450e9,
+            pcie=64e9,
         ),
         # The Hopper chip of the H100 with other memory: no table of its own is published.
         Hardware(
-            name="h200", chip="h100", memory_bytes=140 * _GIB,
-            bandwidth=4.8e12, flops=989e12, nvlink=450e9, pcie=64e9,
+            name="h200",
+            chip="h100",
+            memory_bytes=140 * _GIB,
+            bandwidth=4.8e12,
+            flops=989e12,
+            nvlink=450e9,
+            pcie=64e9,
         ),
     )
 }
@@ -119,9 +139,16 @@ def resolve_cost_model(
     _check_division(shape, tensor_parallel_size, pipeline_parallel_size)
     if hardware.endswith(".json") or Path(hardware).is_file():
         fit = _from_profile(
-            Path(hardware), shape, dtype_bytes, block_size, num_device_blocks,
-            (("tensor_parallel_size", tensor_parallel_size),
-             ("pipeline_parallel_size", pipeline_parallel_size), ("block_size", block_size)),
+            Path(hardware),
+            shape,
+            dtype_bytes,
+            block_size,
+            num_device_blocks,
+            (
+                ("tensor_parallel_size", tensor_parallel_size),
+                ("pipeline_parallel_size", pipeline_parallel_size),
+                ("block_size", block_size),
+            ),
         )
     else:
         found = HARDWARE.get(hardware.lower())
@@ -132,13 +159,17 @@ def resolve_cost_model(
             )
         fits = load_fits()
         roofline = Roofline(
-            shape=shape, hardware=found, efficiency=fits.efficiency[found.chip],
-            dtype_bytes=dtype_bytes, tensor_parallel_size=tensor_parallel_size,
+            shape=shape,
+            hardware=found,
+            efficiency=fits.efficiency[found.chip],
+            dtype_bytes=dtype_bytes,
+            tensor_parallel_size=tensor_parallel_size,
         )
         cost_model, source = _cost_model(roofline, fits, block_size, pipeline_parallel_size)
         fit = HardwareFit(
             cost_model=cost_model,
-            num_device_blocks=num_device_blocks or num_blocks_that_fit(
+            num_device_blocks=num_device_blocks
+            or num_blocks_that_fit(
                 roofline, pipeline_parallel_size, block_size, memory_utilization
             ),
             block_bytes=(
@@ -194,15 +225,10 @@ def _cost_model(
 
 
 def _under(engine: str, fit: HardwareFit) -> HardwareFit:
-    preset = resolve_engine(engine)
-    fixed_s, per_seq_s = preset.overhead
-    note = f"{fixed_s * 1e3:g} ms a pass and {per_seq_s * 1e3:g} ms a sequence, {preset.source}"
-    return replace(
-        fit,
-        cost_model=preset.applied(fit.cost_model),
-        overhead=preset.overhead,
-        source=f"{fit.source}; engine {engine}: {note}",
-    )
+    overhead, origin = resolve_engine(engine)
+    note = f"{overhead.fixed_s * 1e3:g} ms a pass and {overhead.per_seq_s * 1e3:g} ms a sequence"
+    source = f"{fit.source}; engine {engine}: {note}, {origin}"
+    return replace(fit, overhead=overhead, source=source)
 
 
 def _check_division(shape: ModelShape, num_ranks: int, num_stages: int) -> None:
@@ -260,4 +286,3 @@ def _read_profile(path: Path) -> tuple[Mapping[str, Any], CostModel]:
     if not isinstance(fingerprint, dict):
         raise ConfigError(f"--hardware {path}: not a profile: no fingerprint")
     return fingerprint, cost_model
-

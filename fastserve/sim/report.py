@@ -36,7 +36,9 @@ def alone_s(config: SchedulerConfig, machine: Machine, workload: Workload) -> Fl
     alone: list[float] = []
     rows = zip(workload.prompt_tokens.tolist(), workload.output_tokens.tolist(), strict=True)
     for prompt, output in rows:
-        seconds = costs.prefill_s(prompt, 0, chunk)
+        seconds = sum(
+            costs.iteration_s(min(chunk, prompt - start), start) for start in range(0, prompt, chunk)
+        )
         decodes = output - 1
         if decodes:
             # A decode's time is linear in its context: the mean is that of the first and last.

@@ -30,10 +30,15 @@ class VirtualClock:
 
 
 class StepOverhead(NamedTuple):
-    """Seconds that each step costs beyond the device: fixed, and per sequence in it."""
+    """Seconds that each step costs beyond the device: fixed, and per sequence in it.
+
+    With `has_separate_passes` the prompts of a step go through the model before its decodes, not
+    in one batch with them: each pass costs its own base, on the device and on the host.
+    """
 
     fixed_s: float = 0.0
     per_seq_s: float = 0.0
+    has_separate_passes: bool = False
 
 
 class _Running(NamedTuple):
@@ -81,8 +86,10 @@ class SimExecutor:
 
     def submit(self, plan: SchedulerOutput) -> None:
         """Work out when the step will be done and what it will yield."""
-        step_s = self._cost_model.step_s((work.num_tokens, work.start) for work in plan.work)
-        overhead_s = self._overhead.fixed_s + self._overhead.per_seq_s * len(plan.work)
+        passes = self._passes(plan)
+        step_s = sum(map(self._cost_model.step_s, passes))
+        overhead = self._overhead
+        overhead_s = overhead.fixed_s * len(passes) + overhead.per_seq_s * len(plan.work)
         stage_s = step_s / self.num_slots
         ready_at = self._clock.time + overhead_s
         stages: list[tuple[float, float]] = []
@@ -103,6 +110,15 @@ class SimExecutor:
         self.num_steps += 1
         # A request is billed its share of the machine: the stages' sum over the steps in flight.
         self._running.append(_Running(plan.step_id, ready_at, stage_s + overhead_s, samples))
+
+    def _passes(self, plan: SchedulerOutput) -> list[list[tuple[int, int]]]:
+        """Return the shares of a step as (num_tokens, start), by the pass they go through in."""
+        shares = [(work.num_tokens, work.start) for work in plan.work]
+        if not self._overhead.has_separate_passes:
+            return [shares]
+        prompts = [share for share in shares if share[0] > 1]
+        decodes = [share for share in shares if share[0] == 1]
+        return [passed for passed in (prompts, decodes) if passed]
 
     def wait(self, until: float) -> ExecutorOutput | None:
         """Let time pass to the next finished step or to `until`, whichever is sooner."""

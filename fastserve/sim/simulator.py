@@ -36,7 +36,7 @@ class Machine:
     cost_model: CostModel
     num_device_blocks: int
     num_host_blocks: int = 0
-    overhead: StepOverhead = StepOverhead()
+    overhead: StepOverhead = StepOverhead()  # noqa: RUF009 - an immutable tuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

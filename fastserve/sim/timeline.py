@@ -71,6 +71,7 @@ class TraceEvents:
     def __init__(self, file: TextIO, policy: str) -> None:
         self.scheduler: Scheduler | None = None  # whose requests and blocks are counted
         self._file = file
+        self._counters: dict[str, int] = {}
         name = {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": policy}}
         file.write("[\n" + json.dumps(name))
 
@@ -81,7 +82,7 @@ class TraceEvents:
             "sequences": len(plan.work),
             "tokens": plan.num_tokens,
             "decodes": num_decodes,
-            "requests": [work.request for work in plan.work[:16]],
+            "first requests": [work.request for work in plan.work[:8]],
         }
         kind = "decode" if num_decodes == len(plan.work) else "prefill"
         for stage, (begins_at, ends_at) in enumerate(stages):
@@ -89,16 +90,21 @@ class TraceEvents:
                 "X", f"{kind} {plan.num_tokens}", begins_at, shown,
                 tid=stage, dur=round((ends_at - begins_at) * 1e6, 3), id=plan.step_id,
             )  # fmt: skip
-        if self.scheduler is None:
-            return
-        at, cache = stages[0][0], self.scheduler.cache
-        self._write("C", "requests", at, {"in system": self.scheduler.num_requests})
-        self._write("C", "live KV", at, {"requests": cache.num_tables})
-        self._write("C", "KV blocks", at, {"used": cache.pool.num_used})
+        if self.scheduler is not None:
+            cache = self.scheduler.cache
+            self._count("requests in the system", self.scheduler.num_requests, stages[0][0])
+            self._count("requests with KV", cache.num_tables, stages[0][0])
+            self._count("KV blocks", cache.pool.num_used, stages[0][0])
+
+    def _count(self, name: str, value: int, at: float) -> None:
+        """Write a counter where it changes."""
+        if self._counters.get(name) != value:
+            self._counters[name] = value
+            self._write("C", name, at, {"": value})
 
     def _write(self, phase: str, name: str, at: float, args: object, **more: object) -> None:
         event = {"ph": phase, "pid": 1, "name": name, "ts": round(at * 1e6, 3), "args": args}
-        self._file.write(",\n" + json.dumps(event | more))
+        self._file.write(",\n" + json.dumps(event | more, separators=(",", ":")))
 
     def close(self) -> None:
         """End the list; the file is the caller's."""

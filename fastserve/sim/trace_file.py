@@ -51,7 +51,7 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
         raise WorkloadError(f"{path}: a trace is a .csv, .csv.gz, .jsonl or .jsonl.gz file")
     with path.open("rb") as raw:
         binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-        text = io.TextIOWrapper(binary, encoding="utf-8", newline="")  # type: ignore[type-var]
+        text = io.TextIOWrapper(binary, encoding="utf-8", newline="")
         if name.endswith(".csv"):
             yield from csv.DictReader(text)
             return

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fastserve.config import ConfigError
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -20,7 +22,7 @@ HASH_ID_TOKENS = 512
 """Prompt tokens that one of a row's `hash_ids` stands for."""
 
 
-class WorkloadError(ValueError):
+class WorkloadError(ConfigError):
     """A workload that cannot be run as asked; the message is one line for the user."""
 
 

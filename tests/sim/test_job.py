@@ -1,0 +1,73 @@
+"""Jobs: what they write, and that a process of their own changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+
+import pytest
+
+from fastserve.core.journal import Journal
+from fastserve.core.scheduler import StallError
+from fastserve.sim.job import Job, run_job, run_side_by_side
+from fastserve.sim.simulator import simulate
+from tests.sim.machines import MACHINE, make_workload, small_config
+
+WORKLOAD = make_workload(*[(0.5 * index, 10 + index, 12) for index in range(20)])
+
+
+def make_job(policy="skip-join-mlfq", **changes):
+    """Return a job of a few requests."""
+    config = small_config(scheduling_policy=policy)
+    return Job(config=config, machine=MACHINE, workload=WORKLOAD, **changes)
+
+
+def test_a_job_writes_its_journal_and_its_trace(tmp_path):
+    """The hash in the report is that of the file."""
+    journal, trace = tmp_path / "j.jsonl", tmp_path / "t.json"
+    told: list[int] = []
+    result = run_job(
+        make_job(journal=journal, trace_events=trace, has_timeline=True, settings={"a": 1}),
+        told.append,
+    )
+    digest = hashlib.sha256(journal.read_bytes()).hexdigest()
+    assert result.report["journal_sha256"] == digest
+    assert result.report["config"] == {"a": 1}
+    assert len(json.loads(trace.read_text())) > 20
+    assert result.timeline
+    assert told[-1] == len(WORKLOAD)
+
+
+def test_the_fast_journal_has_the_lines_of_the_plain_one():
+    """Two writers, one text: but for the first line, whose small floats they may spell apart."""
+    job = make_job()
+    lines: list[str] = []
+    journal = Journal(lines.append)
+    journal.open(0.0, job.config, MACHINE.cost_model, MACHINE.num_device_blocks, 0)
+    simulate(job.config, MACHINE, WORKLOAD, journal=journal)
+    assert run_job(job).report["journal_sha256"] == journal.sha256
+    assert json.loads(lines[0])[0] == "open"
+
+
+def test_side_by_side_gives_what_one_after_the_other_gives():
+    """Only the wall time differs."""
+    jobs = [make_job("fcfs"), make_job(), make_job("srpt", has_timeline=True)]
+    told: dict[int, int] = {}
+    together = run_side_by_side(jobs, 2, told.__setitem__)
+    for job, result in zip(jobs, together, strict=True):
+        alone = run_job(job)
+        assert {**result.report, "wall_s": 0} == {**alone.report, "wall_s": 0}
+        assert result.timeline == alone.timeline
+        assert (result.outcome.finished_at == alone.outcome.finished_at).all()
+    assert told == {0: 20, 1: 20, 2: 20}
+
+
+def test_a_failure_in_one_process_is_a_failure():
+    """Nobody waits for the others, and the cause is told."""
+    broken = make_job()
+    machine = dataclasses.replace(MACHINE, num_device_blocks=1)
+    with pytest.raises((ValueError, StallError), match="fit"):
+        run_side_by_side(
+            [dataclasses.replace(broken, machine=machine), make_job()], 2, lambda index, ended: None
+        )
