@@ -184,9 +184,7 @@ class FakeExecutor:
         steps = []
         while self.running and self.running[0].finishes_at <= self.clock.time:
             run = self.running.pop(0)
-            steps.append(
-                StepDone(run.plan.step_id, tuple(run.samples), run.device_s, run.scores)
-            )
+            steps.append(StepDone(run.plan.step_id, tuple(run.samples), run.device_s, run.scores))
         return ExecutorOutput(tuple(steps))
 
     def wake(self) -> None:

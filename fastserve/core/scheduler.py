@@ -160,7 +160,7 @@ class Scheduler:
         if self._in_flight:
             return None
         self._stall("nothing can run and nothing is in flight")
-        return self.schedule(now, can_compute)
+        return Scheduler.schedule(self, now, can_compute)  # one question, one line in a journal
 
     def next_event(self, now: float) -> float:
         """Return when time alone will change what `schedule` says: never, without swapping."""

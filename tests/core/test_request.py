@@ -81,6 +81,8 @@ def test_hashes_of_a_workload_are_believed() -> None:
         ("presence_penalty", 2.1),
         ("frequency_penalty", -2.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-300),  # beyond what a logit can be multiplied with
+        ("repetition_penalty", 1e300),
         ("seed", 2**63),
         ("logprobs", -1),
         ("prompt_logprobs", -1),
