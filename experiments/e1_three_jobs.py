@@ -37,7 +37,9 @@ def point(policy: str) -> Point:
     workload = Workload(
         arrived_at=np.zeros(3), prompt_tokens=np.array(PROMPTS), output_tokens=np.full(3, 2)
     )
-    return Point({"policy": policy}, config, Machine(cost_model=COSTS, num_device_blocks=64), workload)
+    return Point(
+        {"policy": policy}, config, Machine(cost_model=COSTS, num_device_blocks=64), workload
+    )
 
 
 def run(lab: Lab) -> None:

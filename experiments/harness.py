@@ -1,4 +1,4 @@
-"""What every experiment needs: points, a pool that runs them once, capacity, JSON and pictures.
+"""What every experiment needs: points, a pool that runs them once, JSON and pictures.
 
     lab = Lab(is_quick=False)
     setup = Setup("opt-13b", "a100-40g", max_num_seqs=16)
@@ -18,11 +18,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -44,10 +44,9 @@ from fastserve.sim.sim_executor import EOS_TOKEN_ID
 from fastserve.sim.simulator import Machine, simulate
 from fastserve.sim.workload import Workload
 
-SLO_S = 0.3
-"""Seconds per output token: the normalized latency at which the paper reads off capacity."""
-
 NICENESS = 10
+TOKENS_PER_S = 150_000
+"""Answer tokens that one core simulates in a second, for the estimate; fewer where plans thrash."""
 SIMULATING_CODE = ("config.py", "core/**/*.py", "engine/engine.py", "sim/*.py", "sim/*.json")
 Labels = Mapping[str, str | float | int]
 
@@ -186,7 +185,7 @@ class Lab:
 
     def sized(self, full: int, quick: int = 20) -> int:
         """Return how many requests a point has."""
-        return quick if self.is_quick else full
+        return min(full, quick) if self.is_quick else full
 
     def some(self, values: Sequence[Any], quick: int = 2) -> list[Any]:
         """Return a grid: its first and last values in a quick run."""
@@ -201,7 +200,12 @@ class Lab:
         files = [folder / f"{point.key(code)}.json" for point in points]
         missing = {file: point for file, point in zip(files, points, strict=True)
                    if not file.exists()}  # fmt: skip
-        self.console.print(f"{title}: {len(points)} points, {len(missing)} to simulate")
+        tokens = sum(int(point.workload.output_tokens.sum()) for point in missing.values())
+        minutes = tokens / TOKENS_PER_S / 60
+        self.console.print(
+            f"{title}: {len(points)} points, {len(missing)} to simulate, "
+            f"about {minutes:.1f} CPU-minutes"
+        )
         with self._progress(title, len(missing)) as advance:
             for file, cached in self._simulate(missing):
                 _write(file, json.dumps(cached))
@@ -216,7 +220,7 @@ class Lab:
                 yield file, simulate_point(point)
             return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.num_workers, context, os.nice, (NICENESS,)) as pool:
+        with ProcessPoolExecutor(self.num_workers, context, _start_worker) as pool:
             running = {pool.submit(simulate_point, point): file for file, point in points.items()}
             try:
                 for future in as_completed(running):
@@ -244,7 +248,7 @@ class Lab:
         """Write NAME.json and NAME.png; `settings` hold every flag, the arrivals and the seeds."""
         self.output.mkdir(parents=True, exist_ok=True)
         whole = {
-            "provenance": provenance(self.command),
+            "provenance": provenance(self.command) | {"simulator": code_hash()[:16]},
             "is_quick": self.is_quick,
             "settings": settings,
             "figures": _rounded(figures),
@@ -255,6 +259,11 @@ class Lab:
             FigureCanvasAgg(picture)
             picture.savefig(self.output / f"{name}.png", dpi=100, metadata={"Software": None})
         self.console.print(f"{name}: written to {self.output}")
+
+
+def _start_worker() -> None:
+    os.nice(NICENESS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
 
 
 def cache_folder() -> Path:
@@ -272,60 +281,6 @@ def code_hash() -> str:
         for file in sorted((ROOT / "fastserve").glob(pattern)):
             digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return mean, standard deviation and number of repetitions."""
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return {"mean": math.nan, "std": math.nan, "n": 0}
-    std = float(np.std(known, ddof=1)) if len(known) > 1 else 0.0
-    return {"mean": float(np.mean(known)), "std": std, "n": len(known)}
-
-
-def over_seeds(
-    results: Sequence[Result], labels: Labels, figure: Callable[[Result], float]
-) -> dict[str, float]:
-    """Return the spread of a figure over the points with these labels."""
-    return spread([figure(result) for result in results if result.matches(labels)])
-
-
-def norm_mean(result: Result) -> float:
-    """Return the mean normalized latency, in s/token."""
-    return float(result.report["normalized_latency_s"]["mean"])
-
-
-def norm_p95(result: Result) -> float:
-    """Return the P95 normalized latency, in s/token."""
-    return float(result.report["normalized_latency_s"]["p95"])
-
-
-def crossing(rates: Sequence[float], values: Sequence[float], limit: float = SLO_S) -> float:
-    """Return the rate at which values first exceed the limit, between the points on a log scale.
-
-    NaN if they do so from the first rate on, or at none.
-    """
-    if values[0] > limit:
-        return math.nan
-    pairs = list(zip(rates, values, strict=True))
-    for (low, below), (high, above) in itertools.pairwise(pairs):
-        if above > limit:
-            share = math.log(limit / below) / math.log(above / below)
-            return low + share * (high - low)
-    return math.nan
-
-
-def capacities(
-    results: Sequence[Result], labels: Labels, figure: Callable[[Result], float]
-) -> dict[str, float]:
-    """Return capacity, in requests/s, over the seeds of the points with these labels."""
-    mine = [result for result in results if result.matches(labels)]
-    found = []
-    for seed in sorted({result.labels["seed"] for result in mine}, key=str):
-        curve = sorted((float(result.labels["rate"]), figure(result)) for result in mine
-                       if result.labels["seed"] == seed)  # fmt: skip
-        found.append(crossing([rate for rate, _ in curve], [value for _, value in curve]))
-    return spread(found)
 
 
 def _write(file: Path, text: str) -> None:

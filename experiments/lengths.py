@@ -1,12 +1,13 @@
 """Prompt and answer lengths by name: from the traces where they are, else generated.
 
 Rules: Poisson or Gamma arrivals are redrawn for each seed at one a second, then scaled, so that
-the same seed gives the same burst shape at every rate. The generated stand-ins are lognormal with
-the median and P90 of the traces' own table. Must not know: what is measured with them.
+the same seed gives the same requests in the same rhythm at every rate. The generated stand-ins are
+lognormal with the median and P90 of the traces' own table. Must not know: what is measured.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ GENERATED = {
     "sharegpt": (Lognormal(31, 1.87, 4, 1024), Lognormal(287, 0.66, 4, 1024)),
     "alpaca": (Lognormal(17, 0.54, 4, 188), Lognormal(49, 0.84, 1, 751)),
 }
+NUM_DRAWN = 8000
+"""So many are drawn however few are wanted, so that a short run is the beginning of a long one."""
+
 FILES = {"sharegpt": "sharegpt_dev.csv.gz", "alpaca": "alpaca_dev.csv.gz"}
 
 
@@ -43,13 +47,14 @@ class LengthSource:
     ) -> Workload:
         """Return so many requests; what exceeds the window is cut there."""
         rng = np.random.default_rng(seed)
+        count = max(num_requests, NUM_DRAWN)
         if self.observed is not None:
-            workload = resample(rng, self.observed, num_requests, 1.0, cv)
+            workload = resample(rng, self.observed, count, 1.0, cv)
         else:
             assert self.prompt is not None
             assert self.output is not None
-            workload = generate(rng, num_requests, 1.0, self.prompt, self.output, cv=cv)
-        return workload.fitted(window, "clip").faster(rate)
+            workload = generate(rng, count, 1.0, self.prompt, self.output, cv=cv)
+        return workload.first(num_requests).fitted(window, "clip").faster(rate)
 
 
 def traces_folder(given: str | Path | None = None) -> Path | None:
@@ -60,6 +65,7 @@ def traces_folder(given: str | Path | None = None) -> Path | None:
     return TRACES if TRACES.is_dir() else None
 
 
+@functools.cache
 def named_lengths(name: str, traces: Path | None) -> LengthSource:
     """Return ShareGPT-like or Alpaca-like lengths."""
     if traces is not None:
@@ -72,5 +78,3 @@ def drawn(name: str, prompt: Distribution, output: Distribution) -> LengthSource
     """Return lengths drawn from distributions, prompt and answer independent."""
     origin = f"generated: prompt {prompt}, output {output}"
     return LengthSource(name, origin, prompt=prompt, output=output)
-
-

@@ -12,21 +12,14 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from experiments.harness import (
-    SLO_S,
-    Lab,
-    Labels,
-    Point,
-    Result,
-    Setup,
-    capacities,
-    norm_mean,
-    norm_p95,
-    over_seeds,
-)
+from experiments.capacity import SLO_S, capacities, norm_mean, norm_p95, over_seeds
+from experiments.harness import Lab, Labels, Point, Result, Setup
 from experiments.lengths import LengthSource
 
-LOADS = (0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0)
+LOADS = (0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+DURATION_S = 120.0
+"""How long requests arrive: in overload, every latency grows with it."""
+
 NEVER_S = 1e9
 
 
@@ -40,14 +33,20 @@ class Variant:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
+def mlfq(policy: str, mode: str, starvation_limit_s: float) -> Variant:
+    """Return an MLFQ with this α."""
+    limit = "∞" if starvation_limit_s == NEVER_S else f"{starvation_limit_s:g}"
+    name = f"{policy.removesuffix('-mlfq')} α={limit}, {mode}"
+    return Variant(name, policy, mode, {"starvation_limit": starvation_limit_s})
+
+
 FCFS = Variant("fcfs", "fcfs")
-SKIP_JOIN = Variant("skip-join α=0.3", "skip-join-mlfq", changes={"starvation_limit": 0.3})
-SKIP_JOIN_3 = Variant("skip-join α=3", "skip-join-mlfq", changes={"starvation_limit": 3.0})
-SKIP_JOIN_NEVER = Variant("skip-join α=∞", "skip-join-mlfq", changes={"starvation_limit": NEVER_S})
 SRPT = Variant("srpt", "srpt")
-NAIVE = Variant("mlfq α=0.3", "mlfq", changes={"starvation_limit": 0.3})
-NAIVE_NEVER = Variant("mlfq α=∞", "mlfq", changes={"starvation_limit": NEVER_S})
-FIXED_PRIORITY = Variant("fixed-priority", "fixed-priority")
+PAPER = mlfq("skip-join-mlfq", "ideal", 0.3)
+"""The paper's design if all its KV movement were hidden."""
+TODAY = mlfq("skip-join-mlfq", "recompute", 0.3)
+NEVER = mlfq("skip-join-mlfq", "recompute", NEVER_S)
+FASTSERVE_POLICIES = (FCFS, PAPER, TODAY, NEVER, SRPT)
 
 
 def saturation(setup: Setup, lengths: LengthSource) -> float:
@@ -76,20 +75,29 @@ def sweep_points(
     lengths: LengthSource,
     variants: Sequence[Variant],
     *,
-    num_requests: int,
     labels: Labels,
     loads: Sequence[float] = LOADS,
+    duration_s: float = DURATION_S,
+    num_requests: int | None = None,
     cv: float = 1.0,
 ) -> list[Point]:
-    """Return a point per variant, load and seed; `labels` tell this sweep from others."""
+    """Return a point per variant, load and seed; `labels` tell this sweep from others.
+
+    Requests arrive for `duration_s`, unless there are to be `num_requests` at every rate.
+    """
     peak, machine = saturation(setup, lengths), setup.machine()
+
+    def count(load: float) -> int:
+        return lab.sized(num_requests or max(1, round(load * peak * duration_s)))
+
     return [
         Point(
             {**labels, "variant": variant.name, "load": load, "rate": load * peak, "seed": seed},
             setup.config(variant.policy, variant.mode, **variant.changes),
             machine,
             lengths.arriving(
-                load * peak, seed=seed, num_requests=lab.sized(num_requests), cv=cv,
+                load * peak, seed=seed, cv=cv,
+                num_requests=count(load),
                 window=setup.config(variant.policy).max_model_len,
             ),
         )
@@ -153,13 +161,16 @@ def draw(axes: Axes, table: Mapping[str, Any], which: str, title: str) -> None:
 
 def settings(
     lab: Lab, setups: Mapping[str, Setup], lengths: Sequence[LengthSource],
-    variants: Sequence[Variant], num_requests: int,
+    variants: Sequence[Variant], num_requests: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return what a sweep depends on, for its JSON."""
+    counted: str | int = f"those of {DURATION_S:g} s, all counted"
+    if lab.is_quick or num_requests is not None:
+        counted = lab.sized(num_requests or 2**30)
     return {
         "arrivals": "Poisson, redrawn per seed at 1/s and scaled to the rate",
         "seeds": list(lab.seeds()),
-        "requests_per_point": lab.sized(num_requests),
+        "requests_per_point": counted,
         "limit_s_per_token": SLO_S,
         "lengths": {source.name: source.origin for source in lengths},
         "variants": {

@@ -23,6 +23,7 @@ from fastserve.config import (
     EngineConfig,
     SchedulerBenchConfig,
     ServerConfig,
+    SimulateConfig,
     TextConfig,
     TopConfig,
     add_arguments,
@@ -99,6 +100,20 @@ def build_parser() -> Parser:
 
     verb = new_verb(verbs, "top", top, "watch a server: queues, KV blocks, tokens per second")
     add_arguments(verb, TopConfig)
+
+    verb = new_verb(verbs, "simulate", simulate, "run a trace through a policy in virtual time")
+    verb.usage = "%(prog)s --model NAME --hardware NAME --trace FILE [FLAGS]"
+    add_arguments(verb, SimulateConfig, has_positional=False, only=SimulateConfig.flags())
+
+    verb = new_verb(verbs, "replay", replay, "check that a server's journal gives the same plans")
+    verb.add_argument("journal", metavar="JOURNAL", help="file written by `serve --journal FILE`")
+
+    verb = new_verb(verbs, "reproduce", reproduce, "run the paper's experiments in virtual time")
+    verb.add_argument("experiment", nargs="*", help="names; none: list them")
+    verb.add_argument("--quick", action="store_true", help="few requests: check, do not measure")
+    verb.add_argument("--traces", metavar="DIR", help="folder of length traces")
+    verb.add_argument("--output", metavar="DIR", help="folder for results (results/)")
+    verb.add_argument("--workers", metavar="N", type=int, default=2, help="processes (2)")
 
     verb = new_verb(verbs, "bench", None, "measure FastServe itself")
     subjects = verb.add_subparsers(title="subjects", metavar="SUBJECT", required=True)
@@ -247,6 +262,35 @@ def top(settings: Settings) -> int:
     from fastserve.top import watch
 
     return watch(config)
+
+
+def simulate(settings: Settings) -> int:
+    """Run a trace in virtual time."""
+    config = settings.build(SimulateConfig)
+    from fastserve import simulate as verb
+
+    return verb.simulate(config)
+
+
+def replay(settings: Settings) -> int:
+    """Replay a journal."""
+    from fastserve import replay as verb
+
+    return verb.replay(Path(settings.args.journal))
+
+
+def reproduce(settings: Settings) -> int:
+    """Run experiments."""
+    from fastserve import reproduce as verb
+
+    args = settings.args
+    return verb.reproduce(
+        args.experiment,
+        is_quick=args.quick,
+        traces=args.traces,
+        output=args.output,
+        workers=args.workers,
+    )
 
 
 def bench_scheduler(settings: Settings) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastserve import checkpoint
-from fastserve.config import EngineConfig, SchedulerConfig, ServerConfig
+from fastserve.config import ConfigError, EngineConfig, SchedulerConfig, ServerConfig
 from fastserve.core.build import build_scheduler
 from fastserve.core.journal import Journal
 from fastserve.engine import process
@@ -25,6 +25,8 @@ from fastserve.engine.engine import Engine, MonotonicClock
 from fastserve.engine.messages import EngineInfo
 from fastserve.tokenizer import Tokenizer
 
+# Threads that spin between two operations take the cores of whoever else works on this machine.
+PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -35,6 +37,8 @@ def open_engine(
     num_threads: int | None = None,
 ) -> tuple[Engine, EngineInfo]:
     """Load a model into this process; `num_threads` counts where the configuration names none."""
+    for name, value in PASSIVE_WAITING.items():
+        os.environ.setdefault(name, value)  # read once, when torch loads its thread pool
     import torch
 
     from fastserve.executor.local import LocalExecutor
@@ -65,8 +69,11 @@ def open_engine(
         journal = None
         if config.journal is not None:
             # Whole lines survive a crash; a restarted engine's journal follows in the same file.
-            path = Path(config.journal)
-            journal = Journal(opened.enter_context(path.open("a", buffering=1)).write)
+            try:
+                file = opened.enter_context(Path(config.journal).open("a", buffering=1))
+            except OSError as error:
+                raise ConfigError(f"--journal {config.journal}: {error.strerror}") from error
+            journal = Journal(file.write)
             journal.open(clock.now(), scheduler_config, cost_model, *num_blocks)
         scheduler = build_scheduler(scheduler_config, cost_model, *num_blocks, journal=journal)
         info = EngineInfo(
@@ -90,12 +97,7 @@ def open_async_engine(config: EngineConfig, model_name: str | None = None) -> As
     """Return an engine that will run in a process of its own; `start` begins to load it."""
     package_root = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH")
-    environment = {
-        "PYTHONPATH": os.pathsep.join(filter(None, (package_root, inherited))),
-        # Threads that spin between two operations would take the API process' core.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-        "KMP_BLOCKTIME": os.environ.get("KMP_BLOCKTIME", "0"),
-    }
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, (package_root, inherited)))}
     # -P: a file in the working directory must not stand in for a module.
     command = (sys.executable, "-P", "-m", "fastserve.launch", "--engine-fd")
     return AsyncEngine(config, command, environment=environment, model_name=model_name)

@@ -103,7 +103,10 @@ def warn_if_exposed(listener: socket.socket, config: ServerConfig) -> None:
 def run(
     app: FastAPI, engine: AsyncEngine, listener: socket.socket, refuse_work: Callable[[], None]
 ) -> int:
-    """Serve until a signal, upon which `refuse_work` is called; return the exit status."""
+    """Serve until a signal, upon which `refuse_work` is called; return the exit status.
+
+    Raises ConfigError when the engine cannot honour its settings.
+    """
     # Its startup lines tell of processes, not of the model; its warnings are wanted.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     config = uvicorn.Config(
@@ -126,6 +129,8 @@ async def _serve(server: uvicorn.Server, engine: AsyncEngine, listener: socket.s
         has_loaded = engine.info is not None
         error = engine.error
         await engine.close()
+    if error is not None and engine.is_misconfigured:
+        raise ConfigError(error)
     if error is not None and not has_loaded:
         sys.stderr.write(f"fastserve: error: {error}\n")
         return 1

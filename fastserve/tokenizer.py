@@ -101,7 +101,9 @@ class Tokenizer:
         """Return the text of `ids`; an id the tokenizer does not know has none."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], /, **variables: Any
+    ) -> str:
         """Return the prompt text for chat messages; raises ChatTemplateError."""
         if self._template is None:
             raise ChatTemplateError(
@@ -109,7 +111,9 @@ class Tokenizer:
             )
         return self._template.render(messages, **variables)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], /, **variables: Any
+    ) -> list[int]:
         """Return the prompt ids for chat messages; the template writes the special tokens."""
         text = self.apply_chat_template(messages, **variables)
         return self.encode(text, add_special_tokens=False)

@@ -13,6 +13,7 @@ from fastserve.config import (
     EngineConfig,
     SchedulerBenchConfig,
     ServerConfig,
+    SimulateConfig,
     TextConfig,
     TopConfig,
     field_type,
@@ -38,6 +39,7 @@ CLASSES = (
     (EngineConfig, "`serve`, `generate`, `chat`, `profile`, `LLM(...)`"),
     (ServerConfig, "`serve`"),
     (TextConfig, "`generate`, `chat`"),
+    (SimulateConfig, "`simulate`, beside the engine's settings that shape a schedule"),
     (TopConfig, "`top`"),
     (SchedulerBenchConfig, "`bench scheduler`"),
 )
@@ -64,7 +66,8 @@ def section(owner: type, verbs: str) -> str:
     title = (owner.__doc__ or "").split("\n")[0].rstrip(".;")
     lines = [f"\n## {title}\n", f"\nFor {verbs}.\n\n", "| flag | what | values | default |\n"]
     lines.append("|---|---|---|---|\n")
-    lines += [row(owner, spec) for spec in dataclasses.fields(owner)]
+    own = owner.__annotations__  # what it inherits stands in the table it comes from
+    lines += [row(owner, spec) for spec in dataclasses.fields(owner) if spec.name in own]
     return "".join(lines)
 
 

@@ -23,6 +23,13 @@ def test_special_tokens_variables_and_defaults_are_there():
     assert render(source, mood="calm") == "<s>calmTrueTrue"
 
 
+def test_variables_may_have_any_name():
+    """A client chooses them; none is mistaken for an argument."""
+    template = ChatTemplate("{{ self_ }}{{ messages[0].content }}", {})
+    names = {"self": 1, "self_": "a", "environment": 2, "values": 3, "chat": 4}
+    assert template.render([{"role": "user", "content": "b"}], **names) == "ab"
+
+
 def test_loop_controls_work():
     """Templates break out of loops."""
     assert (

@@ -76,6 +76,7 @@ def test_version(capsys):
         (["serve", "--swap-space", "4"], "unrecognized"),
         (["serve", "--max-num", "4"], "unrecognized"),  # no guessing at abbreviations
         (["serve", "--port", "70000"], "--port"),
+        (["serve", "--api-key", ""], "--api-key"),  # an unset variable in somebody's script
         (["serve", "--config", "/nonexistent.yaml"], "/nonexistent.yaml"),
         (["serve", "/no/such/model"], "/no/such/model"),
         (["generate"], "PROMPT"),

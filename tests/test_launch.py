@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -121,6 +124,20 @@ def test_a_model_without_a_tokenizer_takes_ids_only(tmp_path: Path) -> None:
     assert named is not None
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         open_tokenizer(EngineConfig(tokenizer=str(tmp_path)))
+
+
+def test_threads_of_an_idle_engine_do_not_spin() -> None:
+    """Offline use too asks for passive waiting, unless the user asks for something else."""
+    code = (
+        "import os; from fastserve import LLM; LLM(num_device_blocks=4).close();"
+        "print(os.environ['OMP_WAIT_POLICY'], os.environ['KMP_BLOCKTIME'])"
+    )
+    environment = {**os.environ, "KMP_BLOCKTIME": "5"}
+    environment.pop("OMP_WAIT_POLICY", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["PASSIVE", "5"]
 
 
 def test_cores_are_those_this_process_may_use() -> None:

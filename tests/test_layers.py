@@ -41,6 +41,22 @@ code = fastserve.cli.main(
 assert code == 0
 """,
     "top": "import fastserve.top",
+    "sim": """
+import importlib, pkgutil, fastserve.sim
+for module in pkgutil.walk_packages(fastserve.sim.__path__, "fastserve.sim."):
+    importlib.import_module(module.name)
+""",
+    "simulate": """
+import pathlib, tempfile, fastserve.cli
+with tempfile.TemporaryDirectory() as folder:
+    trace = pathlib.Path(folder) / "trace.csv"
+    trace.write_text("arrived_at,prompt_tokens,output_tokens\\n0,9,3\\n")
+    code = fastserve.cli.main(
+        ["simulate", "--model", "opt-13b", "--hardware", "h100", "--trace", str(trace)]
+    )
+assert code == 0
+""",
+    "replay": "import fastserve.replay",
 }
 
 

@@ -97,14 +97,26 @@ def test_a_second_signal_ends_at_once(cache: Path) -> None:
 
 
 @pytest.mark.processes
-def test_an_engine_that_cannot_load_ends_the_server_with_one_line(cache: Path) -> None:
-    """What only the engine process finds out reaches the user: one line, status 1."""
-    flags = (*FLAGS, "--no-enable-chunked-prefill", "--max-num-batched-tokens", "128")
-    with serving(cache, (*flags, "--log-level", "error")) as process:
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (
+            ("--no-enable-chunked-prefill", "--max-num-batched-tokens", "128"),
+            "--max-num-batched-tokens: 128 is below",
+        ),
+        (("--journal", "/no/such/directory/journal"), "--journal /no/such/directory/journal: No"),
+        (("--profile", "/no/such/profile.json"), "profile /no/such/profile.json: No such file"),
+    ],
+)
+def test_what_only_the_engine_finds_out_is_one_line_too(
+    cache: Path, flags: Sequence[str], says: str
+) -> None:
+    """As for any other setting: exit status 2."""
+    with serving(cache, (*FLAGS, *flags, "--log-level", "error")) as process:
         _, errors = process.communicate(timeout=60)
-        assert process.returncode == 1
+        assert process.returncode == 2
         (line,) = errors.splitlines()
-        assert re.match(r"fastserve: error: --max-num-batched-tokens: 128 is below", line)
+        assert line.startswith(f"fastserve: error: {says}")
 
 
 def test_a_port_in_use_is_one_line() -> None:

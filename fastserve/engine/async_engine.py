@@ -2,7 +2,8 @@
 
 Rules: every accepted request is kept here, its prompt and the ids so far, until its terminal event.
 When the engine process dies it is started again, a bounded number of times, and the requests go on
-from those ids: sampling is seeded by (seed, position), so they go on as if nothing had happened.
+from those ids: sampling is seeded by (seed, position), so they go on as if nothing had happened. A
+request that kills every process it runs in is found (suspects.py) and ends alone.
 Everything here runs on one event loop. Must not know: torch, text, HTTP, how to schedule.
 """
 
@@ -24,13 +25,14 @@ from fastserve.core.output import RequestUpdate, Sample
 from fastserve.core.request import FinishReason, SamplingParams
 from fastserve.engine.messages import (
     LENGTH,
+    Abort,
     Add,
-    Command,
     Configure,
     EngineInfo,
     EngineStats,
     Event,
     Failed,
+    Finish,
     Progress,
     Ready,
     Rejected,
@@ -41,8 +43,9 @@ from fastserve.engine.messages import (
 )
 from fastserve.engine.metrics import EngineMetrics
 from fastserve.engine.request_stream import RequestStream
+from fastserve.engine.suspects import DEATHS_OF_A_SUSPECT, Suspects
 
-__all__ = ["AsyncEngine", "EngineDeadError", "RequestStream"]
+__all__ = ["AsyncEngine", "EngineDeadError", "RequestFailedError", "RequestStream"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,10 @@ EXIT_GRACE_S = 5.0
 
 class EngineDeadError(RuntimeError):
     """The engine process is gone and will not be started again; the message is one line."""
+
+
+class RequestFailedError(RuntimeError):
+    """The engine cannot run this one request; the message is one line."""
 
 
 class AsyncEngine:
@@ -74,6 +81,7 @@ class AsyncEngine:
         self.stats: EngineStats | None = None
         self.progress: tuple[str, float] = ("starting", 0.0)
         self.error: str | None = None
+        self.is_misconfigured = False  # the error is of the settings, and nothing else will help
         self.metrics = EngineMetrics(model_name or config.model)
         self.process: subprocess.Popen[bytes] | None = None
         self._command = tuple(command)
@@ -82,13 +90,15 @@ class AsyncEngine:
         self._is_closing = False
         self._settled = asyncio.Event()  # ready, or dead
         self._streams: dict[int, RequestStream] = {}
+        self._given: set[int] = set()  # of these, those that the process has been sent
         self._all_ended = asyncio.Event()  # no stream is open
         self._all_ended.set()
         self._next_request = 0
         self._writer: asyncio.StreamWriter | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._restarts: deque[float] = deque()
-        self._failure: str | None = None  # what the process said of its own end
+        self._failure: Failed | None = None  # what the process said of its own end
+        self._suspects = Suspects()
         self._seeds = random.Random(config.seed)
 
     @property
@@ -155,16 +165,20 @@ class AsyncEngine:
         self._next_request += 1
         self._streams[add.request] = stream
         self._all_ended.clear()
-        self._write(frame)
+        self._give(add.request, frame)
         return stream
 
-    def tell(self, command: Command) -> None:
-        """Send a command; while no engine serves, the next one learns of every open stream."""
-        self._write(encode_frame(command))
+    def tell(self, command: Abort | Finish) -> None:
+        """Say something of a request that the engine has; others it will not hear of at all."""
+        if self._is_serving and self._writer is not None and command.request in self._given:
+            self._writer.write(encode_frame(command))
 
-    def _write(self, frame: bytes) -> None:
-        if self._is_serving and self._writer is not None:
+    def _give(self, request: int, frame: bytes) -> None:
+        """Send a request's Add, if there is an engine and the request may run now."""
+        may_run = self._suspects.on_trial in (None, request)
+        if self._is_serving and self._writer is not None and may_run:
             self._writer.write(frame)
+            self._given.add(request)
 
     def drop(self, stream: RequestStream) -> None:
         """Forget a stream whose client has left."""
@@ -176,6 +190,8 @@ class AsyncEngine:
         stream = self._streams.pop(request, None)
         if not self._streams:
             self._all_ended.set()
+        self._given.discard(request)
+        self._clear(request)
         return stream
 
     async def close(self) -> None:
@@ -196,6 +212,7 @@ class AsyncEngine:
                 reason = await self._run_process()
                 if self._is_closing:
                     return
+                self._charge(reason)
                 if not self._may_restart():
                     self._die(reason)
                     return
@@ -223,6 +240,7 @@ class AsyncEngine:
         """Start one engine process, serve until it ends, and return why in one line."""
         ours, theirs = socket.socketpair()
         self._failure = None
+        self._given.clear()
         self.progress = ("starting", 0.0)
         with theirs:
             self.process = process = subprocess.Popen(
@@ -230,6 +248,7 @@ class AsyncEngine:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 env=self._environment,
+                process_group=0,  # a terminal's Ctrl-C is for this process, which drains first
             )
         reader, self._writer = await asyncio.open_unix_connection(sock=ours)
         try:
@@ -242,7 +261,7 @@ class AsyncEngine:
             self._writer.close()
             status = await asyncio.to_thread(_reap, process)
         if self._failure is not None:
-            return self._failure
+            return self._failure.message
         cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         return f"the engine process died ({cause})"
 
@@ -274,7 +293,8 @@ class AsyncEngine:
                 self._count_end(stream, FinishReason.ERROR, None)
                 stream.end(ValueError(event.message))
         elif isinstance(event, Failed):
-            self._failure = event.message
+            self._failure = event
+            self.is_misconfigured = event.is_misconfiguration
 
     def _serve(self, info: EngineInfo) -> None:
         """Hand every open request to an engine that has just loaded."""
@@ -282,13 +302,41 @@ class AsyncEngine:
         self.progress = ("ready", 1.0)
         self.metrics.loaded(info)
         self._is_serving = True
+        self._suspects.begin_trials()
+        self._go_on()
+        self._settled.set()
+
+    def _go_on(self) -> None:
+        """Hand over the streams that the engine has not heard of, as far as they may run now."""
         for stream in list(self._streams.values()):
+            request = stream.request_id
+            if request in self._given or self._suspects.on_trial not in (None, request):
+                continue
             if stream.finish_at is not None:  # its text is complete: only the word of it was lost
-                self._update(RequestUpdate(stream.request_id, (), FinishReason.STOP))
+                self._update(RequestUpdate(request, (), FinishReason.STOP))
                 continue
             stream.num_to_skip = stream.num_prompt_logprobs
-            self.tell(stream.as_command())
-        self._settled.set()
+            self._give(request, encode_frame(stream.as_command()))
+
+    # ── requests that kill the engine ────────────────────────────────────────────────────────
+
+    def _charge(self, reason: str) -> None:
+        """Find who was present at the death of the engine; end the one who is to blame."""
+        said = self._failure.running if self._failure is not None else ()
+        present = sorted(self._given.intersection(said) if said else self._given)
+        culprit = self._suspects.charge(present)
+        stream = None if culprit is None else self._remove(culprit)
+        if stream is None:
+            return
+        logger.error("a request ended the engine %d times; it is given up", DEATHS_OF_A_SUSPECT)
+        self._restarts.clear()  # what it cost is not the others' fault
+        self._count_end(stream, FinishReason.ERROR, None)
+        stream.end(RequestFailedError(f"This request cannot be run: {reason}."))
+
+    def _clear(self, request: int) -> None:
+        """Let the next suspect run, or everybody, once this one is past its trial."""
+        if self._suspects.clear(request) and self._is_serving:
+            self._go_on()
 
     def _die(self, reason: str) -> None:
         if self.error is None:
@@ -311,6 +359,8 @@ class AsyncEngine:
         if update.samples:
             self._count_tokens(stream, update.samples)
         stream.push(update)
+        if update.samples:
+            self._clear(update.request)
         if update.finish_reason is not None:
             self._remove(update.request)
             self._count_end(stream, update.finish_reason, update)

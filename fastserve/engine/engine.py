@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput
@@ -47,7 +48,7 @@ class Engine:
         self._on_close = on_close or executor.close
         self.scheduler_s = 0.0  # in deciding: schedule and update
         self.device_s = 0.0  # in steps, as the executor reports them
-        self.num_steps_in_flight = 0
+        self.steps_in_flight: deque[SchedulerOutput] = deque()
 
     def step(self, until: float = math.inf) -> list[RequestUpdate]:
         """Submit all that can run, wait for the next thing to finish, and return the news."""
@@ -61,7 +62,8 @@ class Engine:
         plan = self.scheduler.schedule(now, can_compute=self.executor.can_submit())
         self.scheduler_s += self.clock.now() - now
         if plan is not None:
-            self.num_steps_in_flight += bool(plan.work)
+            if plan.work:
+                self.steps_in_flight.append(plan)
             self._notify(lambda observer: observer.planned(plan, now))
         return plan
 
@@ -70,7 +72,8 @@ class Engine:
         updates = self.scheduler.update(done, now)
         self.scheduler_s += self.clock.now() - now
         self.device_s += sum(step.device_s for step in done.steps)
-        self.num_steps_in_flight -= len(done.steps)
+        for _ in done.steps:  # they end in the order they began
+            self.steps_in_flight.popleft()
         self._notify(lambda observer: observer.updated(done, updates, now))
         return updates
 
@@ -89,7 +92,7 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left to run, and nothing that ended still holds memory."""
-        return not self.num_requests and not self.num_steps_in_flight
+        return not self.num_requests and not self.steps_in_flight
 
     def add(
         self,

@@ -106,9 +106,11 @@ class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The engine is over; one line says why."""
+    """The engine is over; one line says why, `running` whose steps were under way."""
 
     message: str
+    is_misconfiguration: bool = False
+    running: tuple[int, ...] = ()
 
 
 Command = Configure | Add | Abort | Finish

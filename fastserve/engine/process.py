@@ -116,7 +116,7 @@ class Loop:
     """Carries commands to the engine and its news back, translating request numbers to handles."""
 
     def __init__(self, engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
-        self._engine = engine
+        self.engine = engine
         self._inbox = inbox
         self._outbox = outbox
         self._handles: dict[int, int] = {}
@@ -126,7 +126,7 @@ class Loop:
 
     def run(self) -> None:
         """Serve until the other end has gone."""
-        engine = self._engine
+        engine = self.engine
         self._inbox.on_arrival = engine.executor.wake
         while True:
             news = [update for command in self._inbox.drain() if (update := self._apply(command))]
@@ -134,6 +134,11 @@ class Loop:
                 return
             news += engine.step(self._stats_due)
             self._send(news)
+
+    def running(self) -> tuple[int, ...]:
+        """Return the requests whose steps are under way."""
+        handles = {work.request for plan in self.engine.steps_in_flight for work in plan.work}
+        return tuple(self._requests[handle] for handle in handles if handle in self._requests)
 
     def _apply(self, command: Command) -> RequestUpdate | None:
         self._touch()
@@ -146,14 +151,14 @@ class Loop:
         if handle is None:  # it ended while the command was on its way
             return None
         if isinstance(command, Finish):
-            return self._engine.finish(handle, command.num_output_tokens)
-        self._engine.abort(handle)
+            return self.engine.finish(handle, command.num_output_tokens)
+        self.engine.abort(handle)
         self._forget(handle)
         return None
 
     def _add(self, command: Add) -> None:
         try:
-            handle = self._engine.add(
+            handle = self.engine.add(
                 command.prompt_token_ids,
                 command.params,
                 arrived_at=command.arrived_at,
@@ -182,18 +187,18 @@ class Loop:
         if updates:
             self._touch()
         stats = None
-        now = self._engine.clock.now()
+        now = self.engine.clock.now()
         is_changed = self._stats_due < math.inf
-        if is_changed and (now >= self._stats_due or self._engine.is_idle):
-            stats = self._engine.stats()
+        if is_changed and (now >= self._stats_due or self.engine.is_idle):
+            stats = self.engine.stats()
             # Busy: go on every interval. Idle: this was the last until something happens.
-            self._stats_due = math.inf if self._engine.is_idle else now + STATS_INTERVAL_S
+            self._stats_due = math.inf if self.engine.is_idle else now + STATS_INTERVAL_S
         if updates or stats is not None:
             self._outbox.send(Updates(updates, stats))
 
     def _touch(self) -> None:
         if self._stats_due == math.inf:
-            self._stats_due = self._engine.clock.now() + STATS_INTERVAL_S
+            self._stats_due = self.engine.clock.now() + STATS_INTERVAL_S
 
 
 def die_with_parent() -> None:
@@ -222,21 +227,39 @@ def run(fd: int, open_engine: OpenEngine) -> int:
     connection.set_inheritable(False)
     inbox, outbox = Inbox(connection), Outbox(connection)
     try:
-        _serve(inbox, outbox, open_engine)
+        loop = _load(inbox, outbox, open_engine)
+    except ConfigError as error:  # which needs no more than its one line
+        return _fail(outbox, Failed(_one_line(error), is_misconfiguration=True))
     except Exception as error:
-        if not isinstance(error, ConfigError):  # which needs no more than its one line
-            logger.exception("the engine failed")
-        line = " ".join(str(error).split()) or type(error).__name__
-        outbox.send(Failed(line))
-        outbox.close()
-        return 1
+        logger.exception("the engine could not be loaded")
+        return _fail(outbox, Failed(_one_line(error)))
+    if loop is None:
+        return 0
+    try:
+        loop.run()
+    except Exception as error:
+        logger.exception("the engine failed")
+        return _fail(outbox, Failed(_one_line(error), running=loop.running()))
+    finally:
+        loop.engine.close()
     return 0
 
 
-def _serve(inbox: Inbox, outbox: Outbox, open_engine: OpenEngine) -> None:
+def _fail(outbox: Outbox, last_words: Failed) -> int:
+    outbox.send(last_words)
+    outbox.close()
+    return 1
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _load(inbox: Inbox, outbox: Outbox, open_engine: OpenEngine) -> Loop | None:
+    """Load what the first message names; None when the other end leaves before it says."""
     first = inbox.get()
     if first is None:
-        return
+        return None
     if not isinstance(first, Configure):
         raise ValueError(f"expected a configure message first, got {type(first).__name__}")
 
@@ -250,8 +273,5 @@ def _serve(inbox: Inbox, outbox: Outbox, open_engine: OpenEngine) -> None:
         first.config, lambda stage, fraction: outbox.send(Progress(stage, fraction))
     )
     quiet_garbage_collector()
-    try:
-        outbox.send(Ready(info))
-        Loop(engine, inbox, outbox).run()
-    finally:
-        engine.close()
+    outbox.send(Ready(info))
+    return Loop(engine, inbox, outbox)

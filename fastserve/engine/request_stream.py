@@ -13,14 +13,14 @@ from typing import Protocol
 import msgspec
 
 from fastserve.core.output import RequestUpdate
-from fastserve.engine.messages import Abort, Add, Command, Finish
+from fastserve.engine.messages import Abort, Add, Finish
 
 
 class StreamOwner(Protocol):
     """What a stream needs of the engine it belongs to."""
 
-    def tell(self, command: Command) -> None:
-        """Send a command to the engine process."""
+    def tell(self, command: Abort | Finish) -> None:
+        """Say something of a request to the engine process."""
 
     def drop(self, stream: RequestStream) -> None:
         """Forget a stream whose client has left."""
@@ -83,8 +83,8 @@ class RequestStream:
     def abort(self) -> None:
         """Give the request up; nothing more comes."""
         if not self.is_ended:
-            self._owner.drop(self)
             self._owner.tell(Abort(self.request_id))
+            self._owner.drop(self)
 
     def push(self, update: RequestUpdate) -> None:
         """Take one update in."""

@@ -138,6 +138,9 @@ def sampling_params(
         prompt_logprobs = max(body.logprobs, prompt_logprobs or 0)
     check_token_ids(values.get("stop_token_ids", ()), info.vocab_size, "stop_token_ids")
     check_token_ids(list(values.get("logit_bias", ())), info.vocab_size, "logit_bias")
+    ending_ids = info.eos_token_ids.union(values.get("stop_token_ids", ()))
+    if values.get("min_tokens") and len(ending_ids) >= info.vocab_size:
+        raise invalid("min_tokens leaves no token: every one of them would stop.", "min_tokens")
     all_params = []
     for prompt in prompts:
         max_tokens = output_limit(body, len(prompt.token_ids), info)

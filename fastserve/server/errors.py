@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastserve.engine.async_engine import EngineDeadError
+from fastserve.engine.async_engine import EngineDeadError, RequestFailedError
 
 INVALID = "invalid_request_error"
 
@@ -69,6 +69,8 @@ def from_failure(error: Exception) -> ApiError | None:
         return error
     if isinstance(error, EngineDeadError):
         return unavailable(f"The engine is dead: {error}", "engine_dead")
+    if isinstance(error, RequestFailedError):
+        return ApiError(500, str(error), code="engine_error")
     if isinstance(error, ValueError):  # the engine refused a request that can never run
         return invalid(str(error))
     return None

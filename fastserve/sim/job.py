@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -111,16 +112,23 @@ def _open_trace_events(job: Job, opened: contextlib.ExitStack) -> TraceEvents | 
     return events
 
 
+class AbandonedError(Exception):
+    """Nobody waits for the result any more."""
+
+
 _progress: Any = None  # of this process, when it is one of several
 
 
 def _start_worker(progress: Any) -> None:
     global _progress
     _progress = progress
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
 
 
 def _run_in_worker(index: int, job: Job) -> JobResult:
     def report(num_ended: int) -> None:
+        if _progress[-1]:
+            raise AbandonedError
         _progress[index] = num_ended
 
     return run_job(job, report)
@@ -129,9 +137,12 @@ def _run_in_worker(index: int, job: Job) -> JobResult:
 def run_side_by_side(
     jobs: Sequence[Job], num_processes: int, on_progress: Callable[[int, int], None]
 ) -> list[JobResult]:
-    """Run several jobs in processes; `on_progress` gets (index of the job, requests ended)."""
+    """Run several jobs in processes; `on_progress` gets (index of the job, requests ended).
+
+    When one fails the others are given up.
+    """
     context = multiprocessing.get_context("spawn")
-    progress = context.RawArray("q", len(jobs))
+    progress = context.RawArray("q", len(jobs) + 1)  # the last one: whether to give up
     with ProcessPoolExecutor(
         min(num_processes, len(jobs)), context, _start_worker, (progress,)
     ) as pool:
@@ -141,10 +152,11 @@ def run_side_by_side(
             while left:
                 ended, left = wait(left, PROGRESS_INTERVAL_S)
                 for future in ended:
-                    future.result()  # a failure ends the wait for the others
-                for index, num_ended in enumerate(progress):
+                    future.result()
+                for index, num_ended in enumerate(progress[:-1]):
                     on_progress(index, num_ended)
         except BaseException:
+            progress[-1] = 1
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [future.result() for future in running]

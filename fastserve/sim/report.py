@@ -37,7 +37,8 @@ def alone_s(config: SchedulerConfig, machine: Machine, workload: Workload) -> Fl
     rows = zip(workload.prompt_tokens.tolist(), workload.output_tokens.tolist(), strict=True)
     for prompt, output in rows:
         seconds = sum(
-            costs.iteration_s(min(chunk, prompt - start), start) for start in range(0, prompt, chunk)
+            costs.iteration_s(min(chunk, prompt - start), start)
+            for start in range(0, prompt, chunk)
         )
         decodes = output - 1
         if decodes:

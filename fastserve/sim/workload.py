@@ -83,21 +83,26 @@ class Workload:
         Rows beyond it are an `error`, are left out (`drop`), or are cut (`clip`): the answer
         first, then the prompt.
         """
-        needed = self.prompt_tokens + self.output_tokens
-        too_long = needed > window
+        limits = self.output_tokens if self.max_tokens is None else self.max_tokens
+        too_long = self.prompt_tokens + limits > window
         if not too_long.any():
             return self
         if oversize == "clip":
             prompt = np.minimum(self.prompt_tokens, window - 1)
-            output = np.minimum(self.output_tokens, window - prompt)
-            return dataclasses.replace(self, prompt_tokens=prompt, output_tokens=output)
+            left = window - prompt
+            return dataclasses.replace(
+                self,
+                prompt_tokens=prompt,
+                output_tokens=np.minimum(self.output_tokens, left),
+                max_tokens=None if self.max_tokens is None else np.minimum(self.max_tokens, left),
+            )
         if oversize == "drop":
             kept = self.rows(np.flatnonzero(~too_long))
             dropped = self.num_dropped + int(too_long.sum())
             return dataclasses.replace(kept, num_dropped=dropped)
         row = int(np.argmax(too_long))
         raise WorkloadError(
-            f"row {row + 1} needs {self.prompt_tokens[row]} + {self.output_tokens[row]} tokens and "
+            f"row {row + 1} needs {self.prompt_tokens[row]} + {limits[row]} tokens and "
             f"the window has {window} ({int(too_long.sum())} of {len(self)} rows do not fit; "
             "--oversize drop or clip)"
         )

@@ -6,6 +6,8 @@ that a test can act while they run; ids are a function of (seed, position), as a
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import threading
 import time
@@ -25,6 +27,7 @@ BLOCK_SIZE = 16
 NUM_BLOCKS = 256
 WINDOW = 2048
 FAILING_STEP = 30
+POISON = 666  # a token that some models cannot compute
 
 
 class PacedExecutor:
@@ -33,9 +36,12 @@ class PacedExecutor:
     num_slots = 1
     lookahead = 0
 
-    def __init__(self, failing_step: int | None = None) -> None:
+    def __init__(
+        self, failing_step: int | None = None, on_poison: Callable[[], None] | None = None
+    ) -> None:
         self._inner = FakeExecutor(VirtualClock(), BLOCK_SIZE)
         self._failing_step = failing_step
+        self._on_poison = on_poison
         self._finishes_at = float("inf")
         self._condition = threading.Condition()
         self._is_woken = False
@@ -48,6 +54,8 @@ class PacedExecutor:
         """Start a step."""
         if plan.step_id == self._failing_step:
             raise RuntimeError("the device\nfell off the bus")
+        if self._on_poison and any(POISON in work.token_ids for work in plan.work):
+            self._on_poison()
         self._inner.submit(plan)
         self._finishes_at = time.monotonic() + STEP_S
 
@@ -75,6 +83,19 @@ class PacedExecutor:
         """There is nothing to free."""
 
 
+def fail() -> None:
+    """Fail as a device does that says so."""
+    raise RuntimeError("an illegal address")
+
+
+def die() -> None:
+    """End without a word."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+FATES: dict[str, Callable[[], None]] = {"fails-on-poison": fail, "dies-on-poison": die}
+
+
 def open_engine(
     config: EngineConfig, on_progress: Callable[[str, float], None]
 ) -> tuple[Engine, EngineInfo]:
@@ -84,7 +105,9 @@ def open_engine(
         raise ConfigError("the weights are\nnot there")
     if config.model == "endless":
         threading.Event().wait()
-    executor = PacedExecutor(FAILING_STEP if config.model == "failing" else None)
+    executor = PacedExecutor(
+        FAILING_STEP if config.model == "failing" else None, FATES.get(config.model)
+    )
     scheduler_config = SchedulerConfig(
         max_num_seqs=8, max_num_batched_tokens=64, max_model_len=WINDOW, block_size=BLOCK_SIZE
     )

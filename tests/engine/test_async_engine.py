@@ -20,10 +20,11 @@ from fastserve.engine.async_engine import (
     MAX_RESTARTS,
     AsyncEngine,
     EngineDeadError,
+    RequestFailedError,
     RequestStream,
 )
 from fastserve.engine.request_stream import merged
-from tests.engine.engine_process import FAILING_STEP
+from tests.engine.engine_process import FAILING_STEP, POISON
 from tests.fake_executor import default_token
 
 pytestmark = pytest.mark.processes
@@ -168,6 +169,62 @@ def test_an_engine_that_keeps_dying_is_given_up() -> None:
                 engine.submit([1], params(1, 1))
             with pytest.raises(EngineDeadError):
                 await engine.ready()
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("fails-on-poison", "an illegal address"),
+        ("dies-on-poison", r"the engine process died \(killed by signal 9\)"),
+    ],
+)
+def test_a_request_that_kills_the_engine_ends_alone(model: str, reason: str) -> None:
+    """Again and again: it gets an error, all others their own ids, and the engine goes on."""
+
+    async def body() -> None:
+        async with running(model) as engine:
+            await engine.ready()
+            streams = [engine.submit([1, 2], params(seed, 400)) for seed in range(4)]
+            readers = [asyncio.create_task(read(stream)) for stream in streams]
+            for seed in range(4, 7):
+                poisoned = engine.submit([1, POISON], params(seed, 5))
+                late = engine.submit([3], params(seed, 5))
+                with pytest.raises(RequestFailedError, match=f"cannot be run: {reason}"):
+                    await read(poisoned)
+                assert await read(late) == (expected(seed, 5), FinishReason.LENGTH)
+            for seed, (ids, reason_of_end) in enumerate(await asyncio.gather(*readers)):
+                assert (ids, reason_of_end) == (expected(seed, 400), FinishReason.LENGTH)
+            assert not engine.is_dead
+            assert engine.num_requests == 0
+            text = engine.metrics.render()[0].decode()
+            assert 'request_success_total{finished_reason="error",' in text
+
+    run(body)
+
+
+def test_a_suspect_whose_client_leaves_holds_nobody_up() -> None:
+    """Aborts and stop strings of others are heeded during a trial, and new requests wait."""
+
+    async def body() -> None:
+        async with running("dies-on-poison") as engine:
+            await engine.ready()
+            streams = [engine.submit([1, 2], params(seed, 1000)) for seed in range(3)]
+            poisoned = engine.submit([1, POISON], params(4, 5))
+            deaths = 0
+            process = engine.process
+            while deaths < 2:
+                await asyncio.sleep(0)
+                if engine.process is not process:
+                    deaths, process = deaths + 1, engine.process
+            streams[0].abort()
+            streams[1].finish(len(streams[1].output_token_ids))
+            poisoned.abort()
+            assert (await read(engine.submit([9], params(5, 5))))[0] == expected(5, 5)
+            assert (await read(streams[1]))[1] is FinishReason.STOP
+            assert (await read(streams[2]))[0] == expected(2, 1000)
+            await until_idle(engine)
 
     run(body)
 
@@ -317,13 +374,18 @@ def test_close_while_loading_ends_the_process() -> None:
 
 
 def test_terminal_signals_leave_the_engine_alone() -> None:
-    """SIGINT and SIGTERM are the parent's: the engine process goes on."""
+    """SIGINT and SIGTERM are the parent's: the engine process goes on.
+
+    Before it can say so itself it is out of the terminal's reach.
+    """
 
     async def body() -> None:
         async with running() as engine:
+            while engine.process is None:
+                await asyncio.sleep(0)
+            assert os.getpgid(engine.process.pid) == engine.process.pid
             await engine.ready()
             stream = engine.submit([1], params(1, 100))
-            assert engine.process is not None
             engine.process.send_signal(signal.SIGINT)
             engine.process.send_signal(signal.SIGTERM)
             ids, _ = await read(stream)

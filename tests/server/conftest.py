@@ -1,7 +1,8 @@
-"""A live server for the tests that need one: a process of its own, started once."""
+"""A live server for the tests that need one: a process of its own, started once for all of them."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -14,12 +15,12 @@ import pytest
 API_KEY = "sk-test"
 
 
-@pytest.fixture(scope="session")
-def server_url() -> Iterator[str]:
-    """Start `fastserve serve` with the demo model on a free port; stop it at the end."""
+@contextlib.contextmanager
+def serving(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run `fastserve serve` with the demo model on a free port; yield it and its address."""
     command = [
         sys.executable, "-m", "fastserve", "serve", "--port", "0", "--num-threads", "1",
-        "--api-key", API_KEY, "--max-body-bytes", "200000",
+        "--api-key", API_KEY, *flags,
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -35,7 +36,7 @@ def server_url() -> Iterator[str]:
         # Unread, a full pipe would stop the server.
         drain = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
         drain.start()
-        yield found.group(1)
+        yield process, found.group(1)
         process.terminate()
         assert process.wait(60) == 0, "".join(lines)
         drain.join(10)
@@ -43,6 +44,13 @@ def server_url() -> Iterator[str]:
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+@pytest.fixture(scope="session")
+def server_url() -> Iterator[str]:
+    """The address of a live server that the tests share."""
+    with serving("--max-body-bytes", "200000") as (_, url):
+        yield url
 
 
 @pytest.fixture(scope="session")

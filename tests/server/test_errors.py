@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.engine.async_engine import EngineDeadError
+from fastserve.engine.async_engine import EngineDeadError, RequestFailedError
 from tests.server.scripted import ScriptedEngine, call, fails, make_app, post
 
 COMPLETIONS = "/v1/completions"
@@ -34,6 +34,8 @@ def error_of(response, status: int) -> dict:
         ({"prompt": [[5], [-1]]}, "prompt", "prompt[1][0]"),
         ({"prompt": [True]}, "prompt", "prompt[0]"),
         ({"prompt": [300]}, "prompt", "out of vocabulary"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty", "0.01"),
+        ({"min_tokens": 1, "stop_token_ids": list(range(300))}, "min_tokens", "no token"),
         ({"n": 0}, "n", "at least 1"),
         ({"n": 2049}, "n", "2048"),
         ({"prompt": ["x"] * 1025, "n": 2}, "prompt", "2048"),
@@ -163,6 +165,19 @@ def test_an_engine_that_dies_is_a_503():
     engine = ScriptedEngine(fails("a", EngineDeadError("killed by signal 9")))
     error = error_of(post(engine, COMPLETIONS, {"prompt": "x", "n": 2}), 503)
     assert "killed by signal 9" in error["message"]
+
+
+def test_a_request_that_ends_engines_is_a_500_of_its_own():
+    """It is told why; a stream ends with the error and [DONE]."""
+    engine = ScriptedEngine(fails("a", RequestFailedError("This request cannot be run: it died.")))
+    error = error_of(post(engine, COMPLETIONS, {"prompt": "x"}), 500)
+    assert (error["code"], error["message"]) == (
+        "engine_error",
+        "This request cannot be run: it died.",
+    )
+    events = post(engine, COMPLETIONS, {"prompt": "x", "stream": True}).text.split("\n\n")
+    assert '"engine_error"' in events[-3]
+    assert events[-2] == "data: [DONE]"
 
 
 def test_a_request_the_engine_rejects_is_a_400():

@@ -9,7 +9,6 @@ import json
 import pytest
 
 from fastserve.core.journal import Journal
-from fastserve.core.scheduler import StallError
 from fastserve.sim.job import Job, run_job, run_side_by_side
 from fastserve.sim.simulator import simulate
 from tests.sim.machines import MACHINE, make_workload, small_config
@@ -63,11 +62,15 @@ def test_side_by_side_gives_what_one_after_the_other_gives():
     assert told == {0: 20, 1: 20, 2: 20}
 
 
-def test_a_failure_in_one_process_is_a_failure():
-    """Nobody waits for the others, and the cause is told."""
-    broken = make_job()
-    machine = dataclasses.replace(MACHINE, num_device_blocks=1)
-    with pytest.raises((ValueError, StallError), match="fit"):
-        run_side_by_side(
-            [dataclasses.replace(broken, machine=machine), make_job()], 2, lambda index, ended: None
-        )
+def test_a_failure_in_one_process_ends_the_others():
+    """The cause is told, and nobody works on for a result that will not be read."""
+    told: dict[int, int] = {}
+    num_blocks = dataclasses.replace(MACHINE, num_device_blocks=1)
+    rows = [(10.0 * index, 10, 50) for index in range(100_000)]
+    jobs = [
+        dataclasses.replace(make_job(), machine=num_blocks),
+        dataclasses.replace(make_job(), workload=make_workload(*rows)),
+    ]
+    with pytest.raises(ValueError, match="tokens that fit"):
+        run_side_by_side(jobs, 2, told.__setitem__)
+    assert told.get(1, 0) < len(rows)

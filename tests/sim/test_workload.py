@@ -61,6 +61,16 @@ def test_oversized_rows_are_clipped():
     assert fitted.num_dropped == 0
 
 
+def test_a_row_needs_what_it_may_ask_for():
+    """With a limit of its own a row is as long as its limit."""
+    workload = make_workload((0.0, 10, 5), max_tokens=np.array([95]))
+    with pytest.raises(WorkloadError, match=r"10 \+ 95"):
+        workload.fitted(100, "error")
+    clipped = workload.fitted(100, "clip")
+    assert clipped.max_tokens is not None
+    assert (clipped.output_tokens[0], clipped.max_tokens[0]) == (5, 90)
+
+
 def test_prompts_never_share_an_id():
     """No id occurs in two prompts, nor is it one that the device draws."""
     prompts = make_workload(*ROWS).prompts()
