@@ -1,6 +1,6 @@
 """E11: grouped-query attention: Llama-3-8B, whose KV is a quarter, beside Llama-2-7B.
 
-One A100-40G each, ShareGPT lengths, caps 16 and 256.
+One A100-40G each, ShareGPT lengths, caps 16 and 64.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LENGTHS = "sharegpt"
 SETUPS = {
     f"{model}, cap {cap}": Setup(model, "a100-40g", max_num_seqs=cap)
     for model in ("llama-3-8b", "llama-2-7b")
-    for cap in (16, 256)
+    for cap in (16, 64)
 }
 VARIANTS = (FCFS, PAPER, TODAY)
-LOADS = (0.8, 1.0, 1.5, 2.0, 3.0)
+LOADS = (1.0, 1.5, 2.0, 3.0, 5.0)
 
 
 def run(lab: Lab) -> None:

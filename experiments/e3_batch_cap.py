@@ -23,6 +23,7 @@ SETUPS = {
 }
 LENGTHS = "sharegpt"
 VARIANTS = (FCFS, PAPER)
+LOADS = (1.0, 1.25, 1.5, 2.0, 2.5)
 
 
 def run(lab: Lab) -> None:
@@ -32,7 +33,7 @@ def run(lab: Lab) -> None:
         point
         for name, setup in SETUPS.items()
         for point in sweep_points(
-            lab, setup, source, VARIANTS, labels={"setup": name}
+            lab, setup, source, VARIANTS, labels={"setup": name}, loads=LOADS
         )
     ]  # fmt: skip
     results = lab.run(NAME, points)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from experiments.capacity import norm_mean, over_seeds
 from experiments.harness import Lab, Result, Setup
 from experiments.lengths import LengthSource, drawn
-from experiments.sweep import PAPER, Variant, mlfq, settings, sweep_points
+from experiments.sweep import FCFS, NEVER_S, Variant, mlfq, settings, sweep_points
 from fastserve.sim.generators import Lognormal
 
 NAME = "e4_input_output"
@@ -23,12 +23,14 @@ SIGMA = 1.0
 RATIOS = (0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
 LOADS = (0.8, 1.0, 1.25, 1.5, 2.0)
 SETUP = Setup("opt-13b", "a100-40g")
-BASELINES = (
-    Variant("fcfs", "fcfs"),
-    mlfq("mlfq", "ideal", 0.3),
-    Variant("fixed-priority", "fixed-priority", "ideal"),
-)
-VARIANTS = (PAPER, *BASELINES)
+FIXED_PRIORITY = Variant("fixed-priority", "fixed-priority", "ideal")
+LIMITS_S = (0.3, NEVER_S)
+OURS = tuple(mlfq("skip-join-mlfq", "ideal", limit_s) for limit_s in LIMITS_S)
+NAIVE = tuple(mlfq("mlfq", "ideal", limit_s) for limit_s in LIMITS_S)
+BASELINES = {
+    ours.name: (FCFS, naive, FIXED_PRIORITY) for ours, naive in zip(OURS, NAIVE, strict=True)
+}
+VARIANTS = (*OURS, *NAIVE, FCFS, FIXED_PRIORITY)
 FIGURES = {
     "mean normalized latency": norm_mean,
     "mean JCT": lambda result: float(result.report["jct_s"]["mean"]),
@@ -57,12 +59,38 @@ def gains(results: list[Result], ratio: float, load: float) -> dict[str, Any]:
             )
             for variant in VARIANTS
         }
-        ours = values[PAPER.name]["mean"]
         found[title] = {
             "seconds": values,
-            "gain": {variant.name: values[variant.name]["mean"] / ours for variant in BASELINES},
+            "gain": {
+                ours: {
+                    baseline.name: values[baseline.name]["mean"] / values[ours]["mean"]
+                    for baseline in baselines
+                }
+                for ours, baselines in BASELINES.items()
+            },
         }
     return found
+
+
+def picture_of(table: dict[str, Any], ratios: list[float], loads: list[float]) -> Figure:
+    """Draw the gain over each baseline, one row per α."""
+    picture = Figure(figsize=(13, 7), layout="constrained")
+    panels = picture.subplots(len(OURS), 3, sharey=True)
+    for row, (ours, baselines) in enumerate(BASELINES.items()):
+        for axes, baseline in zip(panels[row], baselines, strict=True):
+            for load in loads:
+                cells = [table[f"ratio {ratio:g}, load {load:g}"] for ratio in ratios]
+                line = [cell["mean JCT"]["gain"][ours][baseline.name] for cell in cells]
+                axes.plot(ratios, line, marker=".", label=f"load {load:g}")
+            axes.axhline(1.0, color="grey", linestyle="--", linewidth=1)
+            axes.set_xscale("log", base=4)
+            axes.set_yscale("log", base=2)
+            axes.set_title(f"{baseline.name} over {ours}", fontsize=9)
+            axes.set_xlabel("input/output")
+            axes.set_ylabel("mean JCT, ratio")
+            axes.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=8)
+    return picture
 
 
 def run(lab: Lab) -> None:
@@ -82,24 +110,9 @@ def run(lab: Lab) -> None:
         for ratio in ratios
         for load in loads
     }
-    picture = Figure(figsize=(4.5 * len(BASELINES), 3.5), layout="constrained")
-    panels = picture.subplots(1, len(BASELINES))
-    for axes, baseline in zip(panels, BASELINES, strict=True):
-        for load in loads:
-            rows = [table[f"ratio {ratio:g}, load {load:g}"] for ratio in ratios]
-            line = [row["mean normalized latency"]["gain"][baseline.name] for row in rows]
-            axes.plot(ratios, line, marker=".", label=f"load {load:g}")
-        axes.axhline(1.0, color="grey", linestyle="--", linewidth=1)
-        axes.set_xscale("log", base=4)
-        axes.set_yscale("log")
-        axes.set_title(f"{baseline.name} / {PAPER.name}", fontsize=9)
-        axes.set_xlabel("input/output")
-        axes.set_ylabel("mean s/token, ratio")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     lab.save(
         NAME,
         settings=settings(lab, {"opt-13b": SETUP}, sources, VARIANTS),
         figures=table,
-        picture=picture,
+        picture=picture_of(table, ratios, loads),
     )

@@ -38,7 +38,7 @@ SETUPS = {
     for ranks, stages in layouts
 }
 VARIANTS = (FCFS, PAPER)
-LOADS = (1.0, 1.25, 1.5, 2.0)
+LOADS = (1.0, 1.5, 2.0, 3.0, 5.0)
 
 
 def run(lab: Lab) -> None:

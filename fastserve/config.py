@@ -147,6 +147,11 @@ class EngineConfig:
         "what becomes of the KV of a request that loses its place",
         choices=PREEMPTION_MODES,
     )
+    max_recompute_share: float = option(
+        0.1,
+        "device time that newcomers may make others recompute, over all of it; inf: the paper's",
+        minimum=0.0,
+    )
 
     tensor_parallel_size: int = option(1, "devices per layer", choices=(1,), aliases=("-tp",))
     pipeline_parallel_size: int = option(1, "stages of layers", choices=(1,), aliases=("-pp",))
@@ -337,6 +342,7 @@ class SchedulerConfig:
     mlfq_quantum_ratio: float = 2.0
     priority_aging: float = 10.0
     preemption_mode: str = "recompute"
+    max_recompute_share: float = 0.1
     num_slots: int = 1
     lookahead: int = 0
     eos_token_ids: frozenset[int] = frozenset()
@@ -380,6 +386,7 @@ class SchedulerConfig:
             mlfq_quantum_ratio=config.mlfq_quantum_ratio,
             priority_aging=config.priority_aging,
             preemption_mode=config.preemption_mode,
+            max_recompute_share=config.max_recompute_share,
             num_slots=num_slots,
             lookahead=lookahead,
             eos_token_ids=eos_token_ids,

@@ -111,9 +111,7 @@ class Tokenizer:
             )
         return self._template.render(messages, **variables)
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], /, **variables: Any
-    ) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> list[int]:
         """Return the prompt ids for chat messages; the template writes the special tokens."""
         text = self.apply_chat_template(messages, **variables)
         return self.encode(text, add_special_tokens=False)

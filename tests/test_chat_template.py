@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_special_tokens_variables_and_defaults_are_there():
 def test_variables_may_have_any_name():
     """A client chooses them; none is mistaken for an argument."""
     template = ChatTemplate("{{ self_ }}{{ messages[0].content }}", {})
-    names = {"self": 1, "self_": "a", "environment": 2, "values": 3, "chat": 4}
+    names: dict[str, Any] = {"self": 1, "self_": "a", "environment": 2, "values": 3, "chat": 4}
     assert template.render([{"role": "user", "content": "b"}], **names) == "ab"
 
 

@@ -20,7 +20,7 @@ from fastserve.core.policies.priority_classes import PriorityClasses
 from fastserve.core.policies.protocol import Policy
 from fastserve.core.policies.srpt import SRPT
 from fastserve.core.policies.static import Static
-from fastserve.core.preemption import DeferPacking, IdealPacking
+from fastserve.core.preemption import BudgetedPacking, IdealPacking, RecomputeBudget
 from fastserve.core.scheduler import Scheduler
 
 NUM_BOUNDLESS_BLOCKS = 2**40
@@ -76,9 +76,7 @@ def build_mlfq(
         quantum_ratio=config.mlfq_quantum_ratio,
         starvation_limit=config.starvation_limit,
         max_num_seqs=config.max_num_seqs,
-        max_chunk=(
-            config.max_num_batched_tokens if config.enable_chunked_prefill else config.max_model_len
-        ),
+        max_chunk=max_chunk(config),
         skip_join=skip_join,
         skip_demotion=skip_demotion,
         steps_between_promotions=steps_between_promotions,
@@ -108,11 +106,22 @@ def build_scheduler(
     policy = PriorityClasses(
         lambda: build_policy(config, cost_model, lengths), config.priority_aging
     )
-    packing: Callable[..., Packing] = Packing
-    if config.preemption_mode == "defer":
-        packing = DeferPacking
-    elif is_ideal:
+    budget = RecomputeBudget(
+        cost_model,
+        share=0.0 if config.preemption_mode == "defer" else config.max_recompute_share,
+        max_chunk=max_chunk(config),
+        window=config.max_model_len,
+    )
+    packing: Callable[..., Packing] = partial(BudgetedPacking, budget=budget)
+    if is_ideal:
         packing = partial(IdealPacking, num_resident_blocks=num_device_blocks)
     if journal is None:
-        return Scheduler(config, policy, cache, packing)
-    return JournaledScheduler(config, policy, cache, packing, journal=journal)
+        return Scheduler(config, policy, cache, packing, budget)
+    return JournaledScheduler(config, policy, cache, packing, budget, journal=journal)
+
+
+def max_chunk(config: SchedulerConfig) -> int:
+    """Return the longest prefill share of one step, in tokens."""
+    if config.enable_chunked_prefill:
+        return config.max_num_batched_tokens
+    return config.max_model_len

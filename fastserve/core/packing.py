@@ -179,6 +179,10 @@ class Packing:
         is_head = len(self._scanned) == 1
         if victim is None or not (is_head or self._enst(victim) >= self._enst(request)):
             return False
+        self._evict(victim)
+        return True
+
+    def _evict(self, victim: Request) -> None:
         assert victim.table is not None
         available, leaving = self._cache.num_available, self._cache.num_leaving
         self._cache.close(victim.table)
@@ -186,7 +190,6 @@ class Packing:
         self._blocks_left += self._cache.num_available - available
         self._leaving_left += self._cache.num_leaving - leaving
         self._seats_left += 1
-        return True
 
     def _enst(self, request: Request) -> float:
         return self._policy.estimated_next_schedule_time(request, self._now)

@@ -1,4 +1,4 @@
-"""What becomes of packing when KV is short: the preemption modes that are not plain recomputation.
+"""What preempting may cost when KV is short: the modes, as budgets and packings of their own.
 
 Rules: a mode changes who may take blocks from whom, never the order. Must not know: plans, samples.
 """
@@ -7,24 +7,65 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastserve.core.cost_model import CostModel
 from fastserve.core.packing import Packing
 from fastserve.core.request import Request
 
 
-class DeferPacking(Packing):
-    """Newcomers wait until blocks are free: nobody loses KV to one that has none yet.
+class RecomputeBudget:
+    """Device seconds that newcomers may make others compute again: a share of those worked.
 
-    The paper's "defer" (§4.3): preempted requests fill the memory, and later ones queue behind it.
+    Without a bound, requests promoted by starvation take each other's KV in turn, and most of the
+    device goes into recomputation. A debt is worked off before the next newcomer may evict, so
+    nobody is deferred for longer than the debt over the share. Share 0 is the paper's "defer",
+    infinity its "recompute" (§4.3).
     """
 
+    def __init__(self, cost_model: CostModel, *, share: float, max_chunk: int, window: int) -> None:
+        self._cost_model = cost_model
+        self._share = share
+        self._max_chunk = max_chunk
+        self._limit_s = cost_model.prefill_s(window, 0, max_chunk)
+        self._credit_s = self._limit_s if share else 0.0
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether newcomers have to wait for blocks that come free by themselves."""
+        return self._credit_s <= 0.0
+
+    def earn(self, device_s: float) -> None:
+        """Note a step's device seconds."""
+        if self._share:
+            self._credit_s = min(self._credit_s + self._share * device_s, self._limit_s)
+
+    def spend(self, request: Request) -> None:
+        """Note that what a request has computed is lost."""
+        if self._share != float("inf"):
+            cost_s = self._cost_model.prefill_s(request.num_computed_tokens, 0, self._max_chunk)
+            self._credit_s = max(self._credit_s - cost_s, -self._limit_s)
+
+
+class BudgetedPacking(Packing):
+    """A request without KV may take that of others only while the budget lasts.
+
+    After that it waits for free blocks as if it had not been scanned: no claim of its stands, and
+    the first request with KV counts as the head of the order.
+    """
+
+    def __init__(self, *args: Any, budget: RecomputeBudget) -> None:
+        super().__init__(*args)
+        self._budget = budget
+
     def _take_seat(self, request: Request) -> bool:
-        return self._seats_left > 0
+        if self._budget.is_spent:
+            return self._seats_left > 0
+        return super()._take_seat(request)
 
     def _claim_first(self, request: Request) -> int:
         blocks_left = self._blocks_left
+        is_deferred = self._budget.is_spent
         num_tokens = super()._claim_first(request)
-        if not num_tokens:
-            # As if it had not been scanned: no claim stands, and the next may be the head.
+        if is_deferred and not num_tokens:
             self._blocks_left = blocks_left
             self._scanned.discard(request.handle)
         return num_tokens
@@ -32,9 +73,13 @@ class DeferPacking(Packing):
     def _take(self, request: Request, num_blocks: int) -> bool:
         assert request.table is not None
         is_new = request.table.num_sent == 0
-        if is_new and num_blocks > self._blocks_left:
+        if is_new and self._budget.is_spent and num_blocks > self._blocks_left:
             return False
         return super()._take(request, num_blocks)
+
+    def _evict(self, victim: Request) -> None:
+        self._budget.spend(victim)
+        super()._evict(victim)
 
 
 class IdealPacking(Packing):

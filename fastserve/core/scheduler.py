@@ -28,6 +28,7 @@ from fastserve.core.output import (
 )
 from fastserve.core.packing import Packing
 from fastserve.core.policies.protocol import Policy, Share, StepBill
+from fastserve.core.preemption import RecomputeBudget
 from fastserve.core.request import FinishReason, Request, SamplingParams
 from fastserve.core.victims import VictimRanking
 
@@ -49,10 +50,12 @@ class Scheduler:
         config: SchedulerConfig,
         policy: Policy,
         cache: KVCacheManager,
-        packing: Callable[..., Packing] = Packing,
+        packing: Callable[..., Packing],
+        budget: RecomputeBudget,
     ) -> None:
         self.config = config
         self._packing = packing
+        self._budget = budget
         self.policy = policy
         self.cache = cache
         self._victims = VictimRanking(cache, policy)
@@ -280,6 +283,7 @@ class Scheduler:
                 updates.append(RequestUpdate(request.handle, (sample,), None, None, None, scored))
             shares.append((request, work.num_tokens))
         self._note_progress(has_progress)
+        self._budget.earn(done.device_s)
         if shares:
             self.policy.charge(StepBill(done.device_s, shares), now)
 

@@ -198,7 +198,8 @@ class EngineMetrics:
             self._normalized.observe(jct_s / output_tokens)
         if metrics is None:
             return
-        self._queue.observe(metrics.queue_s)
+        if metrics.first_scheduled is not None:
+            self._queue.observe(metrics.first_scheduled - metrics.arrival)
         if metrics.first_token is not None and output_tokens > 1:
             spent = metrics.finished - metrics.first_token
             self._mean_tpot.observe(spent / (output_tokens - 1))

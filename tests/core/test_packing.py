@@ -251,6 +251,7 @@ def crowded(seed: int, **changes: object) -> Harness:
         "scheduling_policy": rng.choice(("mlfq", "skip-join-mlfq")),
         "starvation_limit": rng.choice((0.0, 0.5, 3.0)),
         "max_live_seqs": rng.choice((None, 2)),
+        "max_recompute_share": float("inf"),  # what a budget adds is in test_preemption.py
         "num_slots": slots,
         "lookahead": lookahead,
     }

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import random
+
+import pytest
+
 from fastserve.core.output import SchedulerOutput
-from tests.core.harness import Harness, small_config
+from fastserve.core.preemption import RecomputeBudget
+from fastserve.core.request import Request, SamplingParams
+from tests.core.harness import UNIT_COST, Harness, small_config
 
 
 def one_second(plan: SchedulerOutput) -> float:
@@ -16,10 +24,14 @@ def prompt_of(handle: int, length: int) -> list[int]:
     return [1000 * (handle + 1) + position for position in range(length)]
 
 
-def run(mode: str, num_blocks: int) -> Harness:
+def run(mode: str, num_blocks: int, share: float = float("inf")) -> Harness:
     """Run six requests that do not fit together under an MLFQ of small quanta."""
     config = small_config(
-        scheduling_policy="mlfq", preemption_mode=mode, max_num_seqs=2, starvation_limit=5.0
+        scheduling_policy="mlfq",
+        preemption_mode=mode,
+        max_recompute_share=share,
+        max_num_seqs=2,
+        starvation_limit=5.0,
     )
     harness = Harness(config, num_blocks, step_s=one_second)
     for handle in range(6):
@@ -64,3 +76,45 @@ def test_ideal_moves_kv_for_nothing() -> None:
                 work.table_from + len(work.block_ids) if work.block_ids else (tables[work.request])
             )
         assert sum(tables[work.request] for work in plan.work) <= 18
+
+
+def test_the_budget_earns_a_share_and_works_off_its_debt() -> None:
+    """It starts with a window's prefill, and spends what lost tokens take to compute again."""
+    budget = RecomputeBudget(UNIT_COST, share=0.5, max_chunk=16, window=64)
+    limit_s = UNIT_COST.prefill_s(64, 0, 16)
+    victim = Request(0, range(32), SamplingParams(), max_output_tokens=1)
+    victim.num_computed_tokens = 32
+    cost_s = UNIT_COST.prefill_s(32, 0, 16)
+    num_losses = 0
+    while not budget.is_spent:
+        budget.spend(victim)
+        num_losses += 1
+    assert num_losses == math.ceil(limit_s / cost_s)
+    debt_s = num_losses * cost_s - limit_s
+    budget.earn(2 * debt_s)
+    assert budget.is_spent
+    budget.earn(0.01)
+    assert not budget.is_spent
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_recomputation_stays_within_its_share(seed: int) -> None:
+    """Where everybody starves all the time, the budget spares at least half the recomputation."""
+    config = small_config(
+        scheduling_policy="skip-join-mlfq",
+        max_recompute_share=0.05,
+        max_num_seqs=3,
+        starvation_limit=2.0,
+        max_num_batched_tokens=8,
+    )
+    recomputed = []
+    for settings in (config, dataclasses.replace(config, max_recompute_share=math.inf)):
+        harness = Harness(settings, 20, seed=seed)
+        rng = random.Random(seed)
+        for handle in range(25):
+            harness.add(prompt_of(handle, rng.randrange(4, 30)), rng.randrange(4, 30))
+            for _ in range(rng.randrange(4)):
+                harness.step()
+        harness.drain()
+        recomputed.append(harness.scheduler.stats(0.0).num_recomputed_tokens)
+    assert recomputed[0] < 0.5 * recomputed[1]

@@ -36,6 +36,7 @@ def run(seed: int) -> Harness:
         scheduling_policy=POLICIES[seed // 4 % len(POLICIES)],
         starvation_limit=rng.choice((0.0, 1.0, 5.0, 1e9)),
         priority_aging=3.0,
+        max_recompute_share=rng.choice((0.1, float("inf"))),
         preemption_mode=rng.choice(SIMULATED_PREEMPTION_MODES),
         num_slots=slots,
         lookahead=lookahead,

@@ -66,7 +66,8 @@ def test_a_request_is_counted_from_first_token_to_end(metrics: EngineMetrics) ->
     metrics.generated(1)
     metrics.next_tokens(2, 0.25)
     metrics.generated(2)
-    metrics.finished(FinishReason.STOP, 7, 3, 1.5, METRICS)
+    told = dataclasses.replace(METRICS, first_scheduled=1.75)
+    metrics.finished(FinishReason.STOP, 7, 3, 1.5, told)
     assert value(metrics, "vllm:prompt_tokens_total") == 7
     assert value(metrics, "vllm:generation_tokens_total") == 3
     assert value(metrics, "vllm:time_to_first_token_seconds_sum") == 0.5
@@ -74,7 +75,7 @@ def test_a_request_is_counted_from_first_token_to_end(metrics: EngineMetrics) ->
     assert value(metrics, "vllm:time_per_output_token_seconds_sum") == 0.25
     assert value(metrics, "vllm:e2e_request_latency_seconds_sum") == 1.5
     assert value(metrics, "fastserve:normalized_latency_seconds_sum") == 0.5
-    assert value(metrics, "vllm:request_queue_time_seconds_sum") == METRICS.queue_s
+    assert value(metrics, "vllm:request_queue_time_seconds_sum") == 0.25
     assert value(metrics, "vllm:request_time_per_output_token_seconds_sum") == 0.5
     assert value(metrics, "vllm:request_success_total", finished_reason="stop") == 1
     assert value(metrics, "vllm:request_success_total", finished_reason="abort") == 0

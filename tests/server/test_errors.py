@@ -34,7 +34,7 @@ def error_of(response, status: int) -> dict:
         ({"prompt": [[5], [-1]]}, "prompt", "prompt[1][0]"),
         ({"prompt": [True]}, "prompt", "prompt[0]"),
         ({"prompt": [300]}, "prompt", "out of vocabulary"),
-        ({"repetition_penalty": 1e-300}, "repetition_penalty", "0.01"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty", "1e-6"),
         ({"min_tokens": 1, "stop_token_ids": list(range(300))}, "min_tokens", "no token"),
         ({"n": 0}, "n", "at least 1"),
         ({"n": 2049}, "n", "2048"),
