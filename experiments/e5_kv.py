@@ -1,6 +1,7 @@
-"""E5: what becomes of preempted KV: deferred newcomers, recomputation, or a free link.
+"""E5: what becomes of preempted KV: newcomers deferred, recomputation, or a free link.
 
-The modes that swap are not in the scheduler, so their rows are not here; `ideal` bounds them.
+Recomputation has a budget of a tenth of device time, or none (∞), which is the paper's rule. The
+modes that swap are not in the scheduler, so their rows are not here; `ideal` bounds them.
 """
 
 from __future__ import annotations
@@ -16,13 +17,11 @@ from experiments.sweep import FCFS, NEVER_S, capacity_table, draw, mlfq, setting
 
 NAME = "e5_kv"
 LENGTHS = "sharegpt"
+LOADS = (0.8, 1.0, 1.25, 1.5, 2.0)
+MODES = ("defer", "recompute", "recompute ∞", "ideal")
 VARIANTS = (
     FCFS,
-    *(
-        mlfq("skip-join-mlfq", mode, limit_s)
-        for limit_s in (0.3, NEVER_S)
-        for mode in ("defer", "recompute", "ideal")
-    ),
+    *(mlfq("skip-join-mlfq", mode, limit_s) for limit_s in (0.3, NEVER_S) for mode in MODES),
 )
 
 
@@ -42,7 +41,8 @@ def run(lab: Lab) -> None:
     setup = SETUPS["opt-13b"]
     source = named_lengths(LENGTHS, lab.traces)
     labels = {"setup": "opt-13b", "lengths": LENGTHS}
-    results = lab.run(NAME, sweep_points(lab, setup, source, VARIANTS, labels=labels))
+    points = sweep_points(lab, setup, source, VARIANTS, labels=labels, loads=LOADS)
+    results = lab.run(NAME, points)
     table = capacity_table(results, labels, VARIANTS)
     ratios = over_ideal(table)
     picture = Figure(figsize=(12, 4.5), layout="constrained")

@@ -6,6 +6,7 @@ mean lengths alone, so no grid is chosen by its outcome. Must not know: which ex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,10 +35,13 @@ class Variant:
 
 
 def mlfq(policy: str, mode: str, starvation_limit_s: float) -> Variant:
-    """Return an MLFQ with this α."""
+    """Return an MLFQ with this α. The mode `recompute ∞` is recomputation without a budget."""
     limit = "∞" if starvation_limit_s == NEVER_S else f"{starvation_limit_s:g}"
     name = f"{policy.removesuffix('-mlfq')} α={limit}, {mode}"
-    return Variant(name, policy, mode, {"starvation_limit": starvation_limit_s})
+    changes: dict[str, Any] = {"starvation_limit": starvation_limit_s}
+    if mode == "recompute ∞":
+        changes["max_recompute_share"] = math.inf
+    return Variant(name, policy, mode.removesuffix(" ∞"), changes)
 
 
 FCFS = Variant("fcfs", "fcfs")
@@ -174,7 +178,8 @@ def settings(
         "limit_s_per_token": SLO_S,
         "lengths": {source.name: source.origin for source in lengths},
         "variants": {
-            variant.name: {"policy": variant.policy, "mode": variant.mode, **variant.changes}
+            variant.name: {"policy": variant.policy, "mode": variant.mode}
+            | {name: str(value) for name, value in variant.changes.items()}
             for variant in variants
         },
         "setups": {name: setup.describe() for name, setup in setups.items()},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 from experiments.harness import Lab, Point, Result, Setup
 from experiments.lengths import traces_folder
 from experiments.workload_tables import write_tables
-from fastserve.provenance import ROOT
+from fastserve.provenance import ROOT, commit
 from fastserve.sim.generators import jittered
 from fastserve.sim.trace_file import read_trace
 from fastserve.sim.workload import Workload
@@ -33,6 +34,7 @@ SETUP = Setup(
 )  # fmt: skip
 LOADS = (0.5, 0.7, 0.9, 1.0, 1.1)
 POLICIES = ("fcfs", "mlfq", "skip-join-mlfq", "srpt")
+PARTS = ("policy", "mode", "alpha", "quanta")
 FIGURES = ("jct_s", "slowdown", "normalized_latency_s", "max_gap_s", "ttft_s")
 # First rows of each trace: enough for several turns of the batch, in seconds of computing.
 ROWS = {
@@ -171,14 +173,27 @@ def draw(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
     return figure
 
 
-def run(lab: Lab, document: Path) -> None:
+def kept_entries(file: Path, part: str | None) -> list[dict[str, Any]]:
+    """Return the figures of the other parts, where only one is measured anew."""
+    if part is None:
+        return []
+    entries = json.loads(file.read_text(encoding="utf-8"))["figures"]["entries"]
+    return [entry for entry in entries if entry["part"] != part]
+
+
+def run(lab: Lab, document: Path, part: str | None = None) -> None:
     """Measure, save and write the tables."""
+    kept = kept_entries(lab.output / "workloads.json", part)
     traces = load_traces(lab)
     if not traces:
         return
     capacity = capacities(lab, traces)
-    results = lab.run("workloads", all_points(lab, traces, capacity))
-    entries = [{**result.labels, **figures_of(result)} for result in results]
+    points = [point for point in all_points(lab, traces, capacity)
+              if part in (None, point.labels["part"])]  # fmt: skip
+    results = lab.run("workloads", points)
+    now = commit()
+    entries = [{**result.labels, "commit": now, **figures_of(result)} for result in results]
+    entries += kept
     figures = {
         "traces": {name: describe(trace, capacity[name]) for name, trace in traces.items()},
         "entries": entries,
@@ -215,11 +230,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rows: does it work?")
     parser.add_argument("--traces", help="folder of the traces")
     parser.add_argument("--output", type=Path, default=ROOT / "results")
+    parser.add_argument("--part", choices=PARTS, help="measure this one, keep the others")
     arguments = parser.parse_args()
-    command = ("python", "-m", "experiments.workloads")
+    command = ["python", "-m", "experiments.workloads"]
+    command += [f"--part={arguments.part}"] if arguments.part else []
     lab = Lab(is_quick=arguments.quick, traces=traces_folder(arguments.traces),
               output=arguments.output, command=command)  # fmt: skip
-    run(lab, ROOT / "docs" / "workloads.md")
+    run(lab, ROOT / "docs" / "workloads.md", arguments.part)
 
 
 if __name__ == "__main__":
