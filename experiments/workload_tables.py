@@ -25,6 +25,8 @@ def write_tables(source: Path, document: Path) -> None:
         "traces": traces_table(figures["traces"]),
         "ratios": ratio_table(entries, "jct_s", "mean"),
         "tails": ratio_table(entries, "jct_s", "p99"),
+        "normalized": ratio_table(entries, "normalized_latency_s", "mean"),
+        "first": ratio_table(entries, "ttft_s", "mean"),
         "slowdowns": ratio_table(entries, "slowdown", "mean"),
         "modes": mode_table(entries),
         "alpha": alpha_table(entries),

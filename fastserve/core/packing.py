@@ -175,12 +175,17 @@ class Packing:
 
     def _evict_for(self, request: Request) -> bool:
         """Take the KV of the coldest request, if it may lose it to this one."""
+        victim = self._victim_for(request)
+        if victim is not None:
+            self._evict(victim)
+        return victim is not None
+
+    def _victim_for(self, request: Request) -> Request | None:
         victim = self._victims.coldest(self._now, self._scanned)
         is_head = len(self._scanned) == 1
         if victim is None or not (is_head or self._enst(victim) >= self._enst(request)):
-            return False
-        self._evict(victim)
-        return True
+            return None
+        return victim
 
     def _evict(self, victim: Request) -> None:
         assert victim.table is not None

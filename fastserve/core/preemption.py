@@ -48,34 +48,33 @@ class RecomputeBudget:
 class BudgetedPacking(Packing):
     """A request without KV may take that of others only while the budget lasts.
 
-    After that it waits for free blocks as if it had not been scanned: no claim of its stands, and
-    the first request with KV counts as the head of the order.
+    One that may not is deferred: as if it had not been scanned, no claim of its stands, and the
+    first request with KV counts as the head of the order.
     """
 
     def __init__(self, *args: Any, budget: RecomputeBudget) -> None:
         super().__init__(*args)
         self._budget = budget
-
-    def _take_seat(self, request: Request) -> bool:
-        if self._budget.is_spent:
-            return self._seats_left > 0
-        return super()._take_seat(request)
+        self._may_evict = True
+        self._is_deferred = False
 
     def _claim_first(self, request: Request) -> int:
         blocks_left = self._blocks_left
-        is_deferred = self._budget.is_spent
+        # Whoever begins to pay may finish, in debt: half a claim would help nobody.
+        self._may_evict, self._is_deferred = not self._budget.is_spent, False
         num_tokens = super()._claim_first(request)
-        if is_deferred and not num_tokens:
+        self._may_evict = True
+        if self._is_deferred and not num_tokens:
             self._blocks_left = blocks_left
             self._scanned.discard(request.handle)
         return num_tokens
 
-    def _take(self, request: Request, num_blocks: int) -> bool:
-        assert request.table is not None
-        is_new = request.table.num_sent == 0
-        if is_new and self._budget.is_spent and num_blocks > self._blocks_left:
-            return False
-        return super()._take(request, num_blocks)
+    def _victim_for(self, request: Request) -> Request | None:
+        victim = super()._victim_for(request)
+        if victim is not None and not self._may_evict:
+            self._is_deferred = True
+            return None
+        return victim
 
     def _evict(self, victim: Request) -> None:
         self._budget.spend(victim)

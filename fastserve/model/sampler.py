@@ -204,17 +204,24 @@ def _rank_cutoff(scaled: Tensor, floor: Tensor, top_k: IntArray, top_p: FloatArr
     kept = scaled.masked_fill(scaled < floor[:, None], -torch.inf)
     total = kept.logsumexp(dim=-1, keepdim=True)
     share = _to(scaled, top_p)[:, None]
+    nucleus, covered = _nucleus(best, floor, total, share)
+    # Where the candidates hold less than the share, and are not all there is, sort the row.
+    is_short = (covered < share).logical_and(share < 1)[:, 0]
+    if num_candidates < vocab and bool(is_short.any()):
+        rows = is_short.nonzero()[:, 0]
+        everything = scaled[rows].sort(dim=-1, descending=True).values
+        nucleus[rows] = _nucleus(everything, floor[rows], total[rows], share[rows])[0]
+    return torch.where(share[:, 0] < 1, torch.maximum(floor, nucleus), floor)
+
+
+def _nucleus(best: Tensor, floor: Tensor, total: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest logit that top-p keeps of descending ones, and the share they hold."""
     probabilities = (best.masked_fill(best < floor[:, None], -torch.inf) - total).exp()
     cumulative = probabilities.cumsum(dim=-1)
-    # Where the candidates hold less than the share, or are not all of what is kept, sort it all.
-    if num_candidates < vocab and bool((cumulative[:, -1:] < share).logical_and(share < 1).any()):
-        best = scaled.sort(dim=-1, descending=True).values
-        probabilities = (best.masked_fill(best < floor[:, None], -torch.inf) - total).exp()
-        cumulative = probabilities.cumsum(dim=-1)
     # The id at rank i stays while the ranks before it hold less than the share.
     num_kept = ((cumulative - probabilities) < share).logical_and(probabilities > 0).sum(dim=-1)
     nucleus = best.gather(1, (num_kept - 1).clamp_(min=0)[:, None])[:, 0]
-    return torch.where(share[:, 0] < 1, torch.maximum(floor, nucleus), floor)
+    return nucleus, cumulative[:, -1:]
 
 
 def _to(like: Tensor, array: npt.NDArray[np.generic]) -> Tensor:
