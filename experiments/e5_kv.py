@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from experiments.e2_rate import SETUPS
 from experiments.harness import Lab
 from experiments.lengths import named_lengths
-from experiments.sweep import FCFS, NEVER_S, capacity_table, draw, mlfq, settings, sweep_points
+from experiments.sweep import (
+    COLORS,
+    FCFS,
+    NEVER_S,
+    capacity_table,
+    draw,
+    mlfq,
+    settings,
+    sweep_points,
+)
 
 NAME = "e5_kv"
 LENGTHS = "sharegpt"
@@ -49,9 +59,10 @@ def run(lab: Lab) -> None:
     latency, ratio = picture.subplots(1, 2)
     draw(latency, table, "mean_s_per_token", f"opt-13b on a100-40g, {LENGTHS}: mean")
     latency.legend(fontsize=7)
-    for color, (name, line) in enumerate(ratios.items(), start=1):
+    for index, (name, line) in enumerate(ratios.items(), start=1):
+        color = COLORS.get(name, colormaps["tab20b"](2 * index))
         rates = [float(rate) for rate in line]
-        ratio.plot(rates, list(line.values()), label=name, color=f"C{color}", marker=".")
+        ratio.plot(rates, list(line.values()), label=name, color=color, marker=".")
     ratio.set_title("mean s/token over that of the free link, same α", fontsize=9)
     ratio.set_xlabel("requests/s", fontsize=8)
     ratio.set_yscale("log")

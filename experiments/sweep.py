@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from experiments.capacity import SLO_S, capacities, norm_mean, norm_p95, over_seeds
@@ -51,6 +52,7 @@ PAPER = mlfq("skip-join-mlfq", "ideal", 0.3)
 TODAY = mlfq("skip-join-mlfq", "recompute", 0.3)
 NEVER = mlfq("skip-join-mlfq", "recompute", NEVER_S)
 FASTSERVE_POLICIES = (FCFS, PAPER, TODAY, NEVER, SRPT)
+COLORS = {variant.name: f"C{index}" for index, variant in enumerate(FASTSERVE_POLICIES)}
 
 
 def saturation(setup: Setup, lengths: LengthSource) -> float:
@@ -151,9 +153,10 @@ def capacity_table(
 
 def draw(axes: Axes, table: Mapping[str, Any], which: str, title: str) -> None:
     """Draw latency against rate, one line per variant, with the limit."""
-    for color, (name, row) in enumerate(table.items()):
+    for index, (name, row) in enumerate(table.items()):
         line = row[which]
-        axes.errorbar(line["rates"], line["mean"], line["std"], label=name, color=f"C{color}",
+        color = COLORS.get(name, colormaps["tab20b"](2 * index))
+        axes.errorbar(line["rates"], line["mean"], line["std"], label=name, color=color,
                       marker=".", linewidth=1, capsize=2)  # fmt: skip
     axes.axhline(SLO_S, color="grey", linestyle="--", linewidth=1)
     axes.set_yscale("log")

@@ -39,6 +39,7 @@ class Packing:
         self._cache = cache
         self._policy = policy
         self._now = now
+        self._block_size = cache.block_size
         self._is_chunked = config.enable_chunked_prefill
         slots = config.num_slots
         # Steps of disjoint requests are in flight: each takes its share, so that they fill evenly.
@@ -107,14 +108,18 @@ class Packing:
         """Give a request the blocks of its next share and return its tokens; 0: not this time."""
         table = request.table
         assert table is not None
-        num_tokens = self._share(request.num_unscheduled_tokens)
-        end = request.num_scheduled_tokens + num_tokens
+        scheduled = request.num_scheduled_tokens
+        num_unscheduled = request.num_tokens + request.num_pending_samples - scheduled
+        if num_unscheduled == 1 and scheduled < len(table.blocks) * self._block_size:
+            return 1  # the common case: a decode whose block has room
+        num_tokens = self._share(num_unscheduled)
+        end = scheduled + num_tokens
         lacking = self._cache.num_blocks(end) - len(table.blocks)
         if lacking > 0:
             if self._take(request, lacking):
                 self._cache.grow(table, lacking)
             else:
-                room = len(table.blocks) * self._cache.block_size - request.num_scheduled_tokens
+                room = len(table.blocks) * self._block_size - scheduled
                 num_tokens = min(num_tokens, room) if self._is_chunked else 0
         if num_tokens > 1:
             self._prefill_left -= num_tokens

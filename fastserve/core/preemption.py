@@ -11,6 +11,8 @@ from fastserve.core.cost_model import CostModel
 from fastserve.core.packing import Packing
 from fastserve.core.request import Request
 
+MAX_DEFERRED = 16  # newcomers that a plan tries to fit into free blocks before it leaves the rest
+
 
 class RecomputeBudget:
     """Device seconds that newcomers may make others compute again: a share of those worked.
@@ -57,14 +59,19 @@ class BudgetedPacking(Packing):
         self._budget = budget
         self._may_evict = True
         self._is_deferred = False
+        self._num_deferred = 0
 
     def _claim_first(self, request: Request) -> int:
+        if self._num_deferred == MAX_DEFERRED:
+            self._scanned.discard(request.handle)
+            return 0
         blocks_left = self._blocks_left
         # Whoever begins to pay may finish, in debt: half a claim would help nobody.
         self._may_evict, self._is_deferred = not self._budget.is_spent, False
         num_tokens = super()._claim_first(request)
         self._may_evict = True
         if self._is_deferred and not num_tokens:
+            self._num_deferred += 1
             self._blocks_left = blocks_left
             self._scanned.discard(request.handle)
         return num_tokens

@@ -267,7 +267,7 @@ class Scheduler:
                 self._num_dropped_samples += sample is not None
                 continue
             has_progress |= self._advance(request, work)
-            scored = self._scored(request, work, done)
+            scored = self._scored(request, work, done) if work.logits == "all" else ()
             if sample is None:
                 if scored:
                     updates.append(RequestUpdate(request.handle, (), prompt_logprobs=scored))
@@ -309,8 +309,6 @@ class Scheduler:
 
     def _scored(self, request: Request, work: Work, done: StepDone) -> Sequence[TokenLogprobs]:
         """Return the prompt's scores that were not delivered before a recomputation."""
-        if work.logits == "last":
-            return ()
         scores = done.prompt_logprobs.get(request.handle, ())
         # Position 0 has no score: the first one of a share is for position max(start, 1).
         scored = scores[max(request.num_scored_tokens + 1 - max(work.start, 1), 0) :]
