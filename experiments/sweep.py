@@ -139,6 +139,7 @@ def capacity_table(
             "capacity_at_p95": capacities(results, mine, norm_p95),
             "mean_s_per_token": curve(results, mine, norm_mean),
             "p95_s_per_token": curve(results, mine, norm_p95),
+            "mean_jct_s": curve(results, mine, lambda r: float(r.report["jct_s"]["mean"]))["mean"],
             "preemptions": curve(results, mine, lambda r: float(r.report["preemptions"]))["mean"],
             "recomputed_tokens": curve(
                 results, mine, lambda r: float(r.report["recomputed_tokens"])
