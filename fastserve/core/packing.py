@@ -92,7 +92,8 @@ class Packing:
         max_seqs, max_in_flight = self._max_seqs, self._max_in_flight
         for request in order:
             scanned.add(request.handle)
-            if request.steps_in_flight > max_in_flight or request.is_at_length_limit:
+            num_tokens = request.num_tokens + request.num_pending_samples
+            if request.steps_in_flight > max_in_flight or num_tokens >= request.max_num_tokens:
                 continue
             num_tokens = self._admit(request)
             if num_tokens:

@@ -257,10 +257,11 @@ class Scheduler:
     def _land(self, done: StepDone, now: float, updates: list[RequestUpdate]) -> None:
         shares: list[Share] = []
         samples = iter(done.samples)
+        land = self.cache.land
         has_progress = False
         for request, table, work in self._in_flight.pop(done.step_id):
             sample = next(samples) if work.sample else None
-            self.cache.land(table)
+            land(table)
             request.steps_in_flight -= 1
             request.last_ran_at = now
             if table.is_closed:

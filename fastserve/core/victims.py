@@ -1,7 +1,7 @@
 """Who loses KV first when blocks run out: the largest estimated next schedule time.
 
 Rules: ranking costs as many estimates as there are holders, so a ranking of n holders serves for
-n / 256 plans, and the cost of a plan does not grow with the number of requests that hold KV. What
+n / 64 plans, and the cost of a plan does not grow with the number of requests that hold KV. What
 an old ranking says is checked against the present before it is acted on: only who is the very
 coldest may be out of date. Must not know: why blocks are needed, or by whom.
 """
@@ -14,7 +14,7 @@ from fastserve.core.kv_cache import KVCacheManager
 from fastserve.core.policies.protocol import Policy
 from fastserve.core.request import Request
 
-NUM_RANKED_PER_PLAN = 256
+NUM_RANKED_PER_PLAN = 64
 
 
 class VictimRanking:

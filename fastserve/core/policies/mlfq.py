@@ -18,7 +18,7 @@ from fastserve.core.cost_model import CostModel
 from fastserve.core.policies.protocol import PolicyStats, StepBill
 from fastserve.core.request import Request
 
-MAX_CHECKS_PER_PLAN = 1024  # of deadlines: when thousands starve at once, the rest is next
+MAX_CHECKS_PER_PLAN = 256  # of deadlines: no step could run more of those that starve at once
 
 
 @dataclass(slots=True)
