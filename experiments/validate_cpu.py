@@ -197,10 +197,10 @@ def as_table(rows: Sequence[dict[str, Any]]) -> Table:
 def main() -> None:
     """Validate and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--requests", type=int, default=400)
-    parser.add_argument("--load", type=float, default=0.8, help="share of the predicted capacity")
+    parser.add_argument("--requests", type=int, default=250)
+    parser.add_argument("--load", type=float, default=0.5, help="share of the predicted capacity")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("results/validate_cpu.json"))
+    parser.add_argument("--output", type=Path, default=Path("results/validate_cpu_load50.json"))
     args = parser.parse_args()
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as cache:
