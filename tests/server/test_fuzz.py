@@ -33,7 +33,7 @@ NUM_REQUESTS = 600
 
 
 def test_nonsense_is_answered_and_harms_nobody(server_url: str) -> None:
-    """Never a 5xx nor an error within a stream; refusals have OpenAI's shape; the engine lives on."""
+    """Never a 5xx nor an error in a stream; refusals have OpenAI's shape; the engine lives on."""
     rng = random.Random(0)
     statuses = set()
     headers = {"Authorization": f"Bearer {API_KEY}"}
