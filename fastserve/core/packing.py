@@ -56,6 +56,7 @@ class Packing:
         self._leaving_left = cache.num_leaving
         self._seats_left = (config.max_live_seqs or num_requests) - cache.num_tables
         self._scanned: set[int] = set()
+        self._is_closed = False  # to newcomers: nothing is left for requests without KV
         self._victims = victims
         victims.begin_plan()
         self.chosen: list[tuple[Request, int]] = []
@@ -91,6 +92,8 @@ class Packing:
         scanned, chosen = self._scanned, self.chosen
         max_seqs, max_in_flight = self._max_seqs, self._max_in_flight
         for request in order:
+            if self._is_closed and request.table is None:
+                continue
             scanned.add(request.handle)
             num_tokens = request.num_tokens + request.num_pending_samples
             if request.steps_in_flight > max_in_flight or num_tokens >= request.max_num_tokens:
@@ -130,8 +133,9 @@ class Packing:
         """The same for a request without KV, which also needs a seat among the live."""
         # Behind a claim that is not met there is nothing for newcomers, and nobody is evicted for
         # one that the budget cannot hold.
+        self._is_closed = self._blocks_left < 0 or not self._prefill_left
         can_run = self._share(request.num_tokens - request.num_cached_tokens)
-        if not can_run or self._blocks_left < 0 or not self._take_seat(request):
+        if self._is_closed or not can_run or not self._take_seat(request):
             return 0
         # Opened before anything is taken, so that nobody's KV which it shares can vanish meanwhile.
         blocks_left, available = self._blocks_left, self._cache.num_available

@@ -62,9 +62,6 @@ class BudgetedPacking(Packing):
         self._num_deferred = 0
 
     def _claim_first(self, request: Request) -> int:
-        if self._num_deferred == MAX_DEFERRED:
-            self._scanned.discard(request.handle)
-            return 0
         blocks_left = self._blocks_left
         # Whoever begins to pay may finish, in debt: half a claim would help nobody.
         self._may_evict, self._is_deferred = not self._budget.is_spent, False
@@ -72,6 +69,7 @@ class BudgetedPacking(Packing):
         self._may_evict = True
         if self._is_deferred and not num_tokens:
             self._num_deferred += 1
+            self._is_closed = self._num_deferred == MAX_DEFERRED
             self._blocks_left = blocks_left
             self._scanned.discard(request.handle)
         return num_tokens
