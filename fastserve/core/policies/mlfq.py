@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from fastserve.core.cost_model import CostModel
 from fastserve.core.policies.protocol import PolicyStats, StepBill
@@ -101,8 +102,7 @@ class MLFQ:
         if self._steps_to_promotion <= 0:
             self._steps_to_promotion = self._steps_between_promotions
             self._promote_starving(now)
-        for level in self._levels:
-            yield from level.values()
+        return chain.from_iterable([level.values() for level in self._levels])
 
     def estimated_next_schedule_time(self, request: Request, now: float) -> float:
         """Return min(time to promotion, time until all above have fallen to this level).

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 from fastserve.core.policies.protocol import Policy, PolicyStats, Share, StepBill
 from fastserve.core.request import Request
@@ -69,8 +70,7 @@ class PriorityClasses:
         """Yield class by class."""
         if len(self._ranks) > 1:
             self._lift_waiting(now)
-        for rank in self._ranks:
-            yield from self._classes[rank].ordered(now)
+        return chain.from_iterable(self._classes[rank].ordered(now) for rank in self._ranks)
 
     def estimated_next_schedule_time(self, request: Request, now: float) -> float:
         """Return the inner estimate, behind everything of the classes above."""
