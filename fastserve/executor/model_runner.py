@@ -105,8 +105,6 @@ class ModelRunner:
             tables=self.table.blocks[rows[order], :width],
             scored=scored,
             block_size=block_size,
-            token_bytes=self.kv.token_bytes,
-            dtype=self.model.dtype,
             device=self.device,
         )
 

@@ -25,6 +25,7 @@ from fastserve.executor.request_table import RequestTable
 from fastserve.model.config import ModelConfig, read_model_config
 from fastserve.model.llama import LlamaModel
 from fastserve.model.loader import open_weights
+from fastserve.model.torch_ops import TorchOps
 
 SMALL_HIDDEN_SIZE = 1024
 
@@ -71,7 +72,11 @@ class Worker:
         with torch.inference_mode():
             weights = open_weights(model_dir, config.load_format, dtype, self.device)
             self.model = LlamaModel(
-                self.model_config, weights, max_len=max_model_len, device=self.device
+                self.model_config,
+                weights,
+                TorchOps(dtype),
+                max_len=max_model_len,
+                device=self.device,
             )
         on_progress("loading weights", 1.0)
         bytes_per_block = block_bytes(self.model_config, config.block_size, dtype)

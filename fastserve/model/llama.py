@@ -11,51 +11,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastserve.model.attention import Attention, FastAttention, LayerKV, PagedKV
+from fastserve.model.attention import LayerAttention, LayerKV, PagedKV
 from fastserve.model.config import ModelConfig
 from fastserve.model.input_batch import InputBatch
-from fastserve.model.layers import GatedMLP, Linear, RMSNorm, Rotary, interleave_pairs
 from fastserve.model.loader import Weights
+from fastserve.model.ops import LinearOp, MLPOp, NormOp, Ops
+from fastserve.model.rotary import Rotary, interleave_pairs
 
 
 class LlamaLayer:
     """One decoder layer: attention and MLP, each behind a norm and added to the stream."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, index: int) -> None:
         prefix = f"model.layers.{index}"
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
-        self.input_norm = RMSNorm(weights.get(f"{prefix}.input_layernorm.weight", hidden), eps)
-        self.qkv = _load_qkv(config, weights, f"{prefix}.self_attn")
-        self.head_norm = _load_head_norm(config, weights, f"{prefix}.self_attn")
+        self.input_norm = ops.rms_norm(weights.get(f"{prefix}.input_layernorm.weight", hidden), eps)
+        self.qkv = _load_qkv(config, weights, ops, f"{prefix}.self_attn")
+        self.head_norm = _load_head_norm(config, weights, ops, f"{prefix}.self_attn")
         width = config.num_heads * config.head_dim
-        self.output = _load_linear(
-            weights, f"{prefix}.self_attn.o_proj", hidden, width, config.has_output_bias
+        self.output = ops.linear(
+            *_load_matrix(
+                weights, f"{prefix}.self_attn.o_proj", hidden, width, config.has_output_bias
+            )
         )
-        self.mlp_norm = RMSNorm(
+        self.mlp_norm = ops.rms_norm(
             weights.get(f"{prefix}.post_attention_layernorm.weight", hidden), eps
         )
-        self.mlp = _load_mlp(config, weights, f"{prefix}.mlp")
+        self.mlp = _load_mlp(config, weights, ops, f"{prefix}.mlp")
 
     def attend(
         self,
         hidden: Tensor,  # [num_tokens, hidden]
         rotations: Tensor,
         layer_kv: LayerKV,
-        attention: Attention,
-        batch: InputBatch,
+        attention: LayerAttention,
     ) -> Tensor:
         """Return the mixed values of the step's tokens, before the output projection."""
         rotated = self.num_heads + self.num_kv_heads
         qkv = self.qkv(self.input_norm(hidden))
         qkv = qkv.view(len(qkv), rotated + self.num_kv_heads, self.head_dim)
-        heads = qkv[:, :rotated]
         if self.head_norm is not None:
+            heads = qkv[:, :rotated]
             heads.copy_(self.head_norm(heads))
-        Rotary.rotate_(heads, rotations)
-        return attention(qkv, layer_kv, batch)
+        return attention(qkv, rotations, layer_kv)
 
     def add_outputs(self, hidden: Tensor, mixed: Tensor) -> None:
         """Add attention's output and the MLP's to the stream, in place."""
@@ -70,13 +71,13 @@ class LlamaModel:
         self,
         config: ModelConfig,
         weights: Weights,
+        ops: Ops,
         *,
         max_len: int,
         device: torch.device,
-        attention: Attention | None = None,
     ) -> None:
         self.config = config
-        self.attention = attention or FastAttention(
+        self.attention = ops.attention(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
@@ -84,12 +85,12 @@ class LlamaModel:
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = weights.get("model.embed_tokens.weight", *shape)
         self.layers = tuple(
-            LlamaLayer(config, weights, index) for index in range(config.num_layers)
+            LlamaLayer(config, weights, ops, index) for index in range(config.num_layers)
         )
         norm = weights.get("model.norm.weight", config.hidden_size)
-        self.norm = RMSNorm(norm, config.rms_norm_eps)
+        self.norm = ops.rms_norm(norm, config.rms_norm_eps)
         is_tied = config.tie_word_embeddings
-        self.head = Linear(self.embedding if is_tied else weights.get("lm_head.weight", *shape))
+        self.head = ops.linear(self.embedding if is_tied else weights.get("lm_head.weight", *shape))
         weights.finish()
         self.rotary = Rotary(config.rope, config.head_dim, max_len, device)
 
@@ -102,23 +103,24 @@ class LlamaModel:
         """Run one step; returns float32 logits [num_scored, vocab]."""
         hidden = F.embedding(batch.token_ids, self.embedding)  # [num_tokens, hidden]
         rotations = self.rotary.at(batch.positions)
+        attention = self.attention.plan(batch)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            mixed = layer.attend(hidden, rotations, kv.layers[index], self.attention, batch)
+            mixed = layer.attend(hidden, rotations, kv.layers[index], attention)
             if index == last and batch.scored is not None:
                 hidden, mixed = hidden[batch.scored], mixed[batch.scored]
             layer.add_outputs(hidden, mixed)
         return self.head(self.norm(hidden)).float()
 
 
-def _load_linear(
+def _load_matrix(
     weights: Weights, name: str, out_width: int, in_width: int, has_bias: bool
-) -> Linear:
+) -> tuple[Tensor, Tensor | None]:
     weight = weights.get(f"{name}.weight", out_width, in_width)
-    return Linear(weight, weights.get(f"{name}.bias", out_width) if has_bias else None)
+    return weight, weights.get(f"{name}.bias", out_width) if has_bias else None
 
 
-def _load_qkv(config: ModelConfig, weights: Weights, prefix: str) -> Linear:
+def _load_qkv(config: ModelConfig, weights: Weights, ops: Ops, prefix: str) -> LinearOp:
     """Stack the three projections; rows of queries and keys become rotary pairs."""
     dim = config.head_dim
     matrices, biases = [], []
@@ -127,17 +129,17 @@ def _load_qkv(config: ModelConfig, weights: Weights, prefix: str) -> Linear:
         ("k_proj", config.num_kv_heads),
         ("v_proj", config.num_kv_heads),
     ):
-        part = _load_linear(
+        weight, bias = _load_matrix(
             weights, f"{prefix}.{name}", heads * dim, config.hidden_size, config.has_qkv_bias
         )
         is_rotated = name != "v_proj"
-        matrices.append(interleave_pairs(part.weight, dim) if is_rotated else part.weight)
-        if part.bias is not None:
-            biases.append(interleave_pairs(part.bias, dim) if is_rotated else part.bias)
-    return Linear(torch.cat(matrices), torch.cat(biases) if biases else None)
+        matrices.append(interleave_pairs(weight, dim) if is_rotated else weight)
+        if bias is not None:
+            biases.append(interleave_pairs(bias, dim) if is_rotated else bias)
+    return ops.linear(torch.cat(matrices), torch.cat(biases) if biases else None)
 
 
-def _load_head_norm(config: ModelConfig, weights: Weights, prefix: str) -> RMSNorm | None:
+def _load_head_norm(config: ModelConfig, weights: Weights, ops: Ops, prefix: str) -> NormOp | None:
     """Return Qwen3's query and key norms as one, with a weight row per head."""
     if not config.has_qk_norm:
         return None
@@ -145,13 +147,13 @@ def _load_head_norm(config: ModelConfig, weights: Weights, prefix: str) -> RMSNo
     query = interleave_pairs(weights.get(f"{prefix}.q_norm.weight", dim), dim)
     key = interleave_pairs(weights.get(f"{prefix}.k_norm.weight", dim), dim)
     rows = torch.cat((query.expand(config.num_heads, dim), key.expand(config.num_kv_heads, dim)))
-    return RMSNorm(rows, config.rms_norm_eps)  # [heads + kv_heads, head_dim]
+    return ops.rms_norm(rows, config.rms_norm_eps)  # [heads + kv_heads, head_dim]
 
 
-def _load_mlp(config: ModelConfig, weights: Weights, prefix: str) -> GatedMLP:
+def _load_mlp(config: ModelConfig, weights: Weights, ops: Ops, prefix: str) -> MLPOp:
     width, hidden, has_bias = config.intermediate_size, config.hidden_size, config.has_mlp_bias
-    gate = _load_linear(weights, f"{prefix}.gate_proj", width, hidden, has_bias)
-    up = _load_linear(weights, f"{prefix}.up_proj", width, hidden, has_bias)
-    bias = None if gate.bias is None or up.bias is None else torch.cat((gate.bias, up.bias))
-    down = _load_linear(weights, f"{prefix}.down_proj", hidden, width, has_bias)
-    return GatedMLP(Linear(torch.cat((gate.weight, up.weight)), bias), down)
+    gate, gate_bias = _load_matrix(weights, f"{prefix}.gate_proj", width, hidden, has_bias)
+    up, up_bias = _load_matrix(weights, f"{prefix}.up_proj", width, hidden, has_bias)
+    bias = None if gate_bias is None or up_bias is None else torch.cat((gate_bias, up_bias))
+    down = ops.linear(*_load_matrix(weights, f"{prefix}.down_proj", hidden, width, has_bias))
+    return ops.gated_mlp(ops.linear(torch.cat((gate, up)), bias), down)

@@ -8,14 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastserve.model import input_batch
-from fastserve.model.attention import FastAttention, PagedKV, ReferenceAttention
-from fastserve.model.input_batch import build_input_batch, order_rows, split_groups
+from fastserve.model import gathered_attention
+from fastserve.model.attention import PagedKV, ReferenceAttention
+from fastserve.model.gathered_attention import GatheredAttention, split_groups
+from fastserve.model.input_batch import build_input_batch, order_rows
 
 CPU = torch.device("cpu")
 
 
-def make_batch(shares, block_size, num_blocks, kv, seed):
+def make_batch(shares, block_size, num_blocks, seed):
     """Build the batch of (num_tokens, start) shares over randomly placed blocks."""
     starts = np.array([start for _, start in shares])
     counts = np.array([count for count, _ in shares])
@@ -33,8 +34,6 @@ def make_batch(shares, block_size, num_blocks, kv, seed):
         tables=tables,
         scored=None,
         block_size=block_size,
-        token_bytes=kv.token_bytes,
-        dtype=kv.tensor.dtype,
         device=CPU,
     )
 
@@ -60,12 +59,14 @@ def test_fast_equals_reference(shares, kv_heads, group, head_dim, block_size, se
     tensor = torch.randn(num_blocks, 2, 2, block_size, kv_heads, head_dim)
     tensor[-1] = torch.nan  # padding must not read a block that is nobody's
     copies = [PagedKV(tensor.clone()) for _ in range(2)]
-    batch = make_batch(shares, block_size, num_blocks - 1, copies[0], seed)
+    batch = make_batch(shares, block_size, num_blocks - 1, seed)
     heads = kv_heads * group
     qkv = torch.randn(len(batch.token_ids), heads + 2 * kv_heads, head_dim)
     shape = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
-    fast = FastAttention(**shape)(qkv, copies[0].layers[1], batch)
-    reference = ReferenceAttention(**shape)(qkv, copies[1].layers[1], batch)
+    fast = GatheredAttention(**shape, dtype=torch.float32).plan(batch)(
+        qkv.clone(), None, copies[0].layers[1]
+    )
+    reference = ReferenceAttention(**shape).plan(batch)(qkv.clone(), None, copies[1].layers[1])
     torch.testing.assert_close(fast, reference, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(copies[0].tensor, copies[1].tensor, atol=0, rtol=0, equal_nan=True)
     assert torch.equal(copies[0].tensor[:-1, 0], tensor[:-1, 0])  # the other layer is untouched
@@ -87,13 +88,13 @@ def test_groups_cover_every_row_and_waste_little():
 @pytest.mark.parametrize("limit", [2**6, 2**30])
 def test_grouping_does_not_change_values(limit, monkeypatch):
     """However decodes are grouped, they attend to the same tokens."""
-    monkeypatch.setattr(input_batch, "GROUP_BYTES", limit)
+    monkeypatch.setattr(gathered_attention, "GROUP_BYTES", limit)
     torch.manual_seed(0)
     kv = PagedKV(torch.randn(40, 1, 2, 4, 2, 8))
-    batch = make_batch([(1, start) for start in (0, 3, 3, 9, 40, 41)], 4, 40, kv, seed=1)
+    batch = make_batch([(1, start) for start in (0, 3, 3, 9, 40, 41)], 4, 40, seed=1)
     qkv = torch.randn(6, 8, 8)
     shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
     torch.testing.assert_close(
-        FastAttention(**shape)(qkv, kv.layers[0], batch),
-        ReferenceAttention(**shape)(qkv, kv.layers[0], batch),
+        GatheredAttention(**shape, dtype=torch.float32).plan(batch)(qkv, None, kv.layers[0]),
+        ReferenceAttention(**shape).plan(batch)(qkv, None, kv.layers[0]),
     )

@@ -9,9 +9,11 @@ import torch
 from fastserve.model.attention import PagedKV, ReferenceAttention
 from fastserve.model.config import read_model_config
 from fastserve.model.input_batch import build_input_batch
-from fastserve.model.layers import RMSNorm, Rotary
+from fastserve.model.layers import RMSNorm
 from fastserve.model.llama import LlamaModel
 from fastserve.model.loader import open_weights
+from fastserve.model.rotary import Rotary
+from fastserve.model.torch_ops import TorchOps
 from tests.checkpoints import ARCHITECTURES, VOCAB_SIZE, make_checkpoint, write_old_dialect
 
 CPU = torch.device("cpu")
@@ -19,19 +21,21 @@ BLOCK_SIZE = 8
 NUM_TOKENS = 150
 
 
+class ReferenceOps(TorchOps):
+    """Plain parts over the definition of attention."""
+
+    def attention(self, *, num_heads, num_kv_heads, head_dim):
+        """Fit `Ops`."""
+        return ReferenceAttention(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+
+
 @torch.inference_mode()
 def logits_in_chunks(path, ids, cuts, *, is_reference=False):
     """Run a sequence in chunks that end at `cuts`, over scattered blocks; returns all logits."""
     config = read_model_config(path)
-    attention = None
-    if is_reference:
-        attention = ReferenceAttention(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-        )
     weights = open_weights(path, "auto", torch.float32, CPU)
-    model = LlamaModel(config, weights, max_len=200, device=CPU, attention=attention)
+    ops = ReferenceOps(torch.float32) if is_reference else TorchOps(torch.float32)
+    model = LlamaModel(config, weights, ops, max_len=200, device=CPU)
     num_blocks = -(-len(ids) // BLOCK_SIZE)
     shape = (3 * num_blocks, config.num_layers, 2, BLOCK_SIZE, config.num_kv_heads)
     kv = PagedKV(torch.zeros(*shape, config.head_dim))
@@ -45,8 +49,6 @@ def logits_in_chunks(path, ids, cuts, *, is_reference=False):
             tables=table[None, : -(-stop // BLOCK_SIZE)],
             scored=None,
             block_size=BLOCK_SIZE,
-            token_bytes=kv.token_bytes,
-            dtype=torch.float32,
             device=CPU,
         )
         logits.append(model(batch, kv))

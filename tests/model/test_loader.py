@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,16 @@ from fastserve.config import ConfigError
 from fastserve.model.config import read_model_config
 from fastserve.model.llama import LlamaModel
 from fastserve.model.loader import open_weights
+from fastserve.model.torch_ops import TorchOps
 from tests.checkpoints import make_checkpoint
 
 CPU = torch.device("cpu")
 
 
-def load(path, load_format="auto", dtype=torch.float32) -> LlamaModel:
+def load(path, load_format="auto", dtype=torch.float32) -> Any:
     """Load the network of a directory."""
     weights = open_weights(path, load_format, dtype, CPU)
-    return LlamaModel(read_model_config(path), weights, max_len=64, device=CPU)
+    return LlamaModel(read_model_config(path), weights, TorchOps(dtype), max_len=64, device=CPU)
 
 
 @pytest.fixture

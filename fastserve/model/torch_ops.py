@@ -1,0 +1,39 @@
+"""TorchOps: the parts of a network in plain torch; they run on any device.
+
+Must not know: architectures, checkpoints, batches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastserve.model.attention import Attention
+from fastserve.model.gathered_attention import GatheredAttention
+from fastserve.model.layers import GatedMLP, Linear, RMSNorm
+from fastserve.model.ops import LinearOp, MLPOp, NormOp
+
+
+class TorchOps:
+    """Fits `Ops`, for weights and KV of one dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
+        """Fit `Ops`."""
+        return Linear(weight, bias)
+
+    def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
+        """Fit `Ops`."""
+        return RMSNorm(weight, eps)
+
+    def gated_mlp(self, gate_up: LinearOp, down: LinearOp) -> MLPOp:
+        """Fit `Ops`."""
+        return GatedMLP(gate_up, down)
+
+    def attention(self, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Attention:
+        """Fit `Ops`."""
+        return GatheredAttention(
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=self._dtype
+        )
