@@ -39,13 +39,17 @@ class CostModel:
         """Seconds of the shortest step there is: one decode with one token of context."""
         return self.iteration_s(1, 0)
 
+    def decode_s(self, start: int) -> float:
+        """Return the seconds of a step that decodes the token at position `start`, alone."""
+        dense_s = self.decode_seq_s if self.decode_seq_s > self.floor_s else self.floor_s
+        return self.base_s + dense_s + self.decode_context_s * (start + 1)
+
     def iteration_s(self, num_tokens: int, start: int) -> float:
         """Return the seconds of a step with one share: positions [start, start + num_tokens)."""
         if num_tokens == 1:
-            dense_s, attention_s = self.decode_seq_s, self.decode_context_s * (start + 1)
-        else:
-            dense_s = num_tokens * self.prefill_token_s
-            attention_s = num_tokens * self.prefill_pair_s * (start + num_tokens / 2)
+            return self.decode_s(start)
+        dense_s = num_tokens * self.prefill_token_s
+        attention_s = num_tokens * self.prefill_pair_s * (start + num_tokens / 2)
         return self.base_s + max(self.floor_s, dense_s) + attention_s
 
     def prefill_s(self, num_tokens: int, start: int, max_chunk: int) -> float:

@@ -111,9 +111,8 @@ class KVCacheManager:
             self._release(table)
 
     def land(self, table: BlockTable) -> None:
-        """Note that one step which touched the table is done."""
-        table.steps_in_flight -= 1
-        if table.is_closed and not table.steps_in_flight:
+        """Release a closed table once the last step that touched it is done."""
+        if not table.steps_in_flight:
             self._num_leaving -= len(table.blocks)
             self._num_closed -= 1
             self._release(table)
@@ -121,10 +120,10 @@ class KVCacheManager:
     def publish(self, request: Request, table: BlockTable) -> None:
         """Make the Blocks that a request has filled findable as prefix."""
         num_full = request.num_computed_tokens // self.block_size
-        if self._enable_prefix_caching:
+        if self._enable_prefix_caching and table.num_published < num_full:
+            request.block_hash(num_full - 1, self.block_size, self._salt)  # and all before it
             for index in range(table.num_published, num_full):
-                block_hash = request.block_hash(index, self.block_size, self._salt)
-                self.pool.publish(table.blocks[index], block_hash)
+                self.pool.publish(table.blocks[index], request.block_hashes[index])
         table.num_published = max(table.num_published, num_full)
 
     def _release(self, table: BlockTable) -> None:

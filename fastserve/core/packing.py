@@ -12,6 +12,7 @@ Must not know: what a plan looks like, samples, any time but `now`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from itertools import islice
 
@@ -56,7 +57,7 @@ class Packing:
         self._leaving_left = cache.num_leaving
         self._seats_left = (config.max_live_seqs or num_requests) - cache.num_tables
         self._scanned: set[int] = set()
-        self._is_closed = False  # to newcomers: nothing is left for requests without KV
+        self._newcomer_limit = sys.maxsize  # tokens that one without KV may lack; -1: closed
         self._victims = victims
         victims.begin_plan()
         self.chosen: list[tuple[Request, int]] = []
@@ -92,7 +93,10 @@ class Packing:
         scanned, chosen = self._scanned, self.chosen
         max_seqs, max_in_flight = self._max_seqs, self._max_in_flight
         for request in order:
-            if self._is_closed and request.table is None:
+            if request.table is None and (
+                self._newcomer_limit < 0
+                or request.num_tokens - request.num_cached_tokens > self._newcomer_limit
+            ):
                 continue
             scanned.add(request.handle)
             num_tokens = request.num_tokens + request.num_pending_samples
@@ -133,22 +137,23 @@ class Packing:
         """The same for a request without KV, which also needs a seat among the live."""
         # Behind a claim that is not met there is nothing for newcomers, and nobody is evicted for
         # one that the budget cannot hold.
-        self._is_closed = self._blocks_left < 0 or not self._prefill_left
-        can_run = self._share(request.num_tokens - request.num_cached_tokens)
-        if self._is_closed or not can_run or not self._take_seat(request):
+        if self._blocks_left < 0 or not self._prefill_left:
+            self._newcomer_limit = -1
             return 0
+        can_run = self._share(request.num_tokens - request.num_cached_tokens)
+        if not can_run or not self._take_seat(request):
+            return 0
+        return self._open(request)
+
+    def _open(self, request: Request) -> int:
+        """Start the table of a request and give it the blocks of its first share."""
         # Opened before anything is taken, so that nobody's KV which it shares can vanish meanwhile.
         blocks_left, available = self._blocks_left, self._cache.num_available
         table = self._cache.open(request)
         self._blocks_left -= available - self._cache.num_available
         start = request.num_computed_tokens
         num_tokens = self._share(request.num_tokens - start)
-        end = max(
-            start + num_tokens,
-            min(request.num_lost_tokens + 1, request.num_tokens),
-            self._policy.reserve_tokens(request),
-        )
-        lacking = self._cache.num_blocks(end) - len(table.blocks)
+        lacking = self._num_first_blocks(request, start + num_tokens) - len(table.blocks)
         if not num_tokens:
             self._blocks_left = blocks_left
         if not num_tokens or not self._take(request, lacking):
@@ -161,6 +166,11 @@ class Packing:
         if num_tokens > 1:
             self._prefill_left -= num_tokens
         return num_tokens
+
+    def _num_first_blocks(self, request: Request, end: int) -> int:
+        """Return the blocks that a request must hold to begin with a share up to `end`."""
+        lost = min(request.num_lost_tokens + 1, request.num_tokens)
+        return self._cache.num_blocks(max(end, lost, self._policy.reserve_tokens(request)))
 
     def _share(self, num_unscheduled: int) -> int:
         """Return the tokens of a request's next share under the token budget."""

@@ -222,7 +222,7 @@ class Request:
         """Return the known ids at positions [start, stop); shorter where ids are not known yet."""
         split = self.num_prompt_tokens
         if start >= split:
-            return tuple(self.output_token_ids[start - split : stop - split])
+            return self.output_token_ids[start - split : stop - split]
         if stop <= split:
             return self.prompt_token_ids[start:stop]
         return (*self.prompt_token_ids[start:], *self.output_token_ids[: stop - split])
@@ -234,9 +234,15 @@ class Request:
 
     def block_hash(self, index: int, block_size: int, salt: bytes) -> bytes:
         """Return the chained sha256 over the ids of blocks 0..index, which must all be known."""
-        while len(self.block_hashes) <= index:
-            start = len(self.block_hashes) * block_size
-            previous = self.block_hashes[-1] if self.block_hashes else salt
-            ids = array("q", self.token_ids(start, start + block_size)).tobytes()
-            self.block_hashes.append(hashlib.sha256(previous + ids).digest())
-        return self.block_hashes[index]
+        hashes = self.block_hashes
+        if len(hashes) <= index:
+            first = len(hashes) * block_size
+            ids = memoryview(array("q", self.token_ids(first, (index + 1) * block_size))).cast("B")
+            num_bytes = 8 * block_size
+            previous = hashes[-1] if hashes else salt
+            for start in range(0, len(ids), num_bytes):
+                digest = hashlib.sha256(previous)
+                digest.update(ids[start : start + num_bytes])
+                previous = digest.digest()
+                hashes.append(previous)
+        return hashes[index]

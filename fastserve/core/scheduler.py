@@ -257,14 +257,14 @@ class Scheduler:
     def _land(self, done: StepDone, now: float, updates: list[RequestUpdate]) -> None:
         shares: list[Share] = []
         samples = iter(done.samples)
-        land = self.cache.land
         has_progress = False
         for request, table, work in self._in_flight.pop(done.step_id):
             sample = next(samples) if work.sample else None
-            land(table)
             request.steps_in_flight -= 1
             request.last_ran_at = now
+            table.steps_in_flight -= 1
             if table.is_closed:
+                self.cache.land(table)
                 self._num_dropped_samples += sample is not None
                 continue
             has_progress |= self._advance(request, work)
@@ -274,11 +274,14 @@ class Scheduler:
                     updates.append(RequestUpdate(request.handle, (), prompt_logprobs=scored))
             else:
                 request.num_pending_samples -= 1
-                request.append(sample.token_id)
+                token_id = sample.token_id
+                request.append(token_id)
                 if request.first_token_at is None:
                     request.first_token_at = now
-                reason = self._finish_reason(request, sample.token_id)
-                if reason is not None:
+                if (
+                    token_id in request.stop_token_ids
+                    or request.num_tokens >= request.max_num_tokens
+                ) and (reason := self._finish_reason(request, token_id)) is not None:
                     updates.append(self._end(request, reason, (sample,), now, scored))
                     continue
                 updates.append(RequestUpdate(request.handle, (sample,), None, None, None, scored))

@@ -81,8 +81,10 @@ def test_blocks_wait_for_the_steps_that_touch_them() -> None:
     assert (cache.num_available, cache.num_leaving, cache.num_tables) == (1, 3, 0)
     assert list(cache.holders()) == []
     cache.check([])
+    table.steps_in_flight = 1
     cache.land(table)
     assert (cache.num_available, cache.num_leaving) == (1, 3)
+    table.steps_in_flight = 0
     cache.land(table)
     assert (cache.num_available, cache.num_leaving) == (4, 0)
     cache.check([])

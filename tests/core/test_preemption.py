@@ -63,6 +63,21 @@ def test_defer_takes_nothing_for_newcomers() -> None:
     assert max(i for i, who in enumerate(newcomers) if who) > 6, "nobody was deferred"
 
 
+def test_small_requests_slip_in_where_large_ones_wait() -> None:
+    """However many that do not fit come first, what is free goes to whom it suffices."""
+    config = small_config(scheduling_policy="mlfq", preemption_mode="defer")
+    harness = Harness(config, 13, step_s=one_second)
+    for handle in range(2):
+        harness.add(prompt_of(handle, 20), 4)
+    for _ in range(3):
+        harness.step()
+    large = [harness.add(prompt_of(handle, 20), 4) for handle in range(2, 32)]
+    small = harness.add(prompt_of(32, 3), 1)
+    harness.drain()
+    order = [new.request for plan in harness.executor.plans for new in plan.new_requests]
+    assert order.index(small) < min(order.index(handle) for handle in large)
+
+
 def test_ideal_moves_kv_for_nothing() -> None:
     """All stay alive, nothing is recomputed, and the requests of a step fit on the device."""
     harness = run("ideal", 18)

@@ -6,12 +6,9 @@ import random
 
 import pytest
 
-from fastserve.config import (
-    SIMULATED_POLICIES,
-    SIMULATED_PREEMPTION_MODES,
-    SchedulerConfig,
-)
+from fastserve.config import SchedulerConfig
 from fastserve.core.request import FinishReason
+from fastserve.sim.config import SIMULATED_POLICIES, SIMULATED_PREEMPTION_MODES
 from tests.core.harness import Harness
 
 POLICIES = SIMULATED_POLICIES

@@ -212,5 +212,8 @@ class MLFQ:
     def _next_iteration_s(self, request: Request) -> float:
         """Return the seconds of the next step of a request: a decode or a prefill chunk."""
         start = request.num_computed_tokens
-        num_tokens = min(request.num_tokens - start, self._max_chunk)
+        num_tokens = request.num_tokens - start
+        if num_tokens == 1:
+            return self._cost_model.decode_s(start)
+        num_tokens = min(num_tokens, self._max_chunk)
         return self._cost_model.iteration_s(num_tokens, start)
