@@ -1,15 +1,16 @@
 """Does the simulator predict this project's own engine on this machine?
 
-    python -m experiments.validate_cpu [--requests N] [--load SHARE] [--output FILE]
+    python -m experiments.validate_cpu [--requests N] [--load SHARE] [--rounds N] [--output FILE]
 
-The bundled model is profiled, a workload is run for real (the engine in this process, wall-clock
-time, in the order baseline, policy, policy, baseline), and the same workload is simulated from the
-profile. The time that a step takes beside the device's, which no profile of the network holds, is
-measured in closed batches before, never in the runs that are compared.
-
-A shared machine is not the same machine a minute later. So each run is also simulated at its own
-speed: all device times scaled by one number, the seconds its steps took over those predicted for
-these very steps. What is left then is the error of scheduler, queue and overheads alone.
+The bundled model is profiled, workloads are run for real (the engine in this process, wall-clock
+time), and the same workloads are simulated from the profile. A shared machine is not the same
+machine ten seconds later, so runs are short, there is a profile before and after each, and their
+mean is simulated; rounds (baseline, policy, policy, baseline, each round another workload) are
+averaged. The time that a step takes beside the device's, which no profile of the network holds, is
+fitted to the steps of another workload, run before. Nothing is taken from the runs that are
+compared but `speed_factor`: the seconds that their steps took over those predicted for these very
+steps. It says how far the profiles were from the run, and the simulation is repeated at that speed:
+what error is left is that of queue and overheads alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -44,24 +45,47 @@ from fastserve.sim.workload import Floats, Workload
 
 POLICIES = ("fcfs", "skip-join-mlfq")
 MAX_NUM_SEQS = 8
+IDLE_S = 0.002  # from one step's end to the next one's plan; longer, and the engine was asleep
+CALIBRATION_SEED = 1
 PROMPTS = Lognormal(median=60, sigma=0.8, low=4, high=500)
 OUTPUTS = Lognormal(median=40, sigma=1.2, low=2, high=800)
 
 
+class Run(NamedTuple):
+    """What a run took, and what the simulator says it takes."""
+
+    policy: str
+    speed_factor: float
+    real_jct_s: dict[str, float]
+    simulated_jct_s: dict[str, float]
+    simulated_at_speed_jct_s: dict[str, float]
+
+
 class Beside:
-    """Watches how much longer a saturated step takes than the device says."""
+    """Watches how much longer steps take than the device says, by sequences in the step."""
 
     def __init__(self) -> None:
-        self.last_at = math.nan
-        self.seconds: list[float] = []
+        self.last_at = -math.inf
+        self.num_seqs = 0
+        self.seconds: list[tuple[int, float]] = []
 
     def planned(self, plan: SchedulerOutput, now: float) -> None:
-        """Fit `Observer`."""
+        """Note whether the engine came straight from the step before."""
+        self.num_seqs = len(plan.work)
+        if now - self.last_at > IDLE_S:
+            self.last_at = now
 
     def updated(self, output: ExecutorOutput, updates: Sequence[RequestUpdate], now: float) -> None:
-        """Note the time since the step before, less the device's."""
-        self.seconds.append(now - self.last_at - sum(step.device_s for step in output.steps))
+        """Note the time since the step before, or since the engine woke, less the device's."""
+        beside_s = now - self.last_at - sum(step.device_s for step in output.steps)
+        self.seconds.append((self.num_seqs, beside_s))
         self.last_at = now
+
+    def fitted(self) -> StepOverhead:
+        """Return the least-squares line; sums matter to a queue, so it goes through the means."""
+        num_seqs, beside_s = np.array(self.seconds).T
+        per_seq_s, fixed_s = np.polyfit(num_seqs, beside_s, 1)
+        return StepOverhead(max(float(fixed_s), 0.0), max(float(per_seq_s), 0.0))
 
 
 class Speed:
@@ -86,11 +110,20 @@ class Speed:
         return self.device_s / self.predicted_s
 
 
-def scaled(cost: CostModel, factor: float) -> CostModel:
-    """Return the cost model of a machine that takes `factor` times as long."""
+def combined(costs: Sequence[CostModel], factor: float = 1.0) -> CostModel:
+    """Return the mean of cost models, of a machine that takes `factor` times as long."""
+    names = [spec.name for spec in dataclasses.fields(CostModel)]
     return CostModel(
-        **{spec.name: getattr(cost, spec.name) * factor for spec in dataclasses.fields(cost)}
+        **{name: factor * sum(getattr(cost, name) for cost in costs) / len(costs) for name in names}
     )
+
+
+def profiled(engine: Engine) -> CostModel:
+    """Measure the step times now, not as they were on another day."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache
+        cost: CostModel = engine.executor.cost_model()  # type: ignore[attr-defined]
+    return cost
 
 
 def open_real(policy: str, num_threads: int) -> Engine:
@@ -106,21 +139,13 @@ def greedy(num_output_tokens: int, seed: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=num_output_tokens, ignore_eos=True, seed=seed)
 
 
-def measure_overhead(engine: Engine, num_steps: int = 300) -> StepOverhead:
-    """Fit fixed and per-sequence seconds beside the device from closed batches of 1 and of all."""
-    medians = {}
-    for batch in (1, MAX_NUM_SEQS):
-        beside = Beside()
-        engine.observers = (beside,)
-        for seed in range(batch):
-            params = greedy(num_steps, seed)
-            engine.add(list(range(10, 42)), params)
-        while not engine.is_idle:
-            engine.step()
-        medians[batch] = float(np.median(beside.seconds[20:-20]))
+def measure_overhead(engine: Engine, workload: Workload) -> StepOverhead:
+    """Fit the seconds beside the device to the steps of a run."""
+    beside = Beside()
+    engine.observers = (beside,)
+    run_real(engine, workload)
     engine.observers = ()
-    per_seq_s = max((medians[MAX_NUM_SEQS] - medians[1]) / (MAX_NUM_SEQS - 1), 0.0)
-    return StepOverhead(max(medians[1] - per_seq_s, 0.0), per_seq_s)
+    return beside.fitted()
 
 
 def run_real(engine: Engine, workload: Workload) -> Floats:
@@ -158,9 +183,9 @@ def run_simulated(
     return outcome.finished_at - outcome.arrived_at
 
 
-def make_workload(num_requests: int, rate: float) -> Workload:
+def make_workload(num_requests: int, rate: float, seed: int = 0) -> Workload:
     """Return the lengths and arrivals, the same for every run."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     outputs = OUTPUTS.draw(rng, num_requests)
     return Workload(
         arrived_at=arrivals(rng, num_requests, rate),
@@ -175,19 +200,29 @@ def figures(jct_s: Floats) -> dict[str, float]:
     return {"mean": float(jct_s.mean()), "p95": float(np.percentile(jct_s, 95))}
 
 
-def as_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Lay the runs out for people."""
+def averaged(rows: Sequence[Run]) -> Run:
+    """Return the mean of every figure over the runs of one policy."""
+    tables = [[row.real_jct_s, row.simulated_jct_s, row.simulated_at_speed_jct_s] for row in rows]
+    means = [
+        {name: float(np.mean([table[name] for table in column])) for name in column[0]}
+        for column in zip(*tables, strict=True)
+    ]
+    return Run(rows[0].policy, float(np.mean([row.speed_factor for row in rows])), *means)
+
+
+def as_table(rows: Sequence[Run]) -> Table:
+    """Lay the means out for people."""
     table = Table("policy", "JCT", "real", "simulated", "error", "speed", "at speed", "error")
     for row in rows:
-        for name, real in row["real_jct_s"].items():
-            plain, at_speed = row["simulated_jct_s"][name], row["simulated_at_speed_jct_s"][name]
+        for name, real in row.real_jct_s.items():
+            plain, at_speed = row.simulated_jct_s[name], row.simulated_at_speed_jct_s[name]
             table.add_row(
-                row["policy"],
+                row.policy,
                 name,
                 f"{real:.3f}",
                 f"{plain:.3f}",
                 f"{plain / real - 1:+.0%}",
-                f"{row['speed_factor']:.2f}",
+                f"{row.speed_factor:.2f}",
                 f"{at_speed:.3f}",
                 f"{at_speed / real - 1:+.0%}",
             )
@@ -197,48 +232,58 @@ def as_table(rows: Sequence[dict[str, Any]]) -> Table:
 def main() -> None:
     """Validate and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--requests", type=int, default=250)
+    parser.add_argument("--requests", type=int, default=80, help="of one run")
+    parser.add_argument("--rounds", type=int, default=4, help="of four runs each")
     parser.add_argument("--load", type=float, default=0.5, help="share of the predicted capacity")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("results/validate_cpu_load50.json"))
     args = parser.parse_args()
     console = Console(stderr=True)
+    console.print("Profiling …")
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["XDG_CACHE_HOME"] = cache  # a profile of today, not of another day
-        console.print("Profiling …")
+        os.environ["XDG_CACHE_HOME"] = cache
         engines = {policy: open_real(policy, args.threads) for policy in POLICIES}
-        cost = engines["fcfs"].executor.cost_model()  # type: ignore[attr-defined]
-    overhead = measure_overhead(engines["fcfs"])
-    crowd = make_workload(args.requests, 1e9)
-    busy = run_simulated(engines["fcfs"], overhead, cost, crowd).max()
-    workload = make_workload(args.requests, args.load * args.requests / float(busy))
-    console.print(f"{workload.rate:.1f} requests/s, {busy:.1f} s of work; overhead {overhead}")
+    first = engines[POLICIES[0]]
+    cost = profiled(first)
+
+    def paced(num_requests: int, seed: int, overhead: StepOverhead) -> Workload:
+        """Return a workload that comes at the share of what the profile says can be done."""
+        crowd = make_workload(args.requests, 1e9)
+        busy_s = float(run_simulated(first, overhead, cost, crowd).max())
+        return make_workload(num_requests, args.load * args.requests / busy_s, seed)
+
+    trial = paced(args.requests // 4, CALIBRATION_SEED, StepOverhead())
+    overhead = measure_overhead(first, trial)
+    rate = paced(args.requests, 0, overhead).rate
+    console.print(f"{rate:.1f} requests/s; overhead {overhead}")
     rows = []
-    for policy in (*POLICIES, *reversed(POLICIES)):
-        engine, speed = engines[policy], Speed(cost)
-        engine.observers = (speed,)
-        real = figures(run_real(engine, workload))
-        engine.observers = ()
-        rows.append(
-            {
-                "policy": policy,
-                "speed_factor": speed.factor,
-                "real_jct_s": real,
-                "simulated_jct_s": figures(run_simulated(engine, overhead, cost, workload)),
-                "simulated_at_speed_jct_s": figures(
-                    run_simulated(engine, overhead, scaled(cost, speed.factor), workload)
-                ),
-            }
-        )
-        console.print(rows[-1])
-    console.print(as_table(rows))
+    costs = [profiled(first)]
+    for round_index in range(args.rounds):
+        workload = make_workload(args.requests, rate, CALIBRATION_SEED + 1 + round_index)
+        for policy in (*POLICIES, *reversed(POLICIES)):
+            engine, speed = engines[policy], Speed(costs[-1])
+            engine.observers = (speed,)
+            real = figures(run_real(engine, workload))
+            engine.observers = ()
+            costs.append(profiled(first))
+            simulated = (
+                run_simulated(engine, overhead, cost, workload)
+                for cost in (combined(costs[-2:]), combined(costs[-2:-1], speed.factor))
+            )
+            plain, at_speed = map(figures, simulated)
+            rows.append(Run(policy, speed.factor, real, plain, at_speed))
+            console.print(rows[-1])
+    summary = [averaged([row for row in rows if row.policy == policy]) for policy in POLICIES]
+    console.print(as_table(summary))
     result = {
         **provenance([sys.executable.rsplit("/", 1)[-1], "-m", "experiments.validate_cpu"]),
         "requests": args.requests,
         "load": args.load,
-        "rate": workload.rate,
+        "rounds": args.rounds,
+        "rate": rate,
         "overhead_s": overhead._asdict(),
-        "rows": rows,
+        "mean_of_runs": [row._asdict() for row in summary],
+        "runs": [row._asdict() for row in rows],
     }
     args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for engine in engines.values():

@@ -39,7 +39,7 @@ from fastserve.executor.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 TIME_LIMIT_S = 6.0
 """No further kind of step is begun after this; the first ones suffice for a fit."""
 REPEATS = 5
@@ -163,17 +163,29 @@ def kinds_of_steps(worker: Worker) -> list[Shares]:
     longest = max(min(limits.max_num_batched_tokens, room), 1)
     lengths = sorted({max(longest >> shift, 1) for shift in (0, 1, 2, 4, 6)})
     contexts = sorted({max(room >> shift, 1) for shift in (0, 1, 2, 3, 5)})
-    batches = [size for size in (1, 4, 16, 64, 256) if size <= limits.max_num_seqs]
+    sizes = {1, 2, 4, 8, 16, 64, 256, limits.max_num_seqs}
+    batches = sorted(size for size in sizes if size <= limits.max_num_seqs)
 
     kinds: list[Shares] = [((length, 0),) for length in lengths if length > 1]
     kinds += [((length, room - length),) for length in lengths[:-1] if 1 < length < room]
     for batch in batches:
         for context in contexts:
-            kinds.append(((1, context - 1),) * batch)
+            kinds.append(tuple((1, start) for start in _spread(context, batch, room)))
     half = lengths[-1] // 2
     if half > 1 and limits.max_num_seqs >= 4:
         kinds.append((*((1, contexts[0] - 1),) * 4, (half, 0)))
     return [kind for kind in kinds if _num_blocks(kind, block_size) <= num_blocks]
+
+
+def _spread(context: int, batch: int, room: int) -> list[int]:
+    """Return starts whose contexts lie between a quarter of `context` and what mirrors it.
+
+    No batch of real requests is of one length, and some attention pays for the longest in it.
+    """
+    if batch == 1:
+        return [context - 1]
+    contexts = (context // 4 + 3 * context * index // (2 * (batch - 1)) for index in range(batch))
+    return [min(max(length, 1), room) - 1 for length in contexts]
 
 
 def num_profiled_blocks(worker: Worker) -> int:

@@ -157,3 +157,15 @@ def test_a_slow_model_is_measured_briefly(checkpoint, monkeypatch):
     measurements = measure(open_worker(checkpoint), silent)
     assert len(measurements) == len(COEFFICIENTS) + 1
     assert fit(measurements).min_iteration_s > 0.0
+
+
+def test_decodes_are_measured_at_mixed_contexts_and_the_largest_batch(checkpoint):
+    """Real batches are of all lengths, up to max_num_seqs."""
+    decodes = [
+        kind
+        for kind in kinds_of_steps(open_worker(checkpoint, max_num_seqs=6))
+        if all(num_tokens == 1 for num_tokens, _ in kind)
+    ]
+    assert {len(kind) for kind in decodes} == {1, 2, 4, 6}
+    widest = max(decodes, key=lambda kind: (len(kind), sum(start for _, start in kind)))
+    assert len({start for _, start in widest}) > 3
