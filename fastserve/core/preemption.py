@@ -52,7 +52,8 @@ class BudgetedPacking(Packing):
 
     One that may not is deferred: as if it had not been scanned, no claim of its stands, and the
     first request with KV counts as the head of the order. After the first, only those are tried
-    whose tokens fit into what is free: small requests slip in where large ones have to wait.
+    whose tokens fit into what is free: small requests slip in where large ones have to wait, unless
+    the policy keeps its order.
     """
 
     def __init__(self, *args: Any, budget: RecomputeBudget) -> None:
@@ -72,8 +73,8 @@ class BudgetedPacking(Packing):
             self._num_deferred += 1
             self._blocks_left = blocks_left
             num_free = blocks_left + self._leaving_left
-            is_closed = num_free <= 0 or self._num_deferred == MAX_DEFERRED
-            self._newcomer_limit = -1 if is_closed else num_free * self._block_size
+            is_last = self._policy.keeps_order or self._num_deferred == MAX_DEFERRED
+            self._newcomer_limit = -1 if is_last or num_free <= 0 else num_free * self._block_size
             self._scanned.discard(request.handle)
         return num_tokens
 

@@ -63,9 +63,10 @@ def test_defer_takes_nothing_for_newcomers() -> None:
     assert max(i for i, who in enumerate(newcomers) if who) > 6, "nobody was deferred"
 
 
-def test_small_requests_slip_in_where_large_ones_wait() -> None:
-    """However many that do not fit come first, what is free goes to whom it suffices."""
-    config = small_config(scheduling_policy="mlfq", preemption_mode="defer")
+@pytest.mark.parametrize("policy", ["mlfq", "fcfs"])
+def test_small_requests_slip_in_where_large_ones_wait(policy: str) -> None:
+    """What is free goes to whom it suffices, except where nobody may pass."""
+    config = small_config(scheduling_policy=policy, preemption_mode="defer")
     harness = Harness(config, 13, step_s=one_second)
     for handle in range(2):
         harness.add(prompt_of(handle, 20), 4)
@@ -75,7 +76,10 @@ def test_small_requests_slip_in_where_large_ones_wait() -> None:
     small = harness.add(prompt_of(32, 3), 1)
     harness.drain()
     order = [new.request for plan in harness.executor.plans for new in plan.new_requests]
-    assert order.index(small) < min(order.index(handle) for handle in large)
+    if policy == "fcfs":
+        assert order == sorted(order)
+    else:
+        assert order.index(small) < min(order.index(handle) for handle in large)
 
 
 def test_ideal_moves_kv_for_nothing() -> None:

@@ -15,6 +15,8 @@ from fastserve.core.request import Request
 class FCFS:
     """One queue in order of arrival."""
 
+    keeps_order = True
+
     def __init__(self) -> None:
         self._requests: dict[int, Request] = {}
 

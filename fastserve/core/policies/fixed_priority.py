@@ -15,6 +15,8 @@ from fastserve.core.request import Request
 class FixedPriority:
     """Requests sorted by prompt length, then by arrival."""
 
+    keeps_order = False
+
     def __init__(self) -> None:
         self._requests: dict[int, Request] = {}
         self._order: list[tuple[int, int]] = []

@@ -34,6 +34,8 @@ class _Account:
 class MLFQ:
     """Levels of FIFO queues; level 0 runs first."""
 
+    keeps_order = False
+
     def __init__(
         self,
         cost_model: CostModel,

@@ -33,6 +33,11 @@ class PriorityClasses:
         self._due: dict[int, float] = {}
         self._lifted: set[int] = set()
 
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the inner policy does."""
+        return any(policy.keeps_order for policy in self._classes.values())
+
     def admit(self, request: Request, now: float) -> None:
         """Join the class of the request's priority."""
         self._members[request.handle] = request

@@ -34,7 +34,15 @@ class PolicyStats:
 
 
 class Policy(Protocol):
-    """Orders the live requests, best first."""
+    """Orders the live requests, best first.
+
+    `keeps_order` says that a request which memory makes wait holds up those behind it, even where
+    they would fit.
+    """
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether nobody may pass a request that waits for memory."""
 
     def admit(self, request: Request, now: float) -> None:
         """Take a new request in."""

@@ -16,6 +16,8 @@ from fastserve.core.request import Request
 class SRPT:
     """Requests sorted by the seconds they would still need alone on the machine."""
 
+    keeps_order = False
+
     def __init__(self, cost_model: CostModel, lengths: Mapping[int, int]) -> None:
         """`lengths` maps a handle to its true number of output tokens."""
         self._cost_model = cost_model
