@@ -7,6 +7,7 @@ that can go wrong is a ConfigError of one line. Must not know: torch, weights, t
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from fastserve.config import ConfigError
+from fastserve.core.request import SamplingParams
 
 BUNDLED = Path(__file__).parent / "demo"
-FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model")
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def locate(model: str, revision: str | None = None, holds: str = "config.json") -> Path:
+def locate(
+    model: str, revision: str | None = None, holds: Sequence[str] = ("config.json",)
+) -> Path:
     """Return the directory of a model: the bundled `demo`, a directory, or a hub snapshot."""
     if model == "demo":
         directory = BUNDLED
@@ -30,8 +34,8 @@ def locate(model: str, revision: str | None = None, holds: str = "config.json") 
         raise ConfigError(f"model {model!r}: no such directory")
     else:
         directory = _download(model, revision)
-    if not (directory / holds).is_file():
-        raise ConfigError(f"model {model!r}: {directory} holds no {holds}")
+    if not any((directory / name).is_file() for name in holds):
+        raise ConfigError(f"model {model!r}: {directory} holds no {' or '.join(holds)}")
     return directory
 
 
@@ -80,8 +84,19 @@ def eos_token_ids(directory: Path) -> frozenset[int]:
 
 def sampling_defaults(directory: Path) -> dict[str, Any]:
     """Return the sampling parameters that generation_config.json sets, by FastServe's names."""
-    content = read_json(directory / "generation_config.json")
-    defaults = {key: content[key] for key in SAMPLING_KEYS if content.get(key) is not None}
-    if content.get("max_new_tokens") is not None:
-        defaults["max_tokens"] = content["max_new_tokens"]
+    path = directory / "generation_config.json"
+    content = read_json(path)
+    defaults: dict[str, Any] = {}
+    for key in (*SAMPLING_KEYS, "max_new_tokens"):
+        value = content.get(key)
+        if value is None:
+            continue
+        allowed = (int,) if key in ("top_k", "max_new_tokens") else (int, float)
+        if type(value) not in allowed:
+            raise ConfigError(f"{path}: {key} must be a number, got {value!r}")
+        defaults["max_tokens" if key == "max_new_tokens" else key] = value
+    try:
+        SamplingParams(**defaults)  # what no request could use is refused at the start
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return defaults

@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from fastserve import byte_level_bpe
 from fastserve.chat_template import ChatTemplate, ChatTemplateError
 from fastserve.config import ConfigError
 from fastserve.text_stream import TextDelta, TextStream
@@ -44,20 +45,38 @@ class Tokenizer:
         self._reference_id = self._find_reference()
         self._texts: dict[int, str] = {}
 
+    @staticmethod
+    def is_in(model_dir: Path) -> bool:
+        """Whether a directory holds a tokenizer: tokenizer.json, or vocab.json and merges.txt."""
+        names = byte_level_bpe.FILES
+        return (model_dir / "tokenizer.json").is_file() or all(
+            (model_dir / name).is_file() for name in names
+        )
+
     @classmethod
     def load(cls, model_dir: Path, chat_template: str | None = None) -> Tokenizer:
         """Read a model directory; `chat_template` (a file, or a template) replaces its own.
 
         Raises ConfigError with one line when there is no usable tokenizer.
         """
-        path = model_dir / "tokenizer.json"
-        if not path.is_file():
+        if not cls.is_in(model_dir):
             raise ConfigError(f"{model_dir}: no tokenizer.json, so only token ids can be prompts")
         settings = read_json(model_dir / "special_tokens_map.json")
         settings.update(read_json(model_dir / "tokenizer_config.json"))
+        path = model_dir / "tokenizer.json"
+        if path.is_file():
+            named: Mapping[str, Any] = settings
+            try:
+                backend = Backend.from_file(str(path))
+            except Exception as error:  # the library raises plain Exception
+                raise ConfigError(f"{path}: not a tokenizer: {error}") from error
+        else:
+            added = read_json(model_dir / "added_tokens.json")
+            backend = byte_level_bpe.build(model_dir, settings, added)
+            named = {**settings, **byte_level_bpe.named_tokens(settings)}
         special_tokens = {
             name: text
-            for name, value in settings.items()
+            for name, value in named.items()
             if name.endswith("_token") and (text := token_text(value)) is not None
         }
         if chat_template is not None:
@@ -66,10 +85,6 @@ class Tokenizer:
             template = (model_dir / "chat_template.jinja").read_text(encoding="utf-8")
         else:
             template = default_template(settings.get("chat_template"))
-        try:
-            backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise ConfigError(f"{path}: not a tokenizer: {error}") from error
         try:
             return cls(backend, special_tokens, template)
         except ChatTemplateError as error:

@@ -34,6 +34,29 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": EOS_TOKEN_ID,
 }
+OPT_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "ffn_dim": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 256,
+    "init_std": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": EOS_TOKEN_ID,
+}
+GPT2_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 48,
+    "n_inner": 80,
+    "n_layer": 3,
+    "n_head": 6,
+    "n_positions": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": EOS_TOKEN_ID,
+}
+SHAPES = {"OPT": OPT_SHAPE, "GPT2": GPT2_SHAPE}  # of the others: SHAPE
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-mha-biased": (
@@ -48,18 +71,55 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "opt": ("OPT", {}),
+    "opt-norm-last": ("OPT", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "opt-bare": (
+        "OPT",
+        {
+            "enable_bias": False,
+            "layer_norm_elementwise_affine": False,
+            "_remove_final_layer_norm": True,
+            "activation_function": "gelu",
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gpt2": ("GPT2", {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3-moe-step": (
+        "Qwen3Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "decoder_sparse_step": 2,
+        },
+    ),
 }
 
 
 def make_checkpoint(path: Path, name: str, **changes: Any) -> transformers.PreTrainedModel:
     """Save a random model of the architecture to `path`; returns it, in float32."""
     family, extra = ARCHITECTURES[name]
-    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **extra, **changes})
+    config = getattr(transformers, f"{family}Config")(
+        **{**SHAPES.get(family, SHAPE), **extra, **changes}
+    )
     torch.manual_seed(sum(map(ord, name)))
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, f"{family}{head}")(config).eval()
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith(("norm.weight", "bias")):  # ones and zeros would hide their absence
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # ones and zeros would hide their absence
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(path)
     return model
@@ -69,10 +129,12 @@ def write_old_dialect(path: Path) -> None:
     """Rewrite config.json as transformers 4 wrote it."""
     file = path / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    rope = config.pop("rope_parameters")
-    config["rope_theta"] = rope.pop("rope_theta")
-    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    if rope := config.pop("rope_parameters", None):
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     config["torch_dtype"] = config.pop("dtype")
+    if config["model_type"] == "qwen3_moe":
+        config["num_experts"] = config.pop("num_local_experts")
     file.write_text(json.dumps(config), encoding="utf-8")
 
 

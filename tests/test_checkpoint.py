@@ -46,8 +46,8 @@ def test_a_directory_without_a_config_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
         locate(str(tmp_path))
     write(tmp_path, config={})
-    with pytest.raises(ConfigError, match=r"holds no tokenizer\.json"):
-        locate(str(tmp_path), holds="tokenizer.json")
+    with pytest.raises(ConfigError, match=r"holds no tokenizer\.json or vocab\.json"):
+        locate(str(tmp_path), holds=("tokenizer.json", "vocab.json"))
 
 
 def test_a_name_that_cannot_be_on_the_hub_is_one_line() -> None:
@@ -94,6 +94,25 @@ def test_sampling_defaults_have_our_names(tmp_path: Path) -> None:
     }  # fmt: skip
     write(tmp_path, generation_config=content)
     assert sampling_defaults(tmp_path) == {"temperature": 0.7, "top_k": 20, "max_tokens": 9}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"temperature": "hot"}, "temperature must be a number"),
+        ({"top_k": 2.5}, "top_k must be a number"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a number"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+    ],
+)
+def test_sampling_defaults_that_no_request_could_use(
+    content: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """They are refused at the start, not in the answer to each request."""
+    write(tmp_path, generation_config=content)
+    with pytest.raises(ConfigError, match=rf"generation_config\.json: {message}"):
+        sampling_defaults(tmp_path)
 
 
 def test_no_generation_config_means_no_defaults(tmp_path: Path) -> None:

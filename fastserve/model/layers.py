@@ -1,4 +1,4 @@
-"""The layers of the Llama family in plain torch, as callables over tensors; any device.
+"""The layers of networks in plain torch, as callables over tensors; any device.
 
 Rules: no per-request Python, no nn.Module (its call overhead is a visible share of a decode step of
 a small model). Must not know: paging, batches, checkpoints.
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastserve.model.activation import Activation
 from fastserve.model.ops import LinearOp
 
 
@@ -54,6 +55,45 @@ class RMSNorm:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.addcmul(self.eps_tensor, norm, norm, value=1.0 / self.shape[0]).rsqrt_()
         return (x * scale).mul_(self.weight)
+
+
+class LayerNorm:
+    """(x - mean(x)) / std(x) · weight + bias over the last dimension."""
+
+    __slots__ = ("bias", "eps", "weight")
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalize; the built-in norm takes statistics in float32 for half types."""
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+class MLP:
+    """down(activation(up(x)))."""
+
+    __slots__ = ("activation", "down", "up")
+
+    def __init__(self, up: LinearOp, activation: Activation, down: LinearOp) -> None:
+        self.up = up
+        self.activation = activation
+        self.down = down
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Add the layer's output to `residual` in place."""
+        return self.down.add_to(residual, activate(self.up(x), self.activation))
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Return the activation of `x`, which may be overwritten."""
+    if activation == "relu":
+        return F.relu(x, inplace=True)
+    if activation == "silu":
+        return F.silu(x, inplace=True)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 class GatedMLP:

@@ -1,7 +1,8 @@
-"""The Llama family: Llama 2 and 3, Mistral, Qwen2, Qwen3, told apart by flags of ModelConfig.
+"""The Llama family: Llama 2 and 3, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE.
 
-Rules: one class, no subclass per model. Query, key and value are one product, gate and up another.
-In the last layer only rows that get logits go through the MLP.
+Rules: one class, no subclass per model: flags of LlamaConfig tell them apart. Query, key and value
+are one product, gate and up another. In the last layer only rows that get logits go through the
+MLP.
 Must not know: requests, sampling, who owns the KV.
 """
 
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastserve.model.attention import LayerAttention, LayerKV, PagedKV
-from fastserve.model.config import ModelConfig
+from fastserve.model.config_llama import LlamaConfig
 from fastserve.model.input_batch import InputBatch
 from fastserve.model.loader import Weights
+from fastserve.model.mixture import load_mixture
 from fastserve.model.ops import LinearOp, MLPOp, NormOp, Ops
 from fastserve.model.rotary import Rotary, interleave_pairs
 
@@ -22,7 +24,7 @@ from fastserve.model.rotary import Rotary, interleave_pairs
 class LlamaLayer:
     """One decoder layer: attention and MLP, each behind a norm and added to the stream."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, index: int) -> None:
+    def __init__(self, config: LlamaConfig, weights: Weights, ops: Ops, index: int) -> None:
         prefix = f"model.layers.{index}"
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.num_heads = config.num_heads
@@ -40,7 +42,9 @@ class LlamaLayer:
         self.mlp_norm = ops.rms_norm(
             weights.get(f"{prefix}.post_attention_layernorm.weight", hidden), eps
         )
-        self.mlp = _load_mlp(config, weights, ops, f"{prefix}.mlp")
+        is_sparse = config.experts is not None and index in config.experts.sparse_layers
+        load_mlp = load_mixture if is_sparse else _load_mlp
+        self.mlp = load_mlp(config, weights, ops, prefix)
 
     def attend(
         self,
@@ -69,7 +73,7 @@ class LlamaModel:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: LlamaConfig,
         weights: Weights,
         ops: Ops,
         *,
@@ -120,7 +124,7 @@ def _load_matrix(
     return weight, weights.get(f"{name}.bias", out_width) if has_bias else None
 
 
-def _load_qkv(config: ModelConfig, weights: Weights, ops: Ops, prefix: str) -> LinearOp:
+def _load_qkv(config: LlamaConfig, weights: Weights, ops: Ops, prefix: str) -> LinearOp:
     """Stack the three projections; rows of queries and keys become rotary pairs."""
     dim = config.head_dim
     matrices, biases = [], []
@@ -139,7 +143,7 @@ def _load_qkv(config: ModelConfig, weights: Weights, ops: Ops, prefix: str) -> L
     return ops.linear(torch.cat(matrices), torch.cat(biases) if biases else None)
 
 
-def _load_head_norm(config: ModelConfig, weights: Weights, ops: Ops, prefix: str) -> NormOp | None:
+def _load_head_norm(config: LlamaConfig, weights: Weights, ops: Ops, prefix: str) -> NormOp | None:
     """Return Qwen3's query and key norms as one, with a weight row per head."""
     if not config.has_qk_norm:
         return None
@@ -150,7 +154,8 @@ def _load_head_norm(config: ModelConfig, weights: Weights, ops: Ops, prefix: str
     return ops.rms_norm(rows, config.rms_norm_eps)  # [heads + kv_heads, head_dim]
 
 
-def _load_mlp(config: ModelConfig, weights: Weights, ops: Ops, prefix: str) -> MLPOp:
+def _load_mlp(config: LlamaConfig, weights: Weights, ops: Ops, layer: str) -> MLPOp:
+    prefix = f"{layer}.mlp"
     width, hidden, has_bias = config.intermediate_size, config.hidden_size, config.has_mlp_bias
     gate, gate_bias = _load_matrix(weights, f"{prefix}.gate_proj", width, hidden, has_bias)
     up, up_bias = _load_matrix(weights, f"{prefix}.up_proj", width, hidden, has_bias)

@@ -18,9 +18,15 @@ from torch import Tensor
 
 from fastserve.config import ConfigError
 
+TABLES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Ends of names under which old checkpoints store tabulated frequencies and GPT-2's masks."""
+
 
 class Weights(Protocol):
     """Hands out named tensors of a checkpoint."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor `name`: checkpoints of one architecture differ in names."""
 
     def get(self, name: str, *shape: int) -> Tensor:
         """Return the tensor `name`, which must have this shape, in the dtype and place to run."""
@@ -47,6 +53,10 @@ class SafetensorsWeights:
                 self._file_of[name] = file
                 self._unused.add(name)
 
+    def has(self, name: str) -> bool:
+        """Fit `Weights`."""
+        return name in self._file_of
+
     def get(self, name: str, *shape: int) -> Tensor:
         """Fit `Weights`."""
         file = self._file_of.get(name)
@@ -66,8 +76,8 @@ class SafetensorsWeights:
         unused = sorted(
             name
             for name in self._unused
-            # Tied heads are often stored too, and old checkpoints store tabulated frequencies.
-            if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
+            # Tied heads are often stored too.
+            if name != "lm_head.weight" and not name.endswith(TABLES)
         )
         if unused:
             raise ConfigError(
@@ -83,9 +93,13 @@ class DummyWeights:
         self._dtype = dtype
         self._device = device
 
+    def has(self, name: str) -> bool:
+        """Fit `Weights`: whatever is asked for is made."""
+        return True
+
     def get(self, name: str, *shape: int) -> Tensor:
         """Fit `Weights`."""
-        if len(shape) == 1 and name.endswith("norm.weight"):
+        if len(shape) == 1 and name.endswith(".weight"):  # a norm's: nothing else has one row
             return torch.ones(shape, dtype=self._dtype, device=self._device)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         tensor = torch.randn(shape, generator=generator) * 0.02
@@ -130,7 +144,10 @@ def _weight_files(model_dir: Path) -> list[Path]:
         return found
     if any(model_dir.glob("*.bin")):
         raise ConfigError(
-            f"{model_dir}: only pickled .bin weights; convert them to safetensors "
-            "(pickle can run code, so it is not read)"
+            f"{model_dir}: only pickled .bin weights, which can run code and are not loaded; "
+            f"`fastserve convert {model_dir}` makes safetensors of them"
         )
-    raise ConfigError(f"{model_dir}: no .safetensors weights (--load-format dummy needs none)")
+    raise ConfigError(
+        f"{model_dir}: no .safetensors weights (--load-format dummy needs none; .bin weights are "
+        "not fetched from a hub: download them, then `fastserve convert DIR`)"
+    )

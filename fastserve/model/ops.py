@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fastserve.model.activation import Activation
 from fastserve.model.attention import Attention
 
 
@@ -44,10 +45,19 @@ class Ops(Protocol):
     """Makes the parts of a network."""
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
-        """Make a projection of `weight` [out, in] and `bias` [out]; it may keep its own copy."""
+        """Make a projection of `weight` [out, in] and `bias` [out]; it may keep its own copy.
+
+        It computes in the dtype of `weight`, which for a router is float32 in every network.
+        """
 
     def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
         """Make x / rms(x) · weight."""
+
+    def layer_norm(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> NormOp:
+        """Make (x - mean(x)) / std(x) · weight + bias; None where there is no such factor."""
+
+    def mlp(self, up: LinearOp, activation: Activation, down: LinearOp) -> MLPOp:
+        """Make down(activation(up(x)))."""
 
     def gated_mlp(self, gate_up: LinearOp, down: LinearOp) -> MLPOp:
         """Make down(silu(gate(x)) · up(x)); `gate_up` yields gate, then up."""

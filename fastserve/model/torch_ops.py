@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastserve.model.activation import Activation
 from fastserve.model.attention import Attention
 from fastserve.model.gathered_attention import GatheredAttention
-from fastserve.model.layers import GatedMLP, Linear, RMSNorm
+from fastserve.model.layers import MLP, GatedMLP, LayerNorm, Linear, RMSNorm
 from fastserve.model.ops import LinearOp, MLPOp, NormOp
 
 
@@ -27,6 +28,14 @@ class TorchOps:
     def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
         """Fit `Ops`."""
         return RMSNorm(weight, eps)
+
+    def layer_norm(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> NormOp:
+        """Fit `Ops`."""
+        return LayerNorm(weight, bias, eps)
+
+    def mlp(self, up: LinearOp, activation: Activation, down: LinearOp) -> MLPOp:
+        """Fit `Ops`."""
+        return MLP(up, activation, down)
 
     def gated_mlp(self, gate_up: LinearOp, down: LinearOp) -> MLPOp:
         """Fit `Ops`."""

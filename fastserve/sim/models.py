@@ -1,7 +1,9 @@
 """Shapes of models: all that their cost depends on, by name or from a Hugging Face config.json.
 
-Rules: decoder-only networks with dense layers; a mixture of experts or quantized weights are
-refused, for their cost follows other laws. Must not know: hardware, weights, torch.
+Rules: decoder-only networks. In a mixture of experts a token is multiplied by the experts it is
+sent to, and a step reads all of them: true of large batches, too much for a few tokens. Quantized
+weights and other kinds of experts are refused, for their cost follows other laws.
+Must not know: hardware, weights, torch.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from fastserve.config import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A decoder-only network. `num_mlp_matrices` is 3 where the activation is gated, else 2."""
+    """A decoder-only network. `num_mlp_matrices` is 3 where the activation is gated, else 2.
+
+    `intermediate_size` is that of one expert where there are several.
+    """
 
     name: str
     num_layers: int
@@ -30,13 +35,25 @@ class ModelShape:
     vocab_size: int
     max_model_len: int
     is_tied: bool  # one matrix serves as embedding and as head
+    num_experts: int = 1
+    num_experts_per_token: int = 1
 
     @property
     def layer_params(self) -> int:
-        """Weights of the matrix products of one layer."""
+        """Weights of the matrix products of one layer, all of which a step reads."""
+        return self._layer_params(self.num_experts)
+
+    @property
+    def active_layer_params(self) -> int:
+        """Weights of one layer that a token is multiplied by."""
+        return self._layer_params(self.num_experts_per_token)
+
+    def _layer_params(self, num_experts: int) -> int:
         qkv = self.hidden_size * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         output = self.num_heads * self.head_dim * self.hidden_size
-        return qkv + output + self.num_mlp_matrices * self.hidden_size * self.intermediate_size
+        expert = self.num_mlp_matrices * self.hidden_size * self.intermediate_size
+        router = self.num_experts * self.hidden_size if self.num_experts > 1 else 0
+        return qkv + output + num_experts * expert + router
 
     @property
     def head_params(self) -> int:
@@ -115,6 +132,9 @@ _UNGATED = frozenset(
     {"opt", "gpt2", "gptj", "gpt_neo", "gpt_neox", "gpt_bigcode", "bloom", "falcon", "mpt", "phi"}
 )
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Families whose every expert is a gated network of one size, and none is shared.
+_PLAIN_EXPERTS = frozenset({"mixtral", "qwen3_moe"})
+_TIED = frozenset({"opt", "gpt2"})  # where config.json does not say
 
 
 def resolve_model(model: str) -> ModelShape:
@@ -155,28 +175,56 @@ def read_shape(path: Path) -> ModelShape:
 
 def parse_shape(values: Mapping[str, Any], *, name: str) -> ModelShape:
     """Turn the fields of a config.json into a shape; raises KeyError for one that is missing."""
-    if any(int(values.get(key) or 0) > 1 for key in _EXPERTS):
-        raise ConfigError(f"--model {name}: a mixture of experts cannot be simulated")
+    num_experts, num_active = _experts(values, name)
     if values.get("quantization_config"):
         raise ConfigError(f"--model {name}: quantized weights cannot be simulated")
     hidden_size = int(_first(values, "hidden_size", "n_embd", "d_model"))
     num_heads = int(_first(values, "num_attention_heads", "n_head", "n_heads"))
+    model_type = values.get("model_type")
     inner = values.get("intermediate_size") or values.get("ffn_dim") or values.get("n_inner")
+    if num_experts > 1:
+        inner = values.get("moe_intermediate_size") or inner
+    default_head_dim = 128 if model_type == "qwen3" else hidden_size // num_heads
     return ModelShape(
         name=name,
         num_layers=int(_first(values, "num_hidden_layers", "n_layer", "n_layers")),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=_num_kv_heads(values, num_heads),
-        head_dim=int(values.get("head_dim") or hidden_size // num_heads),
+        head_dim=int(values.get("head_dim") or default_head_dim),
         intermediate_size=int(inner or 4 * hidden_size),
-        num_mlp_matrices=2 if values.get("model_type") in _UNGATED else 3,
+        num_mlp_matrices=2 if model_type in _UNGATED else 3,
         vocab_size=int(values["vocab_size"]),
-        max_model_len=int(
-            _first(values, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-        ),
-        is_tied=bool(values.get("tie_word_embeddings", False)),
+        max_model_len=_max_model_len(values),
+        is_tied=bool(values.get("tie_word_embeddings", model_type in _TIED)),
+        num_experts=num_experts,
+        num_experts_per_token=num_active,
     )
+
+
+def _experts(values: Mapping[str, Any], name: str) -> tuple[int, int]:
+    """Return how many experts a layer has, and how many of them a token is sent to."""
+    num_experts = max(int(values.get(key) or 0) for key in _EXPERTS)
+    if num_experts <= 1:
+        return 1, 1
+    if values.get("model_type") not in _PLAIN_EXPERTS:
+        raise ConfigError(
+            f"--model {name}: a mixture of experts of this kind cannot be simulated "
+            f"(only of {', '.join(sorted(_PLAIN_EXPERTS))})"
+        )
+    if values.get("mlp_only_layers") or int(values.get("decoder_sparse_step") or 1) > 1:
+        raise ConfigError(f"--model {name}: layers without experts among others are not simulated")
+    return num_experts, int(values["num_experts_per_tok"])
+
+
+def _max_model_len(values: Mapping[str, Any]) -> int:
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    positions = int(_first(values, *names))
+    window = values.get("sliding_window")
+    is_optional = str(values.get("model_type")).startswith("qwen")
+    if window is None or not values.get("use_sliding_window", not is_optional):
+        return positions
+    return min(positions, int(window))
 
 
 def _num_kv_heads(values: Mapping[str, Any], num_heads: int) -> int:

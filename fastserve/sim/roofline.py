@@ -76,7 +76,7 @@ class Roofline:
     @property
     def layer_token_s(self) -> float:
         """Seconds that one token adds to a layer that is bound by arithmetic."""
-        products = self.products_s(self.shape.layer_params)
+        products = self.products_s(self.shape.active_layer_params)
         moved = self.efficiency.activation_passes * self.shape.hidden_size * self.dtype_bytes
         return products + moved / self.hardware.bandwidth
 

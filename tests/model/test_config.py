@@ -7,7 +7,10 @@ import json
 import pytest
 
 from fastserve.config import ConfigError
-from fastserve.model.config import RopeConfig, parse_model_config, read_model_config
+from fastserve.model.config import parse_model_config, read_model_config
+from fastserve.model.config_gpt2 import GPT2Config
+from fastserve.model.config_llama import LlamaConfig, RopeConfig
+from fastserve.model.config_opt import OPTConfig
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -31,7 +34,9 @@ LLAMA3_ROPE = {
 def parse(**changes):
     """Parse the Llama config with changes; None drops a key."""
     values = {key: value for key, value in {**LLAMA, **changes}.items() if value is not None}
-    return parse_model_config(values, source="config.json")
+    config = parse_model_config(values, source="config.json")
+    assert isinstance(config, LlamaConfig)
+    return config
 
 
 def test_defaults():
@@ -76,7 +81,7 @@ def test_sliding_window_limits_the_window():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "architecture not supported: GPT2LMHeadModel"),
+        ({"architectures": ["T5Model"]}, "architecture not supported: T5Model"),
         ({"architectures": None}, "none named"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights"),
@@ -94,6 +99,101 @@ def test_refused(changes, message):
     """What cannot be computed exactly is a ConfigError that names it, on one line."""
     with pytest.raises(ConfigError, match=message) as caught:
         parse(**changes)
+    assert "\n" not in str(caught.value)
+
+
+OPT = {
+    "architectures": ["OPTForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "ffn_dim": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 100,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 8,
+    "n_positions": 512,
+}
+MIXTRAL = {**LLAMA, "architectures": ["MixtralForCausalLM"]}
+QWEN3_MOE = {
+    **LLAMA,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 6,
+    "num_experts": 16,
+    "moe_intermediate_size": 32,
+}
+
+
+def read(values, family, **changes):
+    """Parse a config, which must be of the family."""
+    config = parse_model_config({**values, **changes}, source="config.json")
+    assert isinstance(config, family)
+    return config
+
+
+def test_defaults_of_opt():
+    """Files of OPT say little; opt-350m's differ in two keys."""
+    config = read(OPT, OPTConfig)
+    assert (config.num_kv_heads, config.head_dim, config.max_model_len) == (8, 8, 512)
+    assert (config.embedding_size, config.activation) == (64, "relu")
+    assert config.tie_word_embeddings
+    assert config.has_bias
+    assert config.has_norm_weights
+    assert config.has_final_norm
+    last = read(OPT, OPTConfig, do_layer_norm_before=False, word_embed_proj_dim=32)
+    assert (last.is_norm_first, last.has_final_norm, last.embedding_size) == (False, False, 32)
+    assert not read(OPT, OPTConfig, _remove_final_layer_norm=True).has_final_norm
+
+
+def test_defaults_of_gpt2():
+    """Files of GPT-2 leave out the width of the MLP, or say null."""
+    for config in (read(GPT2, GPT2Config), read(GPT2, GPT2Config, n_inner=None)):
+        assert (config.intermediate_size, config.activation) == (256, "gelu_tanh")
+        assert (config.layer_norm_eps, config.max_model_len) == (1e-5, 512)
+        assert config.tie_word_embeddings
+
+
+def test_experts():
+    """Both families' words for the same, and which layers have experts."""
+    mixtral = read(MIXTRAL, LlamaConfig).experts
+    assert mixtral is not None
+    assert (mixtral.num_experts, mixtral.top_k, mixtral.intermediate_size) == (8, 2, 128)
+    assert mixtral.is_normalized
+    assert mixtral.sparse_layers == (0, 1)
+    qwen = read(QWEN3_MOE, LlamaConfig, decoder_sparse_step=2, mlp_only_layers=[3]).experts
+    assert qwen is not None
+    assert (qwen.num_experts, qwen.top_k, qwen.intermediate_size) == (16, 8, 32)
+    assert not qwen.is_normalized
+    assert qwen.sparse_layers == (1, 5)
+    renamed = {key: value for key, value in QWEN3_MOE.items() if key != "num_experts"}
+    assert read(renamed, LlamaConfig, num_local_experts=16) == read(QWEN3_MOE, LlamaConfig)
+    assert read(LLAMA, LlamaConfig).experts is None
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "message"),
+    [
+        (OPT, {"activation_function": "prelu"}, "activation_function 'prelu'"),
+        (OPT, {"num_attention_heads": 7}, "cannot be divided among 7 heads"),
+        (OPT, {"num_attention_heads": 0}, "cannot be divided among 0 heads"),
+        (OPT, {"ffn_dim": None}, "int"),
+        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        (GPT2, {"scale_attn_weights": False}, "scale_attn_weights False"),
+        (GPT2, {"add_cross_attention": True}, "add_cross_attention True"),
+        (GPT2, {"quantization_config": {"bits": 4}}, "quantized weights"),
+        (MIXTRAL, {"num_experts_per_tok": 9}, "9 of 8 experts"),
+        (QWEN3_MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step must be positive"),
+    ],
+)
+def test_refused_of_other_families(values, changes, message):
+    """The same for OPT, GPT-2 and networks with experts."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_model_config({**values, **changes}, source="config.json")
     assert "\n" not in str(caught.value)
 
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastserve.config import ConfigError
+from fastserve.model.architectures import load_network
 from fastserve.model.config import read_model_config
-from fastserve.model.llama import LlamaModel
 from fastserve.model.loader import open_weights
 from fastserve.model.torch_ops import TorchOps
 from tests.checkpoints import make_checkpoint
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def load(path, load_format="auto", dtype=torch.float32) -> Any:
     """Load the network of a directory."""
     weights = open_weights(path, load_format, dtype, CPU)
-    return LlamaModel(read_model_config(path), weights, TorchOps(dtype), max_len=64, device=CPU)
+    return load_network(read_model_config(path), weights, TorchOps(dtype), max_len=64, device=CPU)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_broken_file(checkpoint):
 def test_only_bin_weights(checkpoint):
     """Pickled weights are refused, with the reason."""
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"only pickled \.bin weights"):
+    with pytest.raises(ConfigError, match=r"`fastserve convert /.*`"):
         load(checkpoint)
 
 

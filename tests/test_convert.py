@@ -1,0 +1,47 @@
+"""`fastserve convert`: the verb and its second process; what is written is tested in model/."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastserve import cli
+from fastserve.config import ConfigError
+from fastserve.convert import convert
+from fastserve.model.loader import open_weights
+from tests.checkpoints import make_checkpoint
+from tests.model.test_architectures import logits_in_chunks, random_ids
+from tests.model.test_pickled import Malicious, pickle_weights
+
+
+def test_refused_converted_and_served(tmp_path, capfd):
+    """Loading names the command that helps, which says what it wrote, and then loading works."""
+    logits = pickle_weights(tmp_path, "opt")
+    with pytest.raises(ConfigError, match=f"`fastserve convert {tmp_path}`"):
+        open_weights(tmp_path, "auto", torch.float32, torch.device("cpu"))
+    assert cli.main(["convert", str(tmp_path)]) == 0
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "converting" in said.err
+    assert "model.safetensors" in said.err
+    assert (tmp_path / "pytorch_model.bin").is_file()
+    ours = logits_in_chunks(tmp_path, random_ids(20), [])
+    torch.testing.assert_close(ours, logits, atol=1e-4, rtol=0)
+
+
+def test_a_malicious_pickle_is_one_line(tmp_path, capfd):
+    """Its process ends without running it, and the verb says why."""
+    trace = tmp_path / "it-ran"
+    torch.save({"evil": Malicious(f"touch {trace}")}, tmp_path / "pytorch_model.bin")
+    assert cli.main(["convert", str(tmp_path)]) == 2
+    assert "refused, for it asks for posix.system" in capfd.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["pytorch_model.bin"]
+
+
+def test_no_process_is_started_in_vain(tmp_path):
+    """A missing directory, and weights that are there already, are told at once."""
+    with pytest.raises(ConfigError, match="no such directory"):
+        convert(str(tmp_path / "nowhere"))
+    make_checkpoint(tmp_path, "opt")
+    with pytest.raises(ConfigError, match=r"model\.safetensors is there already"):
+        convert(str(tmp_path))
