@@ -1,0 +1,214 @@
+// Paged attention.
+//
+// Keys and values are read in tiles of fixed positions. A tile is brought into the layout that the
+// products below want (keys: one position per lane), once for all queries that share it; the
+// softmax is carried from tile to tile.
+
+#pragma once
+
+#include "products.h"
+
+namespace {
+
+constexpr int64_t TILE = 32;  // positions
+
+struct AttendArgs {
+  int64_t next;
+  int64_t workers;  // counts the threads, to give each its scratch
+  const void* qkv;
+  void* out;
+  const void* kv;         // keys of the layer in block 0
+  const int64_t* pieces;  // [pieces, 4]: first token, tokens, row of the tables, first position
+  const int64_t* tables;
+  float* scratch;
+  int64_t scratch_stride;  // floats of a worker
+  int64_t num_pieces, parts;  // parts: how many tasks a piece is, each some of its heads
+  int64_t table_stride, block_size, block_stride, value_offset;
+  int64_t heads, kv_heads, head_dim;
+  double scale;
+};
+
+// The queries of a piece for one key-value head, and their state from tile to tile.
+struct Queries {
+  float* lanes;     // [rows, padded / PER_LANE]
+  float* sums;      // [rows, padded] weighted values so far
+  float* peaks;     // [rows] largest score so far
+  float* totals;    // [rows, 16] weights so far, by lane
+};
+
+// What a tile needs while it is worked on.
+struct TileScratch {
+  float* keys;      // [padded / PER_LANE, TILE]
+  float* values;    // [TILE / PER_LANE, padded]
+  float* scores;    // [rows, TILE]
+  float* weights;   // [rows, TILE / PER_LANE]
+  float* factors;   // [rows]
+};
+
+template <typename T>
+struct Attend {
+  typedef typename ProductOf<T>::Kind Product;
+  const AttendArgs& args;
+  const int64_t dim = args.head_dim;
+  const int64_t padded = (dim + 31) / 32 * 32;
+  const int64_t lanes = padded / Product::PER_LANE;
+  const int64_t group = args.heads / args.kv_heads;
+  const int64_t row_width = args.kv_heads * dim;
+  const int64_t token_width = (args.heads + 2 * args.kv_heads) * dim;
+  const float scale = float(args.scale) * LOG2_E;
+
+  explicit Attend(const AttendArgs& args) : args(args) {}
+
+  void start(const Queries& queries, int64_t token, int64_t tokens, int64_t kv_head) const {
+    for (int64_t r = 0; r < tokens * group; r++) {
+      const T* query = (const T*)args.qkv + (token + r / group) * token_width;
+      query += (kv_head * group + r % group) * dim;
+      for (int64_t i = 0; i < lanes; i += 16) {
+        const int64_t left = dim - i * Product::PER_LANE;
+        store(queries.lanes + r * lanes + i,
+              left > 0 ? Product::load_lanes(query + i * Product::PER_LANE, left) : F16{});
+      }
+      std::memset(queries.sums + r * padded, 0, padded * sizeof(float));
+      std::memset(queries.totals + r * 16, 0, 64);
+      queries.peaks[r] = -INFINITY;
+    }
+  }
+
+  // Positions past the last one of the piece repeat it, so that no other slot is ever read.
+  void locate(const int64_t* table, int64_t first, int64_t last, int64_t* offsets) const {
+    const int64_t size = args.block_size;
+    int64_t block = first / size, inside = first % size;
+    for (int64_t i = 0; i < TILE; i++) {
+      if (first + i > last) {
+        offsets[i] = offsets[i - 1];
+        continue;
+      }
+      offsets[i] = table[block] * args.block_stride + inside * row_width;
+      if (++inside == size) inside = 0, block++;
+    }
+  }
+
+  void pack_keys(const T* const* rows, const int64_t* jumps, int64_t count,
+                 float* to) const {
+    for (int64_t first = 0; first < count; first += 16)
+      for (int64_t i = 0; i < lanes; i += 16) {
+        F16 part[16];
+        const int64_t column = i * Product::PER_LANE, left = dim - column;
+        for (int r = 0; r < 16; r++) {
+          const T* row = rows[first + r] + column;
+          __builtin_prefetch(row + jumps[first + r], 0, 2);
+          part[r] = left > 0 ? Product::load_lanes(row, left) : F16{};
+        }
+        transpose(part);
+        for (int r = 0; r < 16; r++) store(to + (i + r) * TILE + first, part[r]);
+      }
+  }
+
+  // One tile for the queries [from, rows) of one head, which reach into it. `jumps` lead to the
+  // rows of the next tile: blocks lie anywhere, so that only we can tell the cache in time.
+  void tile(const Queries& queries, const TileScratch& scratch, const T* const* keys,
+            const T* const* values, const int64_t* jumps, int64_t from, int64_t rows,
+            int64_t start, int64_t position) const {
+    const int64_t last = position + (rows - 1) / group;
+    const int64_t count = last - start + 1 < TILE ? last - start + 1 : TILE;
+    pack_keys(keys, jumps, count, scratch.keys);
+    Product::pack_values(values, jumps, scratch.values, count, dim, padded);
+    multiply<Product>(queries.lanes + from * lanes, lanes, scratch.keys, TILE, rows - from, lanes,
+                      TILE, nullptr, scratch.scores, TILE);
+    const int64_t depth = (count + Product::PER_LANE - 1) / Product::PER_LANE;
+    constexpr int64_t WIDTH = TILE / Product::PER_LANE;
+    for (int64_t r = from; r < rows; r++)
+      weigh(queries, r, scratch.scores + (r - from) * TILE, position + r / group - start,
+            scratch.weights + (r - from) * WIDTH, scratch.factors + r - from);
+    multiply<Product>(scratch.weights, WIDTH, scratch.values, padded, rows - from, depth, padded,
+                      scratch.factors, queries.sums + from * padded, padded);
+  }
+
+  // Turns the scores of a query, which sees positions up to `reach`, into weights.
+  INLINE void weigh(const Queries& queries, int64_t r, const float* scores, int64_t reach,
+                    float* weights, float* factor) const {
+    const I16 index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const int32_t seen = reach < TILE ? int32_t(reach) : int32_t(TILE);
+    const F16 hidden = splat(-INFINITY);
+    F16 first = choose(index <= seen, load(scores) * scale, hidden);
+    F16 second = choose(index + 16 <= seen, load(scores + 16) * scale, hidden);
+    const float peak = queries.peaks[r], here = largest(larger(first, second));
+    const float top = here > peak ? here : peak;
+    first = exp2(first - top);
+    second = exp2(second - top);
+    const F16 kept = exp2(splat(peak - top));
+    Product::pack_weights(first, second, weights);
+    float* totals = queries.totals + r * 16;
+    store(totals, load(totals) * kept + first + second);
+    *factor = kept[0];
+    queries.peaks[r] = top;
+  }
+
+  void finish(const Queries& queries, int64_t token, int64_t tokens, int64_t kv_head) const {
+    for (int64_t r = 0; r < tokens * group; r++) {
+      T* out = (T*)args.out + (token + r / group) * args.heads * dim;
+      out += (kv_head * group + r % group) * dim;
+      float* sums = queries.sums + r * padded;
+      Product::unpack(sums, padded);
+      const float inverse = 1.0f / sum(load(queries.totals + r * 16));
+      for (int64_t i = 0; i < dim; i += 16)
+        store_some(out + i, load(sums + i) * inverse, dim - i);
+    }
+  }
+
+  // Some heads of a piece, side by side, so that what they read is one stream.
+  void heads(const int64_t* piece, int64_t head, int64_t num, float* scratch) const {
+    const int64_t token = piece[0], tokens = piece[1], position = piece[3];
+    const int64_t* table = args.tables + piece[2] * args.table_stride;
+    const int64_t rows = tokens * group, last = position + tokens - 1;
+    TileScratch buffers;
+    auto carve = [&](int64_t size) { return scratch += size, scratch - size; };
+    buffers.keys = carve(lanes * TILE);
+    buffers.values = carve(TILE / Product::PER_LANE * padded);
+    buffers.scores = carve(rows * TILE);
+    buffers.weights = carve(rows * TILE);
+    buffers.factors = carve((rows + 15) / 16 * 16);
+    Queries queries{scratch, scratch + num * rows * padded, scratch + 2 * num * rows * padded,
+                    scratch + 2 * num * rows * padded + (num * rows + 15) / 16 * 16};
+    auto of = [&](int64_t h) {
+      return Queries{queries.lanes + h * rows * lanes, queries.sums + h * rows * padded,
+                     queries.peaks + h * rows, queries.totals + h * rows * 16};
+    };
+    for (int64_t h = 0; h < num; h++) start(of(h), token, tokens, head + h);
+    int64_t offsets[TILE], following[TILE];
+    locate(table, 0, last, following);
+    for (int64_t first = 0; first <= last; first += TILE) {
+      int64_t jumps[TILE];
+      std::memcpy(offsets, following, sizeof offsets);
+      if (first + TILE <= last) locate(table, first + TILE, last, following);
+      for (int64_t i = 0; i < TILE; i++) jumps[i] = following[i] - offsets[i];
+      const int64_t from = first > position ? (first - position) * group : 0;
+      for (int64_t h = 0; h < num; h++) {
+        const T *keys[TILE], *values[TILE];
+        const T* base = (const T*)args.kv + (head + h) * dim;
+        for (int64_t i = 0; i < TILE; i++)
+          keys[i] = base + offsets[i], values[i] = keys[i] + args.value_offset;
+        tile(of(h), buffers, keys, values, jumps, from, rows, first, position);
+      }
+    }
+    for (int64_t h = 0; h < num; h++) finish(of(h), token, tokens, head + h);
+  }
+};
+
+template <typename T>
+void attend(AttendArgs* args) {
+  const Attend<T> kernel(*args);
+  float* scratch = args->scratch + take(&args->workers, 1) * args->scratch_stride;
+  const int64_t share = args->kv_heads / args->parts;
+  for (int64_t task; (task = take(&args->next, 1)) < args->num_pieces * args->parts;) {
+    const int64_t* piece = args->pieces + task / args->parts * 4;
+    const int64_t head = task % args->parts * share;
+    if (piece[1] == 1) {
+      kernel.heads(piece, head, share, scratch);
+      continue;
+    }
+    for (int64_t h = head; h < head + share; h++) kernel.heads(piece, h, 1, scratch);
+  }
+}
+
+}  // namespace

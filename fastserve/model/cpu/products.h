@@ -1,0 +1,181 @@
+// Small matrix products on float32 and, in pairs, on bfloat16, and the layouts that they want.
+//
+// Rules: the sum of an element runs over the depth in order, whatever rows are computed beside it.
+
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+#ifdef __AVX512F__
+INLINE void transpose(F16* rows) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; k++) {
+      __m512d x = (__m512d)a[i + k], y = (__m512d)a[i + k + 2];
+      b[i + 2 * k] = (__m512)_mm512_unpacklo_pd(x, y);
+      b[i + 2 * k + 1] = (__m512)_mm512_unpackhi_pd(x, y);
+    }
+  for (int i = 0; i < 4; i++) {
+    __m512 low = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+    __m512 high = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+    __m512 low2 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+    __m512 high2 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+    rows[i] = (F16)_mm512_shuffle_f32x4(low, low2, 0x88);
+    rows[i + 8] = (F16)_mm512_shuffle_f32x4(low, low2, 0xdd);
+    rows[i + 4] = (F16)_mm512_shuffle_f32x4(high, high2, 0x88);
+    rows[i + 12] = (F16)_mm512_shuffle_f32x4(high, high2, 0xdd);
+  }
+}
+#else
+INLINE void transpose(F16* rows) {
+  float a[16][16];
+  std::memcpy(a, rows, sizeof a);
+  for (int i = 0; i < 16; i++)
+    for (int k = 0; k < 16; k++) rows[k][i] = a[i][k];
+}
+#endif
+
+// Products over single numbers, in float32.
+template <typename T>
+struct Singles {
+  static constexpr int64_t PER_LANE = 1;
+  static INLINE F16 load_lanes(const T* from, int64_t count) { return load_some(from, count); }
+  static INLINE F16 multiply_add(float a, F16 b, F16 sum) { return a * b + sum; }
+  static INLINE void pack_values(const T* const* rows, const int64_t* jumps, float* to,
+                                 int64_t count, int64_t dim, int64_t padded) {
+    for (int64_t row = 0; row < count; row++)
+      for (int64_t i = 0; i < dim; i += 16) {
+        __builtin_prefetch(rows[row] + jumps[row] + i, 0, 2);
+        store(to + row * padded + i, load_some(rows[row] + i, dim - i));
+      }
+  }
+  static INLINE void pack_weights(F16& first, F16& second, float* to) {
+    store(to, first);
+    store(to + 16, second);
+  }
+  static INLINE void unpack(float*, int64_t) {}
+};
+
+#ifdef __AVX512BF16__
+// Products over pairs of bfloat16 numbers that share a 32-bit lane, summed in float32.
+struct Pairs {
+  static constexpr int64_t PER_LANE = 2;
+  static INLINE F16 load_lanes(const BFloat16* from, int64_t count) {
+    if (count >= 32) return load((const float*)from);
+    F16 out{};
+    std::memcpy(&out, from, count * 2);
+    return out;
+  }
+  static INLINE F16 multiply_add(float a, F16 b, F16 sum) {
+    return (F16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat_bits(a), (__m512bh)b);
+  }
+  static INLINE F16 splat_bits(float a) { return (F16)_mm512_set1_ps(a); }
+  // Two rows become one of pairs; within 32 columns these come in the order of `unpack`.
+  static INLINE void pack_values(const BFloat16* const* rows, const int64_t* jumps, float* to,
+                                 int64_t count, int64_t dim, int64_t padded) {
+    for (int64_t row = 0; row < count; row += 2)
+      for (int64_t i = 0; i < dim; i += 32) {
+        __builtin_prefetch(rows[row] + jumps[row] + i, 0, 2);
+        __builtin_prefetch(rows[row + 1] + jumps[row + 1] + i, 0, 2);
+        __m512i a = (__m512i)load_lanes(rows[row] + i, dim - i);
+        __m512i b = (__m512i)load_lanes(rows[row + 1] + i, dim - i);
+        float* pairs = to + row / 2 * padded + i;
+        store(pairs, (F16)_mm512_unpacklo_epi16(a, b));
+        store(pairs + 16, (F16)_mm512_unpackhi_epi16(a, b));
+      }
+  }
+  // Rounds the weights as they will be multiplied, so that they are also summed like that.
+  static INLINE void pack_weights(F16& first, F16& second, float* to) {
+    BFloat16 rounded[32];
+    __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    std::memcpy(rounded, &both, 64);
+    std::memcpy(to, &both, 64);
+    first = load(rounded);
+    second = load(rounded + 16);
+  }
+  static INLINE void unpack(float* sums, int64_t padded) {
+    for (int64_t i = 0; i < padded; i += 32) {
+      float out[32];
+      for (int lane = 0; lane < 4; lane++) {
+        std::memcpy(out + 8 * lane, sums + i + 4 * lane, 16);
+        std::memcpy(out + 8 * lane + 4, sums + i + 16 + 4 * lane, 16);
+      }
+      std::memcpy(sums + i, out, 128);
+    }
+  }
+};
+#endif
+
+template <typename T>
+struct ProductOf {
+  typedef Singles<T> Kind;
+};
+#ifdef __AVX512BF16__
+template <>
+struct ProductOf<BFloat16> {
+  typedef Pairs Kind;
+};
+#endif
+
+// out[r] = factors[r] * out[r] + a[r] · b for R rows and 16 * C columns; no factors: out[r] is new.
+template <typename Product, int R, int C>
+INLINE void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                           int64_t depth, const float* factors, float* out, int64_t out_stride) {
+  F16 sums[R][C];
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++)
+      sums[r][c] = factors ? load(out + r * out_stride + 16 * c) * factors[r] : F16{};
+  for (int64_t k = 0; k < depth; k++) {
+    F16 columns[C];
+    for (int c = 0; c < C; c++) columns[c] = load(b + k * b_stride + 16 * c);
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < C; c++)
+        sums[r][c] = Product::multiply_add(a[r * a_stride + k], columns[c], sums[r][c]);
+  }
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) store(out + r * out_stride + 16 * c, sums[r][c]);
+}
+
+template <typename Product, int C>
+INLINE void multiply_columns(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                             int64_t rows, int64_t depth, const float* factors, float* out,
+                             int64_t out_stride) {
+  constexpr int MOST = C == 2 ? 8 : 5;
+  while (rows > 0) {
+    const int64_t take = rows >= MOST ? MOST : rows >= 4 ? 4 : rows;
+#define BLOCK(R)                                                                               \
+  multiply_block<Product, R, C>(a, a_stride, b, b_stride, depth, factors, out, out_stride)
+    if (take == MOST) BLOCK(MOST);
+    else if (take == 4) BLOCK(4);
+    else if (take == 3) BLOCK(3);
+    else if (take == 2) BLOCK(2);
+    else BLOCK(1);
+#undef BLOCK
+    rows -= take;
+    a += take * a_stride;
+    out += take * out_stride;
+    if (factors) factors += take;
+  }
+}
+
+template <typename Product>
+void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
+              int64_t depth, int64_t columns, const float* factors, float* out,
+              int64_t out_stride) {
+  while (columns >= 64) {
+    multiply_columns<Product, 4>(a, a_stride, b, b_stride, rows, depth, factors, out, out_stride);
+    columns -= 64, b += 64, out += 64;
+  }
+  while (columns >= 32) {
+    multiply_columns<Product, 2>(a, a_stride, b, b_stride, rows, depth, factors, out, out_stride);
+    columns -= 32, b += 32, out += 32;
+  }
+}
+
+}  // namespace

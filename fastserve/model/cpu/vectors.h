@@ -1,0 +1,146 @@
+// Sixteen floats at a time, for any processor: loads, stores, exp2, and how threads share work.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef float F16 __attribute__((vector_size(64)));      // sixteen floats
+typedef int32_t I16 __attribute__((vector_size(64)));
+typedef uint32_t U16 __attribute__((vector_size(64)));
+typedef uint16_t H16 __attribute__((vector_size(32)));
+
+#define INLINE inline __attribute__((always_inline))
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(BFloat16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+INLINE void set(float& to, float x) { to = x; }
+INLINE void set(BFloat16& to, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to.bits = x != x ? 0x7fc0 : uint16_t(rounded);
+}
+
+INLINE F16 load(const float* from) {
+  F16 out;
+  std::memcpy(&out, from, 64);
+  return out;
+}
+INLINE F16 load(const BFloat16* from) {
+  H16 half;
+  std::memcpy(&half, from, 32);
+  return (F16)(__builtin_convertvector(half, U16) << 16);
+}
+INLINE void store(float* to, F16 x) { std::memcpy(to, &x, 64); }
+INLINE void store(BFloat16* to, F16 x) {
+#ifdef __AVX512BF16__
+  __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+#else
+  U16 bits = (U16)x;
+  U16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  U16 is_nan = (U16)(x != x);
+  H16 half = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), H16);
+#endif
+  std::memcpy(to, &half, 32);
+}
+
+// The first `count` of sixteen; the others read as zero and are not written.
+template <typename T>
+INLINE F16 load_some(const T* from, int64_t count) {
+  if (count >= 16) return load(from);
+  T some[16] = {};
+  std::memcpy(some, from, count * sizeof(T));
+  return load(some);
+}
+template <typename T>
+INLINE void store_some(T* to, F16 x, int64_t count) {
+  if (count >= 16) return store(to, x);
+  T some[16];
+  store(some, x);
+  std::memcpy(to, some, count * sizeof(T));
+}
+
+INLINE F16 splat(float x) { return x - F16{}; }
+INLINE F16 choose(I16 condition, F16 yes, F16 no) {
+  return (F16)((condition & (I16)yes) | (~condition & (I16)no));
+}
+INLINE F16 larger(F16 a, F16 b) { return choose(a > b, a, b); }
+
+INLINE float sum(F16 x) {
+  float a[16];
+  std::memcpy(a, &x, 64);
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; i++) a[i] += a[i + width];
+  return a[0];
+}
+INLINE float largest(F16 x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float a[16];
+  std::memcpy(a, &x, 64);
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; i++) a[i] = a[i] > a[i + width] ? a[i] : a[i + width];
+  return a[0];
+#endif
+}
+
+// 2^x; 0 below the smallest normal number, infinity where it overflows.
+INLINE F16 exp2(F16 x) {
+  const F16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  F16 shifted = x + magic;
+  F16 fraction = x - (shifted - magic);
+  F16 p = splat(1.535336188319500e-4f);
+  p = p * fraction + 1.339887440266574e-3f;
+  p = p * fraction + 9.618437357674640e-3f;
+  p = p * fraction + 5.550332471162809e-2f;
+  p = p * fraction + 2.402264791363012e-1f;
+  p = p * fraction + 6.931472028550421e-1f;
+  p = p * fraction + 1.0f;
+  F16 scaled = (F16)((I16)p + (((I16)shifted - (I16)magic) << 23));
+  scaled = choose(x < splat(-126.0f), F16{}, scaled);
+  return choose(x >= splat(128.0f), splat(INFINITY), scaled);
+}
+
+constexpr float LOG2_E = 1.44269504088896340736f;
+
+INLINE int64_t take(int64_t* next, int64_t count) {
+  return __atomic_fetch_add(next, count, __ATOMIC_RELAXED);
+}
+
+// Calls `body(row)` for the rows that this thread gets.
+template <typename Body>
+INLINE void share_rows(int64_t* next, int64_t rows, int64_t width, Body body) {
+  const int64_t step = width >= 8192 ? 1 : 8192 / width;
+  for (int64_t first; (first = take(next, step)) < rows;) {
+    const int64_t stop = first + step < rows ? first + step : rows;
+    for (int64_t row = first; row < stop; row++) body(row);
+  }
+}
+
+// Calls `body(first, count)` for sixteen elements at a time, then for those that are left.
+template <typename Body>
+INLINE void sixteens(int64_t width, Body body) {
+  int64_t i = 0;
+  for (; i + 16 <= width; i += 16) body(i, 16);
+  if (i < width) body(i, width - i);
+}
+
+}  // namespace
