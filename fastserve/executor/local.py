@@ -1,9 +1,10 @@
 """LocalExecutor: one worker on one compute thread of this process.
 
-Rules: everything torch happens on that thread (its thread pool belongs to it); callers wait on a
-condition, never poll. A slot is free again once `wait` has handed its step out, so that a plan
-never splits a batch that could run together. A failure on the thread ends the executor: `wait`
-raises it, after what finished before it. Must not know: scheduling.
+Rules: everything torch happens on that thread (its thread pool belongs to it), except that on CUDA
+a second one waits for launched steps; callers wait on a condition, never poll. A slot is free again
+once `wait` has handed its step out, so that a plan never splits a batch that could run together. A
+failure on a thread ends the executor: `wait` raises it, after what finished before it. Must not
+know: scheduling.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -41,6 +43,7 @@ class LocalExecutor:
         on_progress: Callable[[str, float], None],
         lookahead: int | None = None,
         is_poisoned: bool = False,
+        is_async: bool | None = None,
     ) -> None:
         self._config = config
         self._on_progress = on_progress
@@ -60,13 +63,17 @@ class LocalExecutor:
                     eos_token_ids=eos_token_ids,
                     on_progress=on_progress,
                     is_poisoned=is_poisoned,
+                    is_async=is_async,
                 )
             )
         except BaseException:
             self._thread.shutdown()
             raise
-        is_cuda = self._worker.device.type == "cuda"
-        self.lookahead = int(is_cuda) if lookahead is None else lookahead
+        self.lookahead = int(self._worker.is_async) if lookahead is None else lookahead
+        # Where a launched step is not a finished one, another thread waits for its end.
+        self._reporter = (
+            ThreadPoolExecutor(1, "fastserve-report") if self._worker.is_async else None
+        )
 
     @property
     def facts(self) -> ExecutorFacts:
@@ -116,13 +123,27 @@ class LocalExecutor:
     def close(self) -> None:
         """Finish the step in progress and stop the thread."""
         self._thread.shutdown(cancel_futures=True)
+        if self._reporter is not None:
+            self._reporter.shutdown(cancel_futures=True)
 
     def _run(self, plan: SchedulerOutput) -> None:
         if self._error is not None:
             return
         try:
-            done = self._worker.execute(plan)
+            finish = self._worker.launch(plan)
         except BaseException as error:  # raised again by `wait`, on the engine's thread
+            finish = partial(_raise, error)
+        if self._reporter is None:
+            self._report(finish)
+        else:
+            self._reporter.submit(self._report, finish)
+
+    def _report(self, finish: Callable[[], StepDone]) -> None:
+        if self._error is not None:
+            return
+        try:
+            done = finish()
+        except BaseException as error:  # the same, and after the steps before it
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
@@ -133,3 +154,7 @@ class LocalExecutor:
 
     def _call(self, function: Callable[[], T]) -> T:
         return self._thread.submit(function).result()
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error

@@ -1,0 +1,246 @@
+"""The CUDA path's parts together: kernels, late ids, graphs; on the CPU in Triton's interpreter.
+
+Where there is no device, to capture an action is to keep it, and a launch is the computation:
+everything else is what a device gets.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+
+import pytest
+import torch
+
+from fastserve.config import EngineConfig
+from fastserve.core.output import NewRequest, SchedulerOutput, Work
+from fastserve.core.request import SamplingParams
+from fastserve.executor import local, profiler, worker
+from fastserve.executor.async_runner import make_async_runner
+from fastserve.executor.cuda_graphs import ladder
+from fastserve.executor.local import LocalExecutor
+from fastserve.executor.worker import Worker
+from fastserve.llm import LLM
+from fastserve.model.cuda_ops import CudaOps
+from fastserve.model.torch_ops import TorchOps
+from tests.checkpoints import EOS_TOKEN_ID, VOCAB_SIZE, greedy, make_checkpoint
+from tests.executor.driver import GREEDY, Driven, Driver
+
+RANDOM = SamplingParams(temperature=1.0, seed=5, top_p=0.9)
+PENALIZED = SamplingParams(temperature=1.0, seed=3, repetition_penalty=1.3)
+SCORED = SamplingParams(temperature=0.0, logprobs=2, prompt_logprobs=1)
+PROMPT = [random.Random(i).randrange(2, VOCAB_SIZE) for i in range(11)]
+
+
+@pytest.fixture(scope="module", params=["opt", "qwen3"])
+def checkpoint(request, tmp_path_factory):
+    """A tiny model: its directory and the oracle."""
+    path = tmp_path_factory.mktemp(request.param)
+    return path, make_checkpoint(path, request.param)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Workers get CUDA's parts; returns a list that grows with every replay of a graph."""
+    torch.set_num_threads(1)
+    replayed: list[int] = []
+
+    def capture(action):
+        def replay() -> None:
+            replayed.append(1)
+            action()
+
+        return replay
+
+    def make(*arguments, **settings):
+        return make_async_runner(*arguments, **{**settings, "capture": capture})
+
+    monkeypatch.setattr(worker, "choose_ops", lambda dtype, *_: CudaOps(dtype))
+    monkeypatch.setattr(worker, "make_async_runner", make)
+    return replayed
+
+
+def config(path) -> EngineConfig:
+    """Return settings for few and small blocks."""
+    return EngineConfig(
+        model=str(path),
+        device="cpu",
+        block_size=8,
+        num_device_blocks=64,
+        max_num_seqs=6,
+        max_model_len=64,
+        num_threads=1,
+    )
+
+
+def open_worker(path, *, is_async: bool) -> Worker:
+    """Load a checkpoint into a worker whose free blocks are NaN."""
+    return Worker(
+        config(path),
+        path,
+        eos_token_ids=frozenset({EOS_TOKEN_ID}),
+        on_progress=lambda stage, fraction: None,
+        is_poisoned=True,
+        is_async=is_async,
+    )
+
+
+def run_requests(step) -> list[Driven]:
+    """Take requests of every sort through prompts in chunks and a few tokens."""
+    requests = [
+        Driven(PROMPT[:length], params, num_tokens=tokens, chunk=chunk)
+        for length, params, tokens, chunk in (
+            (5, GREEDY, 6, 100),
+            (11, GREEDY, 3, 5),
+            (9, RANDOM, 3, 100),
+            (3, PENALIZED, 3, 100),
+            (6, SCORED, 2, 100),
+        )
+    ]
+    Driver(step, 64, 8).run(*requests)
+    return requests
+
+
+def test_every_sort_of_request(checkpoint, replays, monkeypatch):
+    """Greedy, random, penalized and scored requests in one batch get the plain worker's tokens."""
+    path, model = checkpoint
+    found = run_requests(open_worker(path, is_async=True).execute)
+    assert replays  # some steps were decodes alone
+    monkeypatch.setattr(worker, "choose_ops", lambda dtype, *_: TorchOps(dtype))
+    expected = run_requests(open_worker(path, is_async=False).execute)
+    assert [request.output for request in found] == [request.output for request in expected]
+    assert found[0].output == greedy(model, found[0].ids, 6)
+    assert found[1].output == greedy(model, found[1].ids, 3)
+    scored = zip(found[4].samples, expected[4].samples, strict=True)
+    for sample, plain in scored:
+        assert sample.logprobs is not None
+        assert plain.logprobs is not None
+        assert math.isclose(sample.logprobs.logprob, plain.logprobs.logprob, abs_tol=1e-4)
+    assert len(found[4].prompt_logprobs) == len(expected[4].prompt_logprobs) == 5
+
+
+@pytest.mark.parametrize("params", [GREEDY, PENALIZED], ids=["greedy", "penalty"])
+def test_a_step_begins_before_the_ids_of_the_last_are_known(params, replays, tmp_path):
+    """Ids that never were on the host when they were needed give the tokens of one step at a time.
+
+    The next plan is always launched before the last one is waited for.
+    """
+    make_checkpoint(tmp_path, "llama")
+    request = Driven(PROMPT, params, num_tokens=6)
+    Driver(open_worker(tmp_path, is_async=True).execute, 64, 8).run(request)
+
+    ahead = open_worker(tmp_path, is_async=True)
+    first = Work(0, 0, 0, len(PROMPT), tuple(PROMPT), 0, (3, 1), True, "last")
+    plans = [SchedulerOutput(0, (NewRequest(0, 0, len(PROMPT), params, ()),), (first,))]
+    for position in range(len(PROMPT), len(PROMPT) + 5):
+        blocks = (20 + position,) if position % 8 == 0 else ()
+        later = Work(0, 0, position, 1, (), position // 8, blocks, True, "last")
+        plans.append(SchedulerOutput(position, (), (later,)))
+    tokens, launched = [], []
+    for plan in plans:
+        launched.append(ahead.launch(plan))
+        if len(launched) == 2:
+            tokens += [sample.token_id for sample in launched.pop(0)().samples]
+    tokens += [sample.token_id for sample in launched.pop()().samples]
+    assert tokens == request.output
+    assert ahead.table[0].token_ids == request.ids
+
+
+def test_rows_change_places_between_steps(replays, tmp_path):
+    """An id that is late is found where it was drawn, whichever row needs it next."""
+    model = make_checkpoint(tmp_path, "llama")
+    ahead = open_worker(tmp_path, is_async=True)
+    prompts = [PROMPT[:5], PROMPT[2:11], PROMPT[4:7]]
+
+    def works(step: int, order: list[int]) -> tuple[Work, ...]:
+        made = []
+        for handle in order:
+            length = len(prompts[handle])
+            if step == 0:
+                ids, blocks = tuple(prompts[handle]), (handle * 4, handle * 4 + 1)
+                made.append(Work(handle, 0, 0, length, ids, 0, blocks, True, "last"))
+            else:
+                made.append(Work(handle, 0, length + step - 1, 1, (), 0, (), True, "last"))
+        return tuple(made)
+
+    new = tuple(NewRequest(i, 0, len(ids), GREEDY, ()) for i, ids in enumerate(prompts))
+    finishes, orders = [], [[0, 1, 2], [2, 0, 1], [1, 2, 0], [0, 2, 1]]
+    for step, order in enumerate(orders):
+        finishes.append(
+            ahead.launch(SchedulerOutput(step, new if not step else (), works(step, order)))
+        )
+        if step:
+            finishes[step - 1]()
+    finishes[-1]()
+    for handle, prompt in enumerate(prompts):
+        ids = ahead.table[handle].token_ids
+        assert len(ids) == len(prompt) + 4
+        assert greedy(model, ids, 4) == ids[-4:]
+
+
+def test_executor_reports_in_order_and_fails_after_what_finished(replays, tmp_path):
+    """With two threads a failing step is still reported after the one before it."""
+    make_checkpoint(tmp_path, "llama")
+    executor = LocalExecutor(
+        config(tmp_path),
+        tmp_path,
+        eos_token_ids=frozenset({EOS_TOKEN_ID}),
+        on_progress=lambda stage, fraction: None,
+        is_async=True,
+    )
+    assert executor.lookahead == 1
+    first = Work(0, 0, 0, len(PROMPT), tuple(PROMPT), 0, (3, 1), True, "last")
+    unknown = Work(9, 0, 0, 1, (5,), 0, (0,), True, "last")
+    executor.submit(SchedulerOutput(0, (NewRequest(0, 0, len(PROMPT), GREEDY, ()),), (first,)))
+    executor.submit(SchedulerOutput(1, (), (unknown,)))
+    output = executor.wait(math.inf)
+    assert output is not None
+    assert [done.step_id for done in output.steps] == [0]
+    assert output.steps[0].device_s > 0.0
+    with pytest.raises(RuntimeError, match="a step failed: KeyError"):
+        executor.wait(math.inf)
+    executor.close()
+
+
+def test_preempted_tokens_are_the_reference_s(replays, tmp_path, monkeypatch):
+    """The whole engine with a step in flight: preempted requests get transformers' tokens."""
+    model = make_checkpoint(tmp_path, "llama")
+    monkeypatch.setattr(profiler, "TIME_LIMIT_S", 0.0)
+    monkeypatch.setattr(local, "LocalExecutor", functools.partial(LocalExecutor, is_async=True))
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    prompts = [PROMPT[:5], PROMPT, PROMPT[3:9]]
+    with LLM(
+        str(tmp_path),
+        dtype="float32",
+        device="cpu",
+        num_threads=1,
+        block_size=4,
+        num_device_blocks=8,
+        max_model_len=24,
+        max_num_seqs=2,
+        max_num_batched_tokens=8,
+        starvation_limit=0.5,
+    ) as llm:
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+        )
+    assert replays
+    metrics = [output.metrics for output in outputs if output.metrics is not None]
+    assert sum(item.num_preemptions for item in metrics) > 0
+    assert sum(item.recomputed_tokens for item in metrics) > 0
+    for output in outputs:
+        ids = list(output.outputs[0].token_ids)
+        assert ids == greedy(model, [*output.prompt_token_ids, *ids], 8)
+
+
+def test_ladder():
+    """Every batch size has a graph not much larger than it."""
+    for most in (1, 3, 8, 100, 256):
+        sizes = ladder(most)
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == most
+        for rows in range(1, most + 1):
+            fitting = min(size for size in sizes if size >= rows)
+            assert fitting <= max(4, rows + 15)
+    assert len(ladder(256)) < 30
