@@ -16,7 +16,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -27,17 +27,18 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from benchmarks.latency import Timing, report
 from benchmarks.live_server import live_server
 from benchmarks.mixed_workload import (
     LONG_TOKENS,
     SHORT_TOKENS,
+    Ask,
     Workload,
     draw_requests,
     draw_workload,
     is_short,
 )
-from benchmarks.stream_client import Ask, LostRequestError, ask
+from fastserve.bench.latency import Timing, report
+from fastserve.bench.stream_client import Endpoint, LostRequestError, ask, fields_of
 from fastserve.provenance import provenance
 
 Address = tuple[str, int]
@@ -56,11 +57,20 @@ class Run:
     client_lateness_s: float  # the most that a request was sent after it was due
 
 
+async def answered(
+    address: Address, request: Ask, due: float, on_piece: Callable[[], None] = lambda: None
+) -> Timing:
+    """Send one request and return its times, from the moment it was due."""
+    fields = fields_of(request.prompt, request.num_output_tokens)
+    answer = await ask(Endpoint(*address), fields, on_piece)
+    return Timing.of_pieces(due, answer.piece_times, answer.output_tokens)
+
+
 async def warm_up(address: Address, seed: int) -> None:
     """Answer a few short requests and forget them."""
     rng = random.Random(seed + 1)
     shorts = draw_requests(rng, WARM_UP_REQUESTS, long_share=0.0)
-    await asyncio.gather(*(ask(address, request, time.perf_counter()) for request in shorts))
+    await asyncio.gather(*(answered(address, request, time.perf_counter()) for request in shorts))
 
 
 async def measure_capacity(
@@ -82,7 +92,7 @@ async def measure_capacity(
                     pieces += 1
                     mine += 1
 
-                await ask(address, request, time.perf_counter(), count)
+                await answered(address, request, time.perf_counter(), count)
                 done_pieces += mine
                 done_tokens += request.num_output_tokens
 
@@ -111,7 +121,7 @@ async def run_workload(
 
     async def client(request: Ask, due: float) -> None:
         try:
-            timings.append(await ask(address, request, due))
+            timings.append(await answered(address, request, due))
         except (LostRequestError, OSError) as error:
             lost.append(f"{type(error).__name__}: {error}")
         progress.advance(bar)

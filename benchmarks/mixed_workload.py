@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-
-from benchmarks.stream_client import Ask
+from typing import NamedTuple
 
 SHORT_TOKENS, LONG_TOKENS = (8, 32), (800, 1200)
 PROMPT_WORDS = (24, 48)
@@ -20,6 +19,13 @@ WORDS = (
     "asked", "said", "and", "then", "but",
 )
 # fmt: on
+
+
+class Ask(NamedTuple):
+    """One request."""
+
+    prompt: str
+    num_output_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

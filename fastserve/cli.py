@@ -1,6 +1,6 @@
 """The `fastserve` command: finds the verb, resolves its settings, hands over.
 
-Rules: flags come from config.py alone; a verb imports what it needs only when it runs, so that
+Rules: flags come from config classes alone; a verb imports what it needs only when it runs, so that
 `--help` and `bench scheduler` load no torch; what cannot be honoured is one line on stderr and exit
 code 2. Must not know: how anything is done.
 """
@@ -11,30 +11,23 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
-
-import yaml
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastserve import __version__
-from fastserve.config import (
-    ConfigError,
-    EngineConfig,
-    SchedulerBenchConfig,
-    ServerConfig,
-    SimulateConfig,
-    TextConfig,
-    TopConfig,
-    add_arguments,
-    from_mapping,
-)
+from fastserve.bench.config import OfflineBenchConfig, SchedulerBenchConfig
+from fastserve.bench.serve_config import ServeBenchConfig
+from fastserve.config import ConfigError, EngineConfig, ServerConfig
+from fastserve.options import add_arguments
+from fastserve.settings import Settings
+from fastserve.sim.config import SimulateConfig
+from fastserve.verb_config import TextConfig, TopConfig
 
 if TYPE_CHECKING:
     from fastserve.core.request import SamplingParams
     from fastserve.llm import LLM
 
-T = TypeVar("T")
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
@@ -86,7 +79,7 @@ def build_parser() -> Parser:
     add_verb(verbs, "serve", serve, "serve a model over HTTP (OpenAI's API)", ServerConfig)
 
     verb = add_verb(
-        verbs, "generate", generate, "print a model's answer", TextConfig, has_positional=False
+        verbs, "generate", generate, "print a model's answer", TextConfig, operand="PROMPT"
     )
     verb.add_argument(
         "prompt", metavar="PROMPT", help="text to continue; -: read it from standard input"
@@ -108,6 +101,9 @@ def build_parser() -> Parser:
     verb = new_verb(verbs, "replay", replay, "check that a server's journal gives the same plans")
     verb.add_argument("journal", metavar="JOURNAL", help="file written by `serve --journal FILE`")
 
+    verb = new_verb(verbs, "convert", convert, "turn a checkpoint's .bin files into safetensors")
+    verb.add_argument("directory", metavar="DIR", help="directory of the checkpoint")
+
     verb = new_verb(verbs, "reproduce", reproduce, "run the paper's experiments in virtual time")
     verb.add_argument("experiment", nargs="*", help="names; none: list them")
     verb.add_argument("--quick", action="store_true", help="few requests: check, do not measure")
@@ -115,11 +111,32 @@ def build_parser() -> Parser:
     verb.add_argument("--output", metavar="DIR", help="folder for results (results/)")
     verb.add_argument("--workers", metavar="N", type=int, default=2, help="processes (2)")
 
+    add_bench_verbs(verbs)
+    return parser
+
+
+def add_bench_verbs(verbs: Any) -> None:
+    """Declare `bench` and its subjects."""
     verb = new_verb(verbs, "bench", None, "measure FastServe itself")
     subjects = verb.add_subparsers(title="subjects", metavar="SUBJECT", required=True)
     verb = new_verb(subjects, "scheduler", bench_scheduler, "cost of deciding one step")
     add_arguments(verb, SchedulerBenchConfig)
-    return parser
+    verb = add_verb(
+        subjects,
+        "offline",
+        bench_offline,
+        "tokens a second without HTTP",
+        OfflineBenchConfig,
+        operand="--model DIR",
+    )
+    verb.description = (
+        "Tokens a second of the engine in this process. Decode: tokens after the last request's "
+        "first one over the time from then on, so without prefill (the column beside it and "
+        "total_tokens_per_s: with it). Prefill: a prompt's length over its time to first token."
+    )
+    verb = new_verb(subjects, "serve", bench_serve, "latency and throughput of a live server")
+    verb.usage = "%(prog)s [FLAGS]"
+    add_arguments(verb, ServeBenchConfig)
 
 
 def add_verb(
@@ -128,15 +145,14 @@ def add_verb(
     run: Callable[[Settings], int],
     text: str,
     *owners: type,
-    has_positional: bool = True,
+    operand: str = "[MODEL]",
 ) -> argparse.ArgumentParser:
     """Declare a verb that runs a model; `owners` are the settings it takes beside the engine's."""
     verb = new_verb(verbs, name, run, text)
-    operand = "[MODEL]" if has_positional else "PROMPT"
     verb.usage = f"%(prog)s {operand} [FLAGS]"  # every flag in one line helps nobody
     verb.add_argument("--config", metavar="FILE", help="YAML file of flags; given flags win")
     for owner in (*owners, EngineConfig):
-        add_arguments(verb, owner, has_positional=has_positional)
+        add_arguments(verb, owner, has_positional=operand == "[MODEL]")
     verb.set_defaults(owners=(EngineConfig, *owners))
     return verb
 
@@ -151,53 +167,6 @@ def new_verb(
     if run is not None:
         verb.set_defaults(run=run)
     return verb
-
-
-class Settings:
-    """What a command line and its --config file say, flags first."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.source = getattr(args, "config", None)
-        self.values: dict[str, Any] = {}
-        if self.source is not None:
-            self.values.update(read_config(self.source, args.owners))
-        self.values.update(vars(args))
-
-    def build(self, owner: type[T]) -> T:
-        """Return one config class with its share of the values."""
-        names = {spec.name for spec in dataclasses.fields(owner)}  # type: ignore[arg-type]
-        mine = {name: value for name, value in self.values.items() if name in names}
-        return from_mapping(owner, mine, source=self.source or "command line")
-
-
-def read_config(path: str, owners: Sequence[type]) -> dict[str, Any]:
-    """Return the settings of a YAML file; keys are flags or field names.
-
-    Raises ConfigError for an unreadable file and for a key that no owner has.
-    """
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: {error}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, Mapping):
-        raise ConfigError(f"{path}: a mapping of options is expected, not {type(loaded).__name__}")
-    names = {}
-    for owner in owners:
-        for spec in dataclasses.fields(owner):
-            for name in (spec.name, *spec.metadata["aliases"]):
-                names[name.lstrip("-").replace("-", "_")] = spec.name
-    values: dict[str, Any] = {}
-    for key, value in loaded.items():
-        name = names.get(str(key).replace("-", "_"))
-        if name is None:
-            raise ConfigError(f"{path}: unknown option {key!r}")
-        if name in values:
-            raise ConfigError(f"{path}: {key!r} is given twice")
-        values[name] = value
-    return values
 
 
 def serve(settings: Settings) -> int:
@@ -279,6 +248,13 @@ def replay(settings: Settings) -> int:
     return verb.replay(Path(settings.args.journal))
 
 
+def convert(settings: Settings) -> int:
+    """Convert pickled weights."""
+    from fastserve import convert as verb
+
+    return verb.convert(settings.args.directory)
+
+
 def reproduce(settings: Settings) -> int:
     """Run experiments."""
     from fastserve import reproduce as verb
@@ -296,6 +272,22 @@ def reproduce(settings: Settings) -> int:
 def bench_scheduler(settings: Settings) -> int:
     """Measure the scheduler."""
     config = settings.build(SchedulerBenchConfig)
-    from fastserve.bench import measure_scheduler
+    from fastserve.bench.scheduler import measure_scheduler
 
     return measure_scheduler(config)
+
+
+def bench_offline(settings: Settings) -> int:
+    """Measure the engine without HTTP."""
+    bench, config = settings.build(OfflineBenchConfig), settings.build(EngineConfig)
+    from fastserve.bench.offline import measure_offline
+
+    return measure_offline(bench, config)
+
+
+def bench_serve(settings: Settings) -> int:
+    """Measure a live server."""
+    config = settings.build(ServeBenchConfig)
+    from fastserve.bench.serve import measure_serving
+
+    return measure_serving(config)

@@ -1,4 +1,4 @@
-"""Every setting, once: the source of flags, YAML keys, LLM(**kw), and their validation.
+"""The settings of the engine and the server, once: flags, YAML keys, LLM(**kw), their validation.
 
 Rules: frozen, resolved once. What is measured (block counts, the model's window) is a result that
 is passed on, never written back. An option exists only once it has an effect.
@@ -7,15 +7,18 @@ Must not know: torch, the model's files, the machine.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import types
-import typing
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
-T = TypeVar("T")
+from fastserve.options import ConfigError, check_ranges, option
+
+__all__ = [
+    "POLICIES",
+    "PREEMPTION_MODES",
+    "ConfigError",
+    "EngineConfig",
+    "SchedulerConfig",
+    "ServerConfig",
+]
 
 POLICIES = (
     "fcfs",
@@ -26,53 +29,7 @@ POLICIES = (
     "artifact-mlfq",
     "fixed-priority",
 )
-SIMULATED_POLICIES = (*POLICIES, "srpt")  # srpt must be told the output lengths
 PREEMPTION_MODES = ("recompute", "defer")
-SIMULATED_PREEMPTION_MODES = (*PREEMPTION_MODES, "ideal")  # ideal needs a link that does not exist
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be honoured; the message is one line for the user."""
-
-
-def option(
-    default: Any,
-    text: str,
-    *,
-    choices: Sequence[Any] = (),
-    aliases: Sequence[str] = (),
-    minimum: float | None = None,
-    maximum: float | None = None,
-    positional: bool = False,
-) -> Any:
-    """Declare a setting: its default, help text and range."""
-    return field(
-        default=default,
-        metadata={
-            "help": text,
-            "choices": tuple(choices),
-            "aliases": tuple(aliases),
-            "minimum": minimum,
-            "maximum": maximum,
-            "positional": positional,
-        },
-    )
-
-
-def check_ranges(config: Any) -> None:
-    """Raise ConfigError for the first field outside its declared choices or range."""
-    for spec in dataclasses.fields(config):
-        value, meta = getattr(config, spec.name), spec.metadata
-        if value is None:
-            continue
-        flag = "--" + spec.name.replace("_", "-")
-        if meta["choices"] and value not in meta["choices"]:
-            allowed = ", ".join(map(str, meta["choices"]))
-            raise ConfigError(f"{flag}: {value!r} is not one of: {allowed}")
-        if meta["minimum"] is not None and not value >= meta["minimum"]:
-            raise ConfigError(f"{flag}: {value} is below the minimum of {meta['minimum']}")
-        if meta["maximum"] is not None and not value <= meta["maximum"]:
-            raise ConfigError(f"{flag}: {value} is above the maximum of {meta['maximum']}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +117,15 @@ class EngineConfig:
     num_threads: int | None = option(
         None, "threads of one CPU operation (cores - 1 beside a server)", minimum=1
     )
+    cpu_kernels: str = option(
+        "auto",
+        "fused CPU kernels: compiled here, by numba, or plain torch; auto: the first there is",
+        choices=("auto", "native", "numba", "torch"),
+    )
+    deterministic: bool = option(
+        False, "a token's logits and KV are the same bits in any batch, resumed or not; slower"
+    )
+    enforce_eager: bool = option(False, "run decodes on CUDA without capturing graphs of them")
     profile: str | None = option(
         None, "file with the fitted step times (measured at first start and cached)"
     )
@@ -187,68 +153,6 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SimulateConfig(EngineConfig):
-    """The simulated machine, its workload, and what is written about it.
-
-    What the engine cannot do yet, but virtual time can, is declared anew.
-    """
-
-    hardware: str | None = option(
-        None, "name of a device (a100-40g, a100-80g, h100, h200), or FILE of `fastserve profile`"
-    )
-    engine: str | None = option(None, "overheads of another engine (vllm-2023)")
-    step_overhead: str | None = option(
-        None, "FIXED_S,PER_SEQ_S: seconds each step costs beyond the device (0,0)"
-    )
-    tensor_parallel_size: int = option(1, "devices per layer", minimum=1, aliases=("-tp",))
-    pipeline_parallel_size: int = option(1, "stages of layers", minimum=1, aliases=("-pp",))
-    lookahead: int = option(0, "steps submitted behind an unfinished one", choices=(0, 1))
-
-    trace: str | None = option(
-        None, "FILE.csv, .csv.gz, .jsonl or .jsonl.gz with arrived_at, prompt_tokens, output_tokens"
-    )
-    num_requests: int | None = option(None, "first rows of the trace to run (all)", minimum=1)
-    rate_scale: float = option(1.0, "times as many arrivals a second", minimum=1e-6)
-    arrival_cv: float | None = option(
-        None, "redraw the gaps, Gamma with this coefficient of variation (1: Poisson)", minimum=0.0
-    )
-    arrival_jitter: float = option(
-        0.0, "seconds of uniform noise on each arrival, for traces with coarse clocks", minimum=0.0
-    )
-    closed_loop: bool = option(
-        False, "a session's next turn comes think_s after the answer, not when the trace says"
-    )
-    oversize: str = option("error", "rows beyond the window", choices=("error", "drop", "clip"))
-    seed: int = option(0, "of redrawn arrivals", minimum=0)
-
-    scheduling_policy: str = option(
-        "skip-join-mlfq", "order in which requests run", choices=SIMULATED_POLICIES
-    )
-    compare: str | None = option(None, "several policies over the same trace: P,Q,R")
-    preemption_mode: str = option(
-        "recompute",
-        "what becomes of the KV of a request that loses its place",
-        choices=SIMULATED_PREEMPTION_MODES,
-    )
-
-    output: str | None = option(None, "file to write the figures to, as JSON")
-    plot: str | None = option(None, "PNG to draw JCT, queues and KV over time in")
-    trace_events: str | None = option(None, "file for Perfetto: every step, as JSON")
-
-    @classmethod
-    def flags(cls) -> frozenset[str]:
-        """Return the fields that simulate: its own, and those that shape a schedule or a pool."""
-        own = set(cls.__annotations__)
-        shaping = {spec.name for spec in dataclasses.fields(SchedulerConfig)}
-        machine = {
-            "model", "dtype", "num_device_blocks", "gpu_memory_utilization",
-            "kv_cache_memory_bytes", "journal",
-        }  # fmt: skip
-        inherited = {spec.name for spec in dataclasses.fields(EngineConfig)}
-        return frozenset(own | ((shaping | machine) & inherited))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """The HTTP face."""
 
@@ -273,56 +177,6 @@ class ServerConfig:
         check_ranges(self)
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("--api-key: an empty key would let everybody in")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextConfig:
-    """How `generate` and `chat` draw tokens; unset ones are the model's own."""
-
-    max_tokens: int | None = option(
-        None, "most tokens of one answer (what the window leaves)", minimum=1
-    )
-    temperature: float | None = option(None, "0 takes the most likely token", minimum=0.0)
-    top_p: float | None = option(None, "share of probability to draw from", maximum=1.0)
-    top_k: int | None = option(None, "number of tokens to draw from; 0: all", minimum=-1)
-    min_p: float | None = option(
-        None, "least probability, relative to the best token's", minimum=0.0, maximum=1.0
-    )
-    repetition_penalty: float | None = option(None, "above 1 discourages repetition")
-
-    def __post_init__(self) -> None:
-        """Refuse settings out of range."""
-        check_ranges(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerBenchConfig:
-    """What `bench scheduler` measures."""
-
-    waiting: int = option(10_000, "most requests that wait beside the running ones", minimum=0)
-    running: int = option(256, "most requests that run in one step", minimum=1)
-    steps: int = option(300, "timed steps of each row", minimum=10)
-    scheduling_policy: str = option(
-        "skip-join-mlfq", "order in which requests run", choices=POLICIES
-    )
-    output: str | None = option(None, "file to write the rows to, as JSON")
-
-    def __post_init__(self) -> None:
-        """Refuse settings out of range."""
-        check_ranges(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TopConfig:
-    """What `top` watches."""
-
-    url: str = option("http://127.0.0.1:8000", "address of the server", positional=True)
-    interval: float = option(1.0, "seconds between two looks", minimum=0.1)
-    once: bool = option(False, "print one picture and end")
-
-    def __post_init__(self) -> None:
-        """Refuse settings out of range."""
-        check_ranges(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -391,83 +245,3 @@ class SchedulerConfig:
             lookahead=lookahead,
             eos_token_ids=eos_token_ids,
         )
-
-
-def field_type(owner: type, name: str) -> type:
-    """Return the plain type of a field: `int` for `int | None`."""
-    hint = typing.get_type_hints(owner)[name]
-    if isinstance(hint, types.UnionType):
-        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
-    assert isinstance(hint, type)
-    return hint
-
-
-def add_arguments(
-    parser: argparse.ArgumentParser,
-    owner: type,
-    *,
-    has_positional: bool = True,
-    only: Container[str] | None = None,
-) -> None:
-    """Give `parser` one flag per field of a config class, spelled as the field with dashes.
-
-    Absent flags leave no attribute, so that a YAML file or the class supplies the value.
-    With `has_positional` false, the positional of the class is a flag too. `only` names the fields
-    that get a flag, where not all do.
-    """
-    group = parser.add_argument_group((owner.__doc__ or "").split("\n")[0].rstrip("."))
-    for spec in dataclasses.fields(owner):
-        if only is not None and spec.name not in only:
-            continue
-        meta, kind = spec.metadata, field_type(owner, spec.name)
-        text = meta["help"].replace("%", "%%")
-        if spec.default is not None and kind is not bool:
-            text += f" (default: {spec.default})"
-        if meta["positional"] and has_positional:
-            parser.add_argument(
-                spec.name,
-                nargs="?",
-                type=kind,
-                default=argparse.SUPPRESS,
-                help=text,
-                metavar=spec.name.upper(),
-            )
-            continue
-        names = ["--" + spec.name.replace("_", "-"), *meta["aliases"]]
-        if kind is bool:
-            group.add_argument(
-                *names,
-                dest=spec.name,
-                action=argparse.BooleanOptionalAction,
-                default=argparse.SUPPRESS,
-                help=f"{text} (default: {spec.default})",
-            )
-        else:
-            group.add_argument(
-                *names,
-                dest=spec.name,
-                type=kind,
-                default=argparse.SUPPRESS,
-                help=text,
-                choices=meta["choices"] or None,
-                metavar=None if meta["choices"] else kind.__name__.upper(),
-            )
-
-
-def from_mapping(owner: type[T], values: Mapping[str, Any], *, source: str) -> T:
-    """Build a config from names and values, checking names and types.
-
-    Raises ConfigError naming `source` and the key.
-    """
-    known = {spec.name for spec in dataclasses.fields(typing.cast(Any, owner))}
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"{source}: unknown option {key!r}")
-        kind = field_type(owner, key)
-        is_number = kind is float and isinstance(value, int) and not isinstance(value, bool)
-        is_plain = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if value is not None and not (is_number or is_plain):
-            raise ConfigError(
-                f"{source}: {key} must be {kind.__name__}, got {type(value).__name__} {value!r}"
-            )
-    return owner(**values)

@@ -25,8 +25,10 @@ from fastserve.engine.engine import Engine, MonotonicClock
 from fastserve.engine.messages import EngineInfo
 from fastserve.tokenizer import Tokenizer
 
-# Threads that spin between two operations take the cores of whoever else works on this machine.
-PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+# Threads that spin between steps take the cores of whoever else works on this machine; those that
+# sleep at once are woken by the kernel for every operation (docs/performance.md). This many turns
+# last from one operation of a step to the next, some tens of microseconds.
+WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -37,8 +39,9 @@ def open_engine(
     num_threads: int | None = None,
 ) -> tuple[Engine, EngineInfo]:
     """Load a model into this process; `num_threads` counts where the configuration names none."""
-    for name, value in PASSIVE_WAITING.items():
-        os.environ.setdefault(name, value)  # read once, when torch loads its thread pool
+    if "OMP_WAIT_POLICY" not in os.environ:
+        for name, value in WAITING.items():
+            os.environ.setdefault(name, value)  # read once, when torch loads its thread pool
     import torch
 
     from fastserve.executor.local import LocalExecutor
@@ -106,10 +109,10 @@ def open_async_engine(config: EngineConfig, model_name: str | None = None) -> As
 def open_tokenizer(config: EngineConfig, chat_template: str | None = None) -> Tokenizer | None:
     """Load the tokenizer; None when the model has none and no other is named."""
     if config.tokenizer is not None:
-        directory = checkpoint.locate(config.tokenizer, holds="tokenizer.json")
+        directory = checkpoint.locate(config.tokenizer, holds=("tokenizer.json", "vocab.json"))
     else:
         directory = checkpoint.locate(config.model, config.revision)
-        if not (directory / "tokenizer.json").is_file():
+        if not Tokenizer.is_in(directory):
             return None
     return Tokenizer.load(directory, chat_template)
 

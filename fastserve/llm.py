@@ -16,7 +16,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.progress import Progress
 
-from fastserve.config import EngineConfig, from_mapping
+from fastserve.config import EngineConfig
 from fastserve.core.output import RequestUpdate
 from fastserve.core.request import SamplingParams
 from fastserve.launch import open_engine, open_tokenizer
@@ -27,6 +27,7 @@ from fastserve.llm_output import (
     RequestOutput,
     logprob_table,
 )
+from fastserve.options import from_mapping
 from fastserve.tokenizer import TextStream, Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]

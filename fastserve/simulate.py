@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastserve.config import SIMULATED_POLICIES, ConfigError, SchedulerConfig, SimulateConfig
+from fastserve.config import ConfigError, SchedulerConfig
 from fastserve.provenance import num_cores, output_path, provenance
+from fastserve.sim.config import SIMULATED_POLICIES, SimulateConfig
 from fastserve.sim.generators import arrivals, jittered
 from fastserve.sim.hardware import HardwareFit, resolve_cost_model
 from fastserve.sim.job import Job, JobResult, run_job, run_side_by_side

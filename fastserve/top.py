@@ -19,7 +19,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fastserve.config import ConfigError, TopConfig
+from fastserve.config import ConfigError
+from fastserve.verb_config import TopConfig
 
 PREFIX = "fastserve:"
 BAR_WIDTH = 40

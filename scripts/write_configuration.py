@@ -9,21 +9,18 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from fastserve.config import (
-    EngineConfig,
-    SchedulerBenchConfig,
-    ServerConfig,
-    SimulateConfig,
-    TextConfig,
-    TopConfig,
-    field_type,
-)
+from fastserve.bench.config import OfflineBenchConfig, SchedulerBenchConfig
+from fastserve.bench.serve_config import ServeBenchConfig
+from fastserve.config import EngineConfig, ServerConfig
+from fastserve.options import field_type
+from fastserve.sim.config import SimulateConfig
+from fastserve.verb_config import TextConfig, TopConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 OPENING = """\
 # Configuration
 
-<!-- Written by scripts/write_configuration.py from fastserve/config.py; edit there. -->
+<!-- Written by scripts/write_configuration.py from the config classes; edit there. -->
 
 Every setting has one name: `--max-num-seqs` on the command line, `max-num-seqs` or `max_num_seqs`
 in a `--config FILE.yaml`, `max_num_seqs=` in `LLM(...)`. A given flag wins over the file. An
@@ -41,6 +38,8 @@ CLASSES = (
     (TextConfig, "`generate`, `chat`"),
     (SimulateConfig, "`simulate`, beside the engine's settings that shape a schedule"),
     (TopConfig, "`top`"),
+    (OfflineBenchConfig, "`bench offline`, beside the engine's settings"),
+    (ServeBenchConfig, "`bench serve`"),
     (SchedulerBenchConfig, "`bench scheduler`"),
 )
 

@@ -9,8 +9,8 @@ import pytest
 
 from fastserve import cli
 from fastserve.chat import ROOM_FOR_A_TURN, converse, num_tokens
-from fastserve.config import TextConfig
 from fastserve.llm import LLM
+from fastserve.verb_config import TextConfig
 
 WINDOW = 128
 

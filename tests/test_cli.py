@@ -9,14 +9,16 @@ import sys
 import pytest
 
 from fastserve import __version__, cli
-from fastserve.config import ConfigError, EngineConfig, SchedulerBenchConfig, ServerConfig
+from fastserve.bench.config import SchedulerBenchConfig
+from fastserve.config import ConfigError, EngineConfig, ServerConfig
+from fastserve.settings import Settings
 
-VERBS = ("serve", "generate", "chat", "profile", "top", "bench")
+VERBS = ("serve", "generate", "chat", "profile", "top", "convert", "bench")
 
 
 def settings(*argv):
     """Parse a command line."""
-    return cli.Settings(cli.build_parser().parse_args(argv))
+    return Settings(cli.build_parser().parse_args(argv))
 
 
 def complaint(capsys, *argv):
@@ -43,7 +45,7 @@ def test_help_names_every_verb(capsys):
     assert all(f"\n    {verb} " in text for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "bench scheduler"])
+@pytest.mark.parametrize("verb", [*VERBS, "bench scheduler", "bench offline", "bench serve"])
 def test_every_verb_has_help(capsys, verb):
     """Help of a verb renders, percent signs and all."""
     with pytest.raises(SystemExit) as ended:

@@ -8,18 +8,10 @@ from typing import Any
 
 import pytest
 
-from fastserve.config import (
-    ConfigError,
-    EngineConfig,
-    SchedulerBenchConfig,
-    SchedulerConfig,
-    ServerConfig,
-    TextConfig,
-    TopConfig,
-    add_arguments,
-    field_type,
-    from_mapping,
-)
+from fastserve.bench.config import SchedulerBenchConfig
+from fastserve.config import ConfigError, EngineConfig, SchedulerConfig, ServerConfig
+from fastserve.options import add_arguments, field_type, from_mapping
+from fastserve.verb_config import TextConfig, TopConfig
 from scripts.write_configuration import PAGE, render
 
 CLASSES = (EngineConfig, ServerConfig, TextConfig, TopConfig, SchedulerBenchConfig)

@@ -126,18 +126,25 @@ def test_a_model_without_a_tokenizer_takes_ids_only(tmp_path: Path) -> None:
         open_tokenizer(EngineConfig(tokenizer=str(tmp_path)))
 
 
-def test_threads_of_an_idle_engine_do_not_spin() -> None:
-    """Offline use too asks for passive waiting, unless the user asks for something else."""
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"KMP_BLOCKTIME": "5"}, "1000 5"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "None None"),
+    ],
+)
+def test_threads_of_an_idle_engine_stop_spinning(asked: dict[str, str], expected: str) -> None:
+    """Offline use too bounds how long threads spin, unless the user asks for something else."""
     code = (
         "import os; from fastserve import LLM; LLM(num_device_blocks=4).close();"
-        "print(os.environ['OMP_WAIT_POLICY'], os.environ['KMP_BLOCKTIME'])"
+        "print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('KMP_BLOCKTIME'))"
     )
-    environment = {**os.environ, "KMP_BLOCKTIME": "5"}
-    environment.pop("OMP_WAIT_POLICY", None)
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], env=kept | asked, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["PASSIVE", "5"]
+    assert done.stdout.strip() == expected
 
 
 def test_cores_are_those_this_process_may_use() -> None:

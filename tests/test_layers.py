@@ -40,6 +40,8 @@ code = fastserve.cli.main(
 )
 assert code == 0
 """,
+    "bench offline": "import fastserve.bench.offline",  # open_engine settles things before torch
+    "bench serve": "import fastserve.bench.serve",
     "top": "import fastserve.top",
     "sim": """
 import importlib, pkgutil, fastserve.sim

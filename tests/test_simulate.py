@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from fastserve import cli
-from fastserve.config import EngineConfig, SchedulerConfig, SimulateConfig
+from fastserve.config import EngineConfig, SchedulerConfig
+from fastserve.sim.config import SimulateConfig
 from tests.sim.test_report import KEYS
 
 HEADER = "arrived_at,prompt_tokens,output_tokens,source"

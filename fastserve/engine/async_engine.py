@@ -10,11 +10,11 @@ Everything here runs on one event loop. Must not know: torch, text, HTTP, how to
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
 import random
-import socket
 import subprocess
 import time
 from collections import deque
@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from fastserve.config import EngineConfig
 from fastserve.core.output import RequestUpdate, Sample
 from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.engine.child import EngineProcess
 from fastserve.engine.messages import (
     LENGTH,
     Abort,
@@ -38,7 +39,6 @@ from fastserve.engine.messages import (
     Rejected,
     Updates,
     decode_command,
-    decode_event,
     encode_frame,
 )
 from fastserve.engine.metrics import EngineMetrics
@@ -51,7 +51,6 @@ logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
 RESTART_WINDOW_S = 60.0
-EXIT_GRACE_S = 5.0
 
 
 class EngineDeadError(RuntimeError):
@@ -83,7 +82,6 @@ class AsyncEngine:
         self.error: str | None = None
         self.is_misconfigured = False  # the error is of the settings, and nothing else will help
         self.metrics = EngineMetrics(model_name or config.model)
-        self.process: subprocess.Popen[bytes] | None = None
         self._command = tuple(command)
         self._environment = {**os.environ, **(environment or {})}
         self._is_serving = False
@@ -94,12 +92,17 @@ class AsyncEngine:
         self._all_ended = asyncio.Event()  # no stream is open
         self._all_ended.set()
         self._next_request = 0
-        self._writer: asyncio.StreamWriter | None = None
+        self._child: EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._restarts: deque[float] = deque()
         self._failure: Failed | None = None  # what the process said of its own end
         self._suspects = Suspects()
         self._seeds = random.Random(config.seed)
+
+    @property
+    def process(self) -> subprocess.Popen[bytes] | None:
+        """The latest engine process."""
+        return None if self._child is None else self._child.process
 
     @property
     def is_ready(self) -> bool:
@@ -170,14 +173,14 @@ class AsyncEngine:
 
     def tell(self, command: Abort | Finish) -> None:
         """Say something of a request that the engine has; others it will not hear of at all."""
-        if self._is_serving and self._writer is not None and command.request in self._given:
-            self._writer.write(encode_frame(command))
+        if self._is_serving and self._child is not None and command.request in self._given:
+            self._child.send(encode_frame(command))
 
     def _give(self, request: int, frame: bytes) -> None:
         """Send a request's Add, if there is an engine and the request may run now."""
         may_run = self._suspects.on_trial in (None, request)
-        if self._is_serving and self._writer is not None and may_run:
-            self._writer.write(frame)
+        if self._is_serving and self._child is not None and may_run:
+            self._child.send(frame)
             self._given.add(request)
 
     def drop(self, stream: RequestStream) -> None:
@@ -197,8 +200,8 @@ class AsyncEngine:
     async def close(self) -> None:
         """Stop the engine process; streams still open raise EngineDeadError."""
         self._is_closing = True
-        if self._writer is not None:
-            self._writer.close()
+        if self._child is not None:
+            self._child.close()
         if self._supervisor is not None:
             await self._supervisor
         self._die("the engine was closed")
@@ -238,41 +241,22 @@ class AsyncEngine:
 
     async def _run_process(self) -> str:
         """Start one engine process, serve until it ends, and return why in one line."""
-        ours, theirs = socket.socketpair()
         self._failure = None
         self._given.clear()
         self.progress = ("starting", 0.0)
-        with theirs:
-            self.process = process = subprocess.Popen(
-                (*self._command, str(theirs.fileno())),
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                env=self._environment,
-                process_group=0,  # a terminal's Ctrl-C is for this process, which drains first
-            )
-        reader, self._writer = await asyncio.open_unix_connection(sock=ours)
+        self._child = child = await EngineProcess.start(self._command, self._environment)
         try:
-            self._writer.write(encode_frame(Configure(self.config)))
+            child.send(encode_frame(Configure(self.config)))
             if self._is_closing:
-                self._writer.close()
-            await self._read_events(reader)
+                child.close()
+            async with contextlib.aclosing(child.events()) as events:
+                async for event in events:
+                    self._receive(event)
         finally:
             self._is_serving = False
-            self._writer.close()
-            status = await asyncio.to_thread(_reap, process)
-        if self._failure is not None:
-            return self._failure.message
-        cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        return f"the engine process died ({cause})"
-
-    async def _read_events(self, reader: asyncio.StreamReader) -> None:
-        """Take in events until the process has no more to say."""
-        try:
-            while True:
-                (size,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-                self._receive(decode_event(await reader.readexactly(size)))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return
+            child.close()
+            cause = await child.cause_of_death()
+        return cause if self._failure is None else self._failure.message
 
     def _receive(self, event: Event) -> None:
         if isinstance(event, Updates):
@@ -394,12 +378,3 @@ def _unseen(stream: RequestStream, update: RequestUpdate) -> RequestUpdate:
     entries = update.prompt_logprobs[skipped:]
     stream.num_prompt_logprobs += len(entries)
     return update._replace(prompt_logprobs=entries)
-
-
-def _reap(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a process whose connection has ended, and kill it if it does not follow."""
-    try:
-        return process.wait(EXIT_GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastserve.config import SIMULATED_POLICIES, SIMULATED_PREEMPTION_MODES
 from fastserve.core.journal import Journal
 from fastserve.sim import generators
+from fastserve.sim.config import SIMULATED_POLICIES, SIMULATED_PREEMPTION_MODES
 from fastserve.sim.report import alone_s
 from fastserve.sim.sim_executor import StepOverhead
 from fastserve.sim.simulator import simulate

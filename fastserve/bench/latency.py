@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
 
@@ -22,6 +23,14 @@ class Timing:
     last_token_at: float
     longest_gap_s: float  # between two pieces of its text
     num_output_tokens: int
+
+    @classmethod
+    def of_pieces(
+        cls, arrived_at: float, piece_times: Sequence[float], num_output_tokens: int
+    ) -> Timing:
+        """Return the times of an answer from those of its pieces."""
+        longest = max((later - sooner for sooner, later in pairwise(piece_times)), default=0.0)
+        return cls(arrived_at, piece_times[0], piece_times[-1], longest, num_output_tokens)
 
     @property
     def jct(self) -> float:

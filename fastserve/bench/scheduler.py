@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastserve.config import SchedulerBenchConfig, SchedulerConfig
+from fastserve.bench.config import SchedulerBenchConfig
+from fastserve.config import SchedulerConfig
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
 from fastserve.core.output import ExecutorOutput, Sample, SchedulerOutput, StepDone

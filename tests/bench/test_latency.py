@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.latency import Timing, percentile, report, summary
+from fastserve.bench.latency import Timing, percentile, report, summary
 
 FLOATS = st.floats(0, 1e6, allow_nan=False)
 

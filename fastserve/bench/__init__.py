@@ -1,0 +1,1 @@
+"""`fastserve bench SUBJECT`: measures FastServe itself, one subject a file."""

@@ -1,0 +1,66 @@
+"""What a command line and its --config file say, as the config classes of a verb.
+
+Rules: a given flag wins over the file; an unknown key, an unreadable file and a key given twice are
+ConfigErrors that name the file. Must not know: verbs, any setting by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from fastserve.options import ConfigError, from_mapping
+
+T = TypeVar("T")
+
+
+class Settings:
+    """What a command line and its --config file say, flags first."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.source = getattr(args, "config", None)
+        self.values: dict[str, Any] = {}
+        if self.source is not None:
+            self.values.update(read_config(self.source, args.owners))
+        self.values.update(vars(args))
+
+    def build(self, owner: type[T]) -> T:
+        """Return one config class with its share of the values."""
+        names = {spec.name for spec in dataclasses.fields(owner)}  # type: ignore[arg-type]
+        mine = {name: value for name, value in self.values.items() if name in names}
+        return from_mapping(owner, mine, source=self.source or "command line")
+
+
+def read_config(path: str, owners: Sequence[type]) -> dict[str, Any]:
+    """Return the settings of a YAML file; keys are flags or field names.
+
+    Raises ConfigError for an unreadable file and for a key that no owner has.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"{path}: a mapping of options is expected, not {type(loaded).__name__}")
+    names = {}
+    for owner in owners:
+        for spec in dataclasses.fields(owner):
+            for name in (spec.name, *spec.metadata["aliases"]):
+                names[name.lstrip("-").replace("-", "_")] = spec.name
+    values: dict[str, Any] = {}
+    for key, value in loaded.items():
+        name = names.get(str(key).replace("-", "_"))
+        if name is None:
+            raise ConfigError(f"{path}: unknown option {key!r}")
+        if name in values:
+            raise ConfigError(f"{path}: {key!r} is given twice")
+        values[name] = value
+    return values

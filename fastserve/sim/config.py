@@ -1,0 +1,77 @@
+"""What `fastserve simulate` takes: the engine's settings, the machine, the workload, the outputs.
+
+Must not know: how anything is simulated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from fastserve.config import POLICIES, PREEMPTION_MODES, EngineConfig, SchedulerConfig
+from fastserve.options import option
+
+SIMULATED_POLICIES = (*POLICIES, "srpt")  # srpt must be told the output lengths
+SIMULATED_PREEMPTION_MODES = (*PREEMPTION_MODES, "ideal")  # ideal needs a link that does not exist
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulateConfig(EngineConfig):
+    """The simulated machine, its workload, and what is written about it.
+
+    What the engine cannot do yet, but virtual time can, is declared anew.
+    """
+
+    hardware: str | None = option(
+        None, "name of a device (a100-40g, a100-80g, h100, h200), or FILE of `fastserve profile`"
+    )
+    engine: str | None = option(None, "overheads of another engine (vllm-2023)")
+    step_overhead: str | None = option(
+        None, "FIXED_S,PER_SEQ_S: seconds each step costs beyond the device (0,0)"
+    )
+    tensor_parallel_size: int = option(1, "devices per layer", minimum=1, aliases=("-tp",))
+    pipeline_parallel_size: int = option(1, "stages of layers", minimum=1, aliases=("-pp",))
+    lookahead: int = option(0, "steps submitted behind an unfinished one", choices=(0, 1))
+
+    trace: str | None = option(
+        None, "FILE.csv, .csv.gz, .jsonl or .jsonl.gz with arrived_at, prompt_tokens, output_tokens"
+    )
+    num_requests: int | None = option(None, "first rows of the trace to run (all)", minimum=1)
+    rate_scale: float = option(1.0, "times as many arrivals a second", minimum=1e-6)
+    arrival_cv: float | None = option(
+        None, "redraw the gaps, Gamma with this coefficient of variation (1: Poisson)", minimum=0.0
+    )
+    arrival_jitter: float = option(
+        0.0, "seconds of uniform noise on each arrival, for traces with coarse clocks", minimum=0.0
+    )
+    closed_loop: bool = option(
+        False, "a session's next turn comes think_s after the answer, not when the trace says"
+    )
+    oversize: str = option("error", "rows beyond the window", choices=("error", "drop", "clip"))
+    seed: int = option(0, "of redrawn arrivals", minimum=0)
+
+    scheduling_policy: str = option(
+        "skip-join-mlfq", "order in which requests run", choices=SIMULATED_POLICIES
+    )
+    compare: str | None = option(None, "several policies over the same trace: P,Q,R")
+    preemption_mode: str = option(
+        "recompute",
+        "what becomes of the KV of a request that loses its place",
+        choices=SIMULATED_PREEMPTION_MODES,
+    )
+
+    output: str | None = option(None, "file to write the figures to, as JSON")
+    plot: str | None = option(None, "PNG to draw JCT, queues and KV over time in")
+    trace_events: str | None = option(None, "file for Perfetto: every step, as JSON")
+
+    @classmethod
+    def flags(cls) -> frozenset[str]:
+        """Return the fields that simulate: its own, and those that shape a schedule or a pool."""
+        own = set(cls.__annotations__)
+        shaping = {spec.name for spec in dataclasses.fields(SchedulerConfig)}
+        machine = {
+            "model", "dtype", "num_device_blocks", "gpu_memory_utilization",
+            "kv_cache_memory_bytes", "journal",
+        }  # fmt: skip
+        inherited = {spec.name for spec in dataclasses.fields(EngineConfig)}
+        return frozenset(own | ((shaping | machine) & inherited))

@@ -1,0 +1,162 @@
+"""`fastserve bench serve` against a live server of the bundled model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from fastserve import cli
+from fastserve.bench.requests import Planned
+from fastserve.bench.serve import Target, send
+from fastserve.bench.serve_config import ServeBenchConfig
+from fastserve.bench.stream_client import Answer, LostRequestError
+from tests.server.conftest import API_KEY, serving
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """The address of a live server."""
+    with serving() as (_, found):
+        yield found
+
+
+def run(url: str, path: Path, *flags: str) -> dict[str, Any]:
+    """Measure a server and return the result."""
+    argv = ["bench", "serve", "--base-url", url, "--api-key", API_KEY, "--output", str(path)]
+    assert cli.main([*argv, "--disable-tqdm", *flags]) == 0
+    return json.loads(path.read_text())
+
+
+@pytest.mark.processes
+def test_random_requests(url, tmp_path, capsys):
+    """Every answer has its length, and the latencies add up."""
+    flags = ["--num-prompts", "12", "--random-input-len", "40", "--random-output-len", "9"]
+    flags += ["--max-concurrency", "4", "--num-warmups", "2", "--save-detailed"]
+    found = run(url, tmp_path / "made" / "result.json", *flags)
+    assert (found["completed"], found["failed"], found["num_prompts"]) == (12, 0, 12)
+    assert (found["total_input_tokens"], found["total_output_tokens"]) == (12 * 40, 12 * 9)
+    assert found["output_lens"] == [9] * 12
+    assert found["model_id"] == "demo"
+    assert (found["request_rate"], found["max_concurrency"]) == ("inf", 4)
+    assert found["output_throughput"] == pytest.approx(12 * 9 / found["duration"])
+    whole = found["mean_ttft_ms"] + 8 * found["mean_tpot_ms"]
+    assert found["mean_e2el_ms"] == pytest.approx(whole)
+    assert found["mean_norm_latency_ms"] * 9 == pytest.approx(1e3 * found["mean_jct_s"])
+    assert found["mean_jct_s"] * 1e3 >= found["mean_e2el_ms"]
+    assert found["mean_slowdown"] is None
+    assert found["client_cpu_share"] > 0
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        assert 0 < found[f"median_{name}_ms"] <= found[f"p99_{name}_ms"]
+    assert "12 requests in" in capsys.readouterr().out
+
+
+@pytest.mark.processes
+def test_a_trace_and_requests_alone(url, tmp_path):
+    """The run lasts as long as the trace; slowdown is of the requests that ran once more alone."""
+    trace = tmp_path / "trace.csv"
+    rows = [f"{0.01 * i},{20 + i},{6 + i}\n" for i in range(10)] + ["0.5,8,4\n"]
+    trace.write_text("arrived_at,prompt_tokens,output_tokens\n" + "".join(rows))
+    found = run(
+        url, tmp_path / "result.json", "--trace", str(trace), "--measure-alone", "4",
+        "--save-detailed",
+    )  # fmt: skip
+    assert found["output_lens"] == [*range(6, 16), 4]
+    assert found["input_lens"] == [*range(20, 30), 8]
+    assert found["duration"] > 0.5
+    assert 0 < found["p50_slowdown"] <= found["p99_slowdown"]
+
+
+@pytest.mark.processes
+def test_chats(url, tmp_path):
+    """Words instead of ids; what the server counts is what is reported."""
+    flags = ["--backend", "openai-chat", "--num-prompts", "3", "--input-len", "10"]
+    found = run(url, tmp_path / "result.json", *flags, "--output-len", "5", "--num-warmups", "1")
+    assert (found["completed"], found["total_output_tokens"]) == (3, 15)
+    assert found["total_input_tokens"] >= 30
+
+
+@pytest.mark.processes
+def test_lost_requests_are_counted_and_named(url, tmp_path, capsys):
+    """A prompt beyond the window is refused by the server; nothing answered is exit code 1."""
+    path = tmp_path / "result.json"
+    argv = ["bench", "serve", "--base-url", url, "--api-key", API_KEY, "--disable-tqdm"]
+    argv += ["--num-prompts", "2", "--output", str(path)]
+    assert cli.main([*argv, "--random-input-len", "100000"]) == 1
+    assert "lost: 400" in capsys.readouterr().err
+    found = json.loads(path.read_text())
+    assert (found["completed"], found["failed"], found["mean_ttft_ms"]) == (0, 2, None)
+    assert cli.main([*argv, "--random-input-len", "100000", "--num-warmups", "1"]) == 2
+    assert "400" in capsys.readouterr().err
+    assert cli.main([*argv, "--api-key", "wrong"]) == 2
+    assert "401" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--port", "1"],
+        ["--port", "1", "--model", "demo"],
+        ["--base-url", "ftp://nobody"],
+        ["--trace", "/nonexistent.csv"],
+        ["--num-prompts", "0"],
+    ],
+)
+def test_a_server_that_is_not_there_is_one_line(capsys, flags):
+    """Like every setting that cannot be honoured, with exit code 2."""
+    assert cli.main(["bench", "serve", *flags]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("fastserve: error: ")
+    assert said.err.count("\n") == 1
+
+
+class Counting:
+    """A server that counts who is there at once, and loses every third request."""
+
+    def __init__(self, max_concurrency: int | None) -> None:
+        self.config = ServeBenchConfig(max_concurrency=max_concurrency)
+        self.num_here = self.most = self.num_asked = 0
+
+    async def ask(self, request: Planned) -> Answer:
+        """Stay for three turns of the loop."""
+        self.num_asked += 1
+        self.num_here += 1
+        self.most = max(self.most, self.num_here)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        self.num_here -= 1
+        if request.num_output_tokens % 3 == 0:
+            raise LostRequestError("lost")
+        return Answer(time.perf_counter(), [time.perf_counter()], 1, request.num_output_tokens)
+
+
+@pytest.mark.parametrize(("limit", "most"), [(None, 20), (4, 4), (1, 1)])
+def test_concurrency_is_bounded(limit, most):
+    """As many at once as allowed, results in order, losses in their places."""
+    target = Counting(limit)
+    requests = [Planned(0.0, [1], 1 + index) for index in range(20)]
+    done: list[None] = []
+    sent = asyncio.run(send(cast(Target, target), requests, lambda: done.append(None)))
+    assert (target.most, target.num_asked, len(done)) == (most, 20, 20)
+    for index, one in enumerate(sent):
+        is_lost = (1 + index) % 3 == 0
+        assert one.error == ("lost" if is_lost else None)
+        assert is_lost or (one.answer and one.answer.output_tokens == 1 + index)
+
+
+def test_requests_go_out_when_they_are_due():
+    """Not before, and JCT counts from that moment."""
+    target = Counting(None)
+    requests = [Planned(due_s, [1], 1) for due_s in (0.0, 0.03, 0.06)]
+    began = time.perf_counter()
+    sent = asyncio.run(send(cast(Target, target), requests, lambda: None))
+    for one, due_s in zip(sent, (0.0, 0.03, 0.06), strict=True):
+        assert one.answer
+        assert one.due >= began + due_s
+        assert one.answer.sent_at >= one.due
+        assert one.jct >= 0.0
