@@ -27,8 +27,9 @@ from fastserve.tokenizer import Tokenizer
 
 # Threads that spin between steps take the cores of whoever else works on this machine; those that
 # sleep at once are woken by the kernel for every operation (docs/performance.md). This many turns
-# last from one operation of a step to the next, some tens of microseconds.
-WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
+# last from one operation of a step to the next, some tens of microseconds. Without the policy,
+# libgomp takes a tenth of them as soon as a second thread of the process has used torch.
+WAITING = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 

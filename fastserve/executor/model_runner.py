@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastserve.core.output import Sample, TokenLogprobs, Work
 from fastserve.executor.request_table import RequestState, RequestTable
+from fastserve.model.architectures import Network
 from fastserve.model.attention import PagedKV
 from fastserve.model.input_batch import InputBatch, build_input_batch, order_rows
-from fastserve.model.llama import LlamaModel
 from fastserve.model.sampler import Adjustments, Draws, ScoredTokens, sample, score
 
 IntArray = npt.NDArray[np.int64]
@@ -28,12 +28,13 @@ class ModelRunner:
     """Runs steps of one model over one KV tensor."""
 
     def __init__(
-        self, model: LlamaModel, kv: PagedKV, table: RequestTable, device: torch.device
+        self, model: Network, kv: PagedKV, table: RequestTable, device: torch.device
     ) -> None:
         self.model = model
         self.kv = kv
         self.table = table
         self.device = device
+        self.input_device = device
 
     def run(
         self, works: Sequence[Work], states: Sequence[RequestState]
@@ -105,7 +106,7 @@ class ModelRunner:
             tables=self.table.blocks[rows[order], :width],
             scored=scored,
             block_size=block_size,
-            device=self.device,
+            device=self.input_device,
         )
 
     def _sample(
@@ -122,9 +123,7 @@ class ModelRunner:
         drawn = sample(
             logits, self._draws(rows, positions), self._adjustments(states, rows, positions)
         )
-        token_ids: list[int] = drawn.tolist()
-        for state, position, token_id in zip(states, positions.tolist(), token_ids, strict=True):
-            state.token_ids[position:] = (token_id,)
+        token_ids = self._take(drawn, states, positions.tolist())
         num_logprobs = table.num_logprobs[rows]
         wanting = np.flatnonzero(num_logprobs >= 0)
         samples = [Sample(token_id) for token_id in token_ids]
@@ -135,6 +134,15 @@ class ModelRunner:
                 logprobs = _token_logprobs(scores, place, int(num_logprobs[index]))
                 samples[index] = Sample(token_ids[index], logprobs)
         return samples
+
+    def _take(
+        self, drawn: Tensor, states: Sequence[RequestState], positions: Sequence[int]
+    ) -> list[int]:
+        """Bring drawn ids to the host, and add each to what is known of its request."""
+        token_ids: list[int] = drawn.tolist()
+        for state, position, token_id in zip(states, positions, token_ids, strict=True):
+            state.token_ids[position:] = (token_id,)
+        return token_ids
 
     def _draws(self, rows: IntArray, positions: IntArray) -> Draws | None:
         table = self.table

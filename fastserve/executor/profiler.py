@@ -1,9 +1,9 @@
 """Measures step times of the loaded model and fits the CostModel.
 
 Rules: real plans on the real worker, before it serves: prefills of several lengths and starts,
-decodes of several batch sizes and contexts. One JSON per (model, dtype, device,
-tp, pp, threads) is kept in the user's cache directory with a fingerprint; one that does not match
-is measured again, except where `--profile` named it: then it is refused.
+decodes of several batch sizes and contexts. One JSON per (model, dtype, device, tp, pp,
+threads, deterministic or not) is kept in the user's cache directory with a fingerprint; one that
+does not match is measured again, except where `--profile` named it: then it is refused.
 Must not know: the scheduler, requests of users.
 """
 
@@ -121,6 +121,7 @@ def cache_path(worker: Worker, fingerprint: Mapping[str, Any]) -> Path:
         f"tp{fingerprint['tensor_parallel_size']}",
         f"pp{fingerprint['pipeline_parallel_size']}",
         f"t{fingerprint['num_threads']}",
+        *(["deterministic"] if fingerprint["deterministic"] else []),
     )
     return Path(root) / "fastserve" / ("_".join(parts) + ".json")
 
@@ -138,6 +139,9 @@ def make_fingerprint(worker: Worker, num_threads: int) -> dict[str, Any]:
         "pipeline_parallel_size": worker.config.pipeline_parallel_size,
         "num_threads": num_threads,
         "block_size": worker.config.block_size,
+        "cpu_kernels": worker.config.cpu_kernels,
+        "enforce_eager": worker.config.enforce_eager,
+        "deterministic": worker.config.deterministic,
         "torch": torch.__version__,
     }
 

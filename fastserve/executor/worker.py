@@ -2,32 +2,46 @@
 
 Rules: owns the model, the KV and the state per request; all of it is used from one thread.
 Sizes are measured here once and handed out as ExecutorFacts.
-Dtype `auto`: on CUDA the checkpoint's; on a CPU float32 (exact, and the fastest for small models,
-whose steps are bound by operations, not by memory), except for bfloat16 checkpoints of a hidden
-size of 1024 and more, where reading half the bytes wins.
+Dtype `auto`: on CUDA the checkpoint's; on a CPU float32, except for bfloat16 checkpoints of some
+size: from a hidden size of 384 where the processor multiplies bfloat16 (half the time of a step,
+docs/performance.md; below, too little is gained to give up exactness), from 1024 elsewhere, where
+only reading half the bytes counts.
 Must not know: scheduling, sockets, which thread runs it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from fastserve.config import ConfigError, EngineConfig, SchedulerConfig
-from fastserve.core.output import SchedulerOutput, StepDone
+from fastserve.core.output import Sample, SchedulerOutput, StepDone, TokenLogprobs
+from fastserve.executor.async_runner import AsyncModelRunner, PendingStep, make_async_runner
+from fastserve.executor.cuda_graphs import CudaCapture
 from fastserve.executor.kv_store import KVStore, block_bytes, count_blocks
 from fastserve.executor.model_runner import ModelRunner
 from fastserve.executor.request_table import RequestTable
+from fastserve.model.architectures import load_network
 from fastserve.model.config import ModelConfig, read_model_config
-from fastserve.model.llama import LlamaModel
+from fastserve.model.config_llama import LlamaConfig
+from fastserve.model.cpu.kernel_choice import KernelChoice, choose_kernels
+from fastserve.model.cpu.native import BuildError
+from fastserve.model.cpu_ops import CpuOps
+from fastserve.model.deterministic_ops import DeterministicOps
 from fastserve.model.loader import open_weights
+from fastserve.model.ops import Ops
+from fastserve.model.rowwise_ops import RowwiseCpuOps, RowwiseOps
 from fastserve.model.torch_ops import TorchOps
 
-SMALL_HIDDEN_SIZE = 1024
+BFLOAT16_HIDDEN_SIZE = 384
+BFLOAT16_HIDDEN_SIZE_EMULATED = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +68,7 @@ class Worker:
         eos_token_ids: frozenset[int],
         on_progress: Callable[[str, float], None],
         is_poisoned: bool = False,
+        is_async: bool | None = None,  # whether `launch` returns before the end; None: on CUDA
     ) -> None:
         self.config = config
         self.model_config = read_model_config(model_dir)
@@ -71,10 +86,10 @@ class Worker:
         on_progress("loading weights", 0.0)
         with torch.inference_mode():
             weights = open_weights(model_dir, config.load_format, dtype, self.device)
-            self.model = LlamaModel(
+            self.model = load_network(
                 self.model_config,
                 weights,
-                TorchOps(dtype),
+                choose_ops(dtype, self.device, config.cpu_kernels, config.deterministic),
                 max_len=max_model_len,
                 device=self.device,
             )
@@ -96,7 +111,8 @@ class Worker:
             is_poisoned=is_poisoned,
         )
         self.table = RequestTable(eos_token_ids)
-        self.runner = ModelRunner(self.model, self.kv.device, self.table, self.device)
+        self.is_async = self.device.type == "cuda" if is_async is None else is_async
+        self.runner = self._make_runner(max_model_len, on_progress)
         self.facts = ExecutorFacts(
             max_model_len=max_model_len,
             vocab_size=self.model_config.vocab_size,
@@ -108,8 +124,32 @@ class Worker:
         )
 
     @torch.inference_mode()
+    def _make_runner(
+        self, max_model_len: int, on_progress: Callable[[str, float], None]
+    ) -> ModelRunner:
+        if not self.is_async:
+            return ModelRunner(self.model, self.kv.device, self.table, self.device)
+        is_captured = not self.config.enforce_eager and is_capturable(
+            self.model_config, self.device
+        )
+        return make_async_runner(
+            self.model,
+            self.kv.device,
+            self.table,
+            max_num_seqs=self.scheduler_config.max_num_seqs,
+            max_model_len=max_model_len,
+            vocab_size=self.model_config.vocab_size,
+            capture=CudaCapture() if is_captured else None,
+            on_progress=on_progress,
+        )
+
     def execute(self, plan: SchedulerOutput) -> StepDone:
         """Carry out one plan."""
+        return self.launch(plan)()
+
+    @torch.inference_mode()
+    def launch(self, plan: SchedulerOutput) -> Callable[[], StepDone]:
+        """Begin one plan; what is returned waits for its end, on any thread."""
         started = time.perf_counter()
         if plan.copies or plan.needs_copies:
             raise RuntimeError(f"step {plan.step_id} moves KV, and there is no host tier")
@@ -120,10 +160,21 @@ class Worker:
         for work in plan.work:
             self.kv.admit(work.block_ids)
         states = [self.table.advance(work) for work in plan.work]
-        if not plan.work:
-            return StepDone(plan.step_id, (), time.perf_counter() - started)
-        samples, prompt_logprobs = self.runner.run(plan.work, states)
-        return StepDone(plan.step_id, samples, time.perf_counter() - started, prompt_logprobs)
+        if isinstance(self.runner, AsyncModelRunner) and plan.work:
+            step = self.runner.launch(plan.work, states)
+            return partial(_await, plan.step_id, step)
+        samples: Sequence[Sample] = ()
+        prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = {}
+        if plan.work:
+            samples, prompt_logprobs = self.runner.run(plan.work, states)
+        seconds = time.perf_counter() - started
+        done = StepDone(plan.step_id, samples, seconds, prompt_logprobs)
+        return lambda: done
+
+
+def _await(step_id: int, step: PendingStep) -> StepDone:
+    step.wait()
+    return StepDone(step_id, step.samples, step.device_s, step.prompt_logprobs)
 
 
 def choose_device(name: str) -> torch.device:
@@ -139,10 +190,48 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of `--dtype`; see the module docstring for auto."""
     if name == "auto":
-        is_large_bfloat16 = config.dtype == "bfloat16" and config.hidden_size >= SMALL_HIDDEN_SIZE
-        name = config.dtype if device.type == "cuda" or is_large_bfloat16 else "float32"
+        is_kept = device.type == "cuda" or (
+            config.dtype == "bfloat16" and config.hidden_size >= _least_bfloat16_size()
+        )
+        name = config.dtype if is_kept else "float32"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def _least_bfloat16_size() -> int:
+    has_products = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return BFLOAT16_HIDDEN_SIZE if has_products else BFLOAT16_HIDDEN_SIZE_EMULATED
+
+
+def choose_ops(
+    dtype: torch.dtype, device: torch.device, cpu_kernels: str, is_deterministic: bool
+) -> Ops:
+    """Return what the network is made of on this device."""
+    if device.type == "cuda" and has_triton():
+        from fastserve.model.cuda_ops import CudaOps  # Triton need not be where CUDA is not
+
+        cuda_ops = CudaOps(dtype, is_batch_invariant=is_deterministic)
+        return DeterministicOps(cuda_ops) if is_deterministic else cuda_ops
+    if device.type != "cpu":
+        return DeterministicOps(RowwiseOps(dtype)) if is_deterministic else TorchOps(dtype)
+    try:
+        kernels = choose_kernels(cast(KernelChoice, cpu_kernels), dtype)  # config.py checks it
+    except BuildError as error:
+        raise ConfigError(f"--cpu-kernels {cpu_kernels}: {error}") from error
+    if is_deterministic:
+        return DeterministicOps(RowwiseCpuOps(dtype, kernels))
+    return CpuOps(dtype, kernels)
+
+
+def is_capturable(config: ModelConfig, device: torch.device) -> bool:
+    """Whether decodes can be CUDA graphs: plain attention and routing to experts ask the host."""
+    has_experts = isinstance(config, LlamaConfig) and config.experts is not None
+    return device.type == "cuda" and has_triton() and not has_experts
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed, which comes with torch where that comes with CUDA."""
+    return find_spec("triton") is not None
 
 
 def choose_max_model_len(asked: int | None, config: ModelConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from fastserve.config import ConfigError, EngineConfig
 from fastserve.core.output import Copy, CopyDirection, NewRequest, SchedulerOutput, Work
 from fastserve.core.request import SamplingParams
-from fastserve.executor.worker import Worker
+from fastserve.executor.worker import Worker, choose_dtype
+from fastserve.model.config import read_model_config
 from tests.checkpoints import (
     ARCHITECTURES,
     EOS_TOKEN_ID,
@@ -283,6 +285,23 @@ def test_facts(llama):
     assert (facts.num_device_blocks, facts.num_host_blocks) == (NUM_BLOCKS, 0)
     assert facts.block_bytes == 3 * 2 * BLOCK_SIZE * 2 * 8 * 4
     assert (facts.dtype, facts.device) == ("float32", "cpu")
+
+
+def test_dtype_auto_keeps_bfloat16_where_it_pays(llama):
+    """On a CPU by hidden size, and float32 of anything else; on CUDA always the checkpoint's."""
+    path, _ = llama
+    config = read_model_config(path)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    small, large = (
+        dataclasses.replace(config, dtype="bfloat16", hidden_size=size) for size in (256, 1024)
+    )
+    assert choose_dtype("auto", small, cpu) == torch.float32
+    assert choose_dtype("auto", large, cpu) == torch.bfloat16
+    assert choose_dtype("auto", small, cuda) == torch.bfloat16
+    half = dataclasses.replace(large, dtype="float16")
+    assert choose_dtype("auto", half, cpu) == torch.float32
+    assert choose_dtype("auto", dataclasses.replace(large, dtype="float32"), cpu) == torch.float32
+    assert choose_dtype("float16", large, cpu) == torch.float16
 
 
 def test_dtypes_are_honoured(llama):
