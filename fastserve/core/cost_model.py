@@ -25,6 +25,7 @@ class CostModel:
     prefill_pair_s: float = 0.0
     decode_seq_s: float = 0.0
     decode_context_s: float = 0.0
+    matrix_s: float = 0.0
     floor_s: float = 0.0
     copy_base_s: float = 0.0
     copy_block_s: float = 0.0
@@ -50,7 +51,7 @@ class CostModel:
             return self.decode_s(start)
         dense_s = num_tokens * self.prefill_token_s
         attention_s = num_tokens * self.prefill_pair_s * (start + num_tokens / 2)
-        return self.base_s + max(self.floor_s, dense_s) + attention_s
+        return self.base_s + self.matrix_s + max(self.floor_s, dense_s) + attention_s
 
     def prefill_s(self, num_tokens: int, start: int, max_chunk: int) -> float:
         """Return the seconds to prefill [start, start + num_tokens) in chunks, alone."""
@@ -59,7 +60,8 @@ class CostModel:
         if rest:
             dense_s += max(self.floor_s, rest * self.prefill_token_s)
         attention_s = num_tokens * self.prefill_pair_s * (start + num_tokens / 2)
-        return (num_full + bool(rest)) * self.base_s + dense_s + attention_s
+        num_steps = num_full + bool(rest)
+        return num_steps * (self.base_s + self.matrix_s) + dense_s + attention_s
 
     def step_s(self, shares: Iterable[tuple[int, int]]) -> float:
         """Return the seconds of a step; a share is (num_tokens, start)."""
@@ -74,7 +76,8 @@ class CostModel:
                 pairs += num_tokens * (start + num_tokens / 2)
         dense_s = num_prefill * self.prefill_token_s + num_decodes * self.decode_seq_s
         attention_s = pairs * self.prefill_pair_s + context * self.decode_context_s
-        return self.base_s + max(self.floor_s, dense_s) + attention_s
+        matrix_s = self.matrix_s if num_prefill or num_decodes > 1 else 0.0
+        return self.base_s + matrix_s + max(self.floor_s, dense_s) + attention_s
 
     def copy_s(self, num_blocks: int) -> float:
         """Return the seconds to move blocks between the tiers."""

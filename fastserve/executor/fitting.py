@@ -20,6 +20,7 @@ COEFFICIENTS = (
     "prefill_pair_s",
     "decode_seq_s",
     "decode_context_s",
+    "matrix_s",
 )
 
 Shares = tuple[tuple[int, int], ...]
@@ -54,7 +55,7 @@ def step_features(shares: Iterable[tuple[int, int]]) -> tuple[float, ...]:
         else:
             prefill += num_tokens
             pairs += num_tokens * (start + num_tokens / 2)
-    return 1.0, prefill, pairs, decodes, context
+    return 1.0, prefill, pairs, decodes, context, float(prefill + decodes > 1)
 
 
 def relative_errors(

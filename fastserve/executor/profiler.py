@@ -39,7 +39,7 @@ from fastserve.executor.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 TIME_LIMIT_S = 6.0
 """No further kind of step is begun after this; the first ones suffice for a fit."""
 REPEATS = 5

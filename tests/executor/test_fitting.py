@@ -22,7 +22,7 @@ def random_shares(generator):
     """Return the shares of a made-up step."""
     if generator.random() < 0.5:
         return ((generator.randrange(2, 500), generator.randrange(500)),)
-    return ((1, generator.randrange(500)),) * generator.randrange(1, 64)
+    return ((1, generator.randrange(500)),) * generator.choice((1, generator.randrange(2, 64)))
 
 
 def test_fit_recovers_a_known_model():
@@ -33,6 +33,7 @@ def test_fit_recovers_a_known_model():
         prefill_pair_s=7e-8,
         decode_seq_s=1e-4,
         decode_context_s=6e-7,
+        matrix_s=3e-4,
     )
     generator = random.Random(1)
     shares = [random_shares(generator) for _ in range(40)]
@@ -46,11 +47,18 @@ def test_fit_recovers_a_known_model():
 def test_features_are_the_cost_models_terms():
     """Coefficients times features is what CostModel.step_s says, for mixed steps."""
     model = CostModel(
-        base_s=1.0, prefill_token_s=2.0, prefill_pair_s=3.0, decode_seq_s=5.0, decode_context_s=7.0
+        base_s=1.0,
+        prefill_token_s=2.0,
+        prefill_pair_s=3.0,
+        decode_seq_s=5.0,
+        decode_context_s=7.0,
+        matrix_s=11.0,
     )
-    shares = ((4, 10), (1, 3), (1, 0), (7, 0))
-    product = np.dot([1.0, 2.0, 3.0, 5.0, 7.0], step_features(shares))
-    assert product == pytest.approx(model.step_s(shares))
+    for shares in (((4, 10), (1, 3), (1, 0), (7, 0)), ((1, 5),), ((1, 5), (1, 2)), ((6, 0),)):
+        product = np.dot([1.0, 2.0, 3.0, 5.0, 7.0, 11.0], step_features(shares))
+        assert product == pytest.approx(model.step_s(shares))
+        if len(shares) == 1:
+            assert product == pytest.approx(model.iteration_s(*shares[0]))
 
 
 @pytest.mark.parametrize("seed", range(8))
