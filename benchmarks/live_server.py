@@ -14,10 +14,18 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, NamedTuple
 
 READY_SECONDS = 300.0
 STOP_SECONDS = 30.0
+
+
+class LiveServer(NamedTuple):
+    """A server that is ready."""
+
+    host: str
+    port: int
+    pid: int  # of the API process
 
 
 @contextmanager
@@ -26,13 +34,20 @@ def live_server(flags: Sequence[str]) -> Iterator[tuple[str, int]]:
 
     Raises RuntimeError with the end of its log when it ends or does not become ready.
     """
+    with live_process(flags) as server:
+        yield server.host, server.port
+
+
+@contextmanager
+def live_process(flags: Sequence[str]) -> Iterator[LiveServer]:
+    """Do as `live_server`, and say which process it is."""
     host, port = "127.0.0.1", free_port()
     command = [sys.executable, "-m", "fastserve", "serve", "--host", host, "--port", str(port)]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([*command, *flags], stdout=log, stderr=subprocess.STDOUT)
         try:
             await_ready(process, f"http://{host}:{port}/ready", log)
-            yield host, port
+            yield LiveServer(host, port, process.pid)
         finally:
             process.terminate()
             try:

@@ -1,6 +1,7 @@
 """The `fastserve` command: finds the verb, resolves its settings, hands over.
 
-Rules: flags come from config classes alone; a verb imports what it needs only when it runs, so that
+Rules: settings come from config classes, only what a verb is about (a prompt, a directory, the
+experiments to reproduce) is declared here; a verb imports what it needs only when it runs, so that
 `--help` and `bench scheduler` load no torch; what cannot be honoured is one line on stderr and exit
 code 2. Must not know: how anything is done.
 """

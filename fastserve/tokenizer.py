@@ -91,11 +91,6 @@ class Tokenizer:
             raise ConfigError(f"{model_dir}: {error}") from error
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether messages can be made a prompt."""
-        return self._template is not None
-
-    @property
     def bos_token_id(self) -> int | None:
         """The id that begins a text, if there is one."""
         return self._named_id("bos_token")

@@ -29,11 +29,12 @@ with exit code 2. A switch has a negative form: `--no-enable-chunked-prefill`. A
 parentheses is worked out at start.
 
 `fastserve profile MODEL --output FILE` writes step times that `--profile FILE` reads. `generate`
-takes its prompt as an argument (`-`: standard input) and the model as `--model`; `chat` takes a
-`--system` message.
+takes its prompt as an argument (`-`: standard input) and the model as `--model`, as `bench offline`
+does; `chat` takes a `--system` message; `convert DIR`, `replay JOURNAL` and `reproduce` have no
+settings from here.
 """
 CLASSES = (
-    (EngineConfig, "`serve`, `generate`, `chat`, `profile`, `LLM(...)`"),
+    (EngineConfig, "`serve`, `generate`, `chat`, `profile`, `bench offline`, `LLM(...)`"),
     (ServerConfig, "`serve`"),
     (TextConfig, "`generate`, `chat`"),
     (SimulateConfig, "`simulate`, beside the engine's settings that shape a schedule"),

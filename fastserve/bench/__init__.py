@@ -1,1 +1,1 @@
-"""`fastserve bench SUBJECT`: measures FastServe itself, one subject a file."""
+"""`fastserve bench SUBJECT`: measures FastServe itself: scheduler, offline, serve."""

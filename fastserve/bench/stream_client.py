@@ -50,7 +50,7 @@ class _Delta(msgspec.Struct):
 class _Choice(msgspec.Struct):
     text: str = ""
     delta: _Delta | None = None
-    token_ids: msgspec.Raw | None = None
+    token_ids: list[int] | None = None
     finish_reason: str | None = None
 
 

@@ -45,7 +45,6 @@ class LocalExecutor:
         is_poisoned: bool = False,
         is_async: bool | None = None,
     ) -> None:
-        self._config = config
         self._on_progress = on_progress
         self._changed = threading.Condition()
         self._done: list[StepDone] = []

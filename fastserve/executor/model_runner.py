@@ -18,10 +18,8 @@ from fastserve.core.output import Sample, TokenLogprobs, Work
 from fastserve.executor.request_table import RequestState, RequestTable
 from fastserve.model.architectures import Network
 from fastserve.model.attention import PagedKV
-from fastserve.model.input_batch import InputBatch, build_input_batch, order_rows
+from fastserve.model.input_batch import InputBatch, IntArray, build_input_batch, order_rows
 from fastserve.model.sampler import Adjustments, Draws, ScoredTokens, sample, score
-
-IntArray = npt.NDArray[np.int64]
 
 
 class ModelRunner:

@@ -18,7 +18,10 @@ from fastserve.core.request import SamplingParams
 
 
 class RequestState:
-    """One request in one epoch; `token_ids` are all ids it knows, the last sample included."""
+    """One request in one epoch; `token_ids` are all ids it knows, the last sample included.
+
+    A negative one stands for a sample that is still on the device (AsyncModelRunner).
+    """
 
     __slots__ = (
         "banned_ids",

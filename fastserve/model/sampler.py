@@ -1,8 +1,8 @@
 """Draws the next token of every row of a batch at once.
 
 Rules: a row's token depends on its logits, its settings, its seed and the position drawn for, and
-on nothing else in the batch: the random number is a hash of (seed, position), filters cut at a
-value and keep ties, and the token is found by inverting the cumulative distribution in id order.
+on nothing else in the batch: filters cut at a value and keep ties, and the token is the id whose
+logit is largest after Gumbel noise, which is a hash of (seed, position, id), was added.
 Order of operations as in vLLM: log probabilities are of the raw distribution; then bias, banned
 ids, penalties, temperature, min-p, top-k, top-p.
 Must not know: requests, what an id means.

@@ -68,6 +68,17 @@ def test_events_may_be_cut_anywhere():
     assert asyncio.run(answer_with(raw))[1].output_tokens == 3
 
 
+def test_ids_without_text_are_a_piece():
+    """A model without a tokenizer streams ids; an event with neither text nor ids is none."""
+    events = [
+        {"choices": [{"text": "", "token_ids": ids, "finish_reason": reason}]}
+        for ids, reason in (([5], None), ([], None), ([6, 7], "length"))
+    ]
+    bodies = (f"data: {json.dumps(each)}\n\n".encode() for each in events)
+    answer = asyncio.run(answer_with(HEAD + chunked(*bodies, *WHOLE[2:])))[1]
+    assert len(answer.piece_times) == 2
+
+
 @pytest.mark.parametrize(
     ("raw", "complaint"),
     [

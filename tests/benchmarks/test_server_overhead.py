@@ -1,0 +1,33 @@
+"""What the comparison of a live server with an offline engine is set up with."""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks.server_overhead import server_flags
+from benchmarks.small_model import CONFIG, write_small_model
+from fastserve.config import EngineConfig
+from fastserve.options import add_arguments
+from fastserve.tokenizer import Tokenizer
+
+
+def test_the_server_gets_the_settings_of_the_offline_engine():
+    """The flags, read as the command line reads them, give the same configuration."""
+    config = EngineConfig(
+        model="some/where", load_format="dummy", num_threads=2, max_num_batched_tokens=4096
+    )
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, EngineConfig)
+    args, others = parser.parse_known_args(server_flags(config))
+    assert EngineConfig(**vars(args)) == config
+    assert others == ["--disable-log-requests", "--log-level", "warning"]
+
+
+def test_every_id_of_the_small_model_has_text(tmp_path):
+    """So the server holds nothing back, whatever random weights say."""
+    write_small_model(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    texts = [tokenizer.decode([index]) for index in range(tokenizer.vocab_size)]
+    assert tokenizer.vocab_size == CONFIG["vocab_size"]
+    assert len(set(texts)) == len(texts)
+    assert all(text.isascii() and text.isprintable() and text for text in texts)
