@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastserve.executor.worker import choose_ops
+from fastserve.executor.choices import choose_cpu_kernels, choose_ops
 from fastserve.model.architectures import Network, load_network
 from fastserve.model.attention import PagedKV
 from fastserve.model.config import read_model_config
 from fastserve.model.input_batch import build_input_batch, order_rows
 from fastserve.model.loader import open_weights
+
+torch.set_num_threads(1)  # models this small lose by a second thread
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
@@ -37,7 +39,7 @@ def load(path: Path, dtype: torch.dtype, *, kernels: str, is_deterministic: bool
     return load_network(
         read_model_config(path),
         open_weights(path, "auto", dtype, CPU),
-        choose_ops(dtype, CPU, kernels, is_deterministic),
+        choose_ops(dtype, CPU, choose_cpu_kernels(kernels, dtype, CPU), is_deterministic),
         max_len=NUM_TOKENS,
         device=CPU,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastserve.model.activation import Activation
 from fastserve.model.attention import Attention
-from fastserve.model.ops import LinearOp, MLPOp, NormOp, Ops
+from fastserve.model.ops import HeadNormOp, LinearOp, MLPOp, NormOp, Ops
 from fastserve.model.tiled_linear import TiledLinear, agreeing_heights
 
 Shape = tuple[int, int, bool, torch.dtype]  # in, out, has bias
@@ -28,22 +28,26 @@ class DeterministicOps:
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
         """Fit `Ops`; the first one of its shape also shows which heights may be used."""
-        inner = self._parts.linear(weight, bias)
         out_width, in_width = weight.shape
         shape = (in_width, out_width, bias is not None, weight.dtype)
         if shape not in self._heights:
             self._heights[shape] = agreeing_heights(
-                inner,
+                self._parts.linear,
                 in_width=in_width,
                 out_width=out_width,
+                has_bias=bias is not None,
                 dtype=weight.dtype,
                 device=weight.device,
             )
-        return TiledLinear(inner, self._heights[shape])
+        return TiledLinear(self._parts.linear(weight, bias), self._heights[shape])
 
     def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
         """Fit `Ops`."""
         return self._parts.rms_norm(weight, eps)
+
+    def head_rms_norm(self, weight: Tensor, eps: float) -> HeadNormOp:
+        """Fit `Ops`."""
+        return self._parts.head_rms_norm(weight, eps)
 
     def layer_norm(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> NormOp:
         """Fit `Ops`."""

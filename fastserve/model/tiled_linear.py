@@ -45,7 +45,9 @@ class TiledLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Fit `LinearOp`."""
-        num_rows = len(x)
+        num_rows = x.shape[0]
+        if num_rows in self.heights:
+            return self.inner(x)
         cuts = self._cuts.get(num_rows)
         if cuts is None:
             cuts = self._cuts[num_rows] = cut_rows(num_rows, self.heights)
@@ -80,22 +82,24 @@ def cut_rows(num_rows: int, heights: Sequence[int]) -> list[Cut]:
 
 
 def agreeing_heights(
-    product: Callable[[Tensor], Tensor],  # [height, in] to [height, out]
+    make: Callable[[Tensor, Tensor | None], LinearOp],
     *,
     in_width: int,
     out_width: int,
+    has_bias: bool,
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[int, ...]:
     """Return the tile heights that give the same bits, wherever in the tile a row stands.
 
-    Tiles are compared over the same random rows, and over these rows moved by one place. One row
-    alone, which may be all that is left, must only give the same bits twice.
+    Tiles of a product of this shape are compared over the same rows, and over these rows moved by
+    one place. One row alone, which may be all that is left, must only give the same bits twice.
     """
     tallest = max(MAX_TILE_ELEMENTS // out_width, 1)
     heights = [height for height in HEIGHTS if height <= tallest]
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(heights[0] + 1, in_width, generator=generator).to(device, dtype)
+    rows, weight, bias = _cancelling(heights[0] + 1, in_width, out_width)
+    rows, weight, bias = (tensor.to(device, dtype) for tensor in (rows, weight, bias))
+    product = make(weight, bias if has_bias else None)
     for index, height in enumerate(heights):
         expected = product(rows[:height])
         moved = min(1, height - 1)
@@ -107,9 +111,27 @@ def agreeing_heights(
     raise RuntimeError(f"a product of [1, {in_width}] to [1, {out_width}] is not reproducible")
 
 
-def _agrees(
-    product: Callable[[Tensor], Tensor], height: int, rows: Tensor, expected: Tensor
-) -> bool:
+def _cancelling(num_rows: int, in_width: int, out_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows, a weight and a bias whose products are nothing but what rounding leaves.
+
+    Every term comes once with either sign, far apart: the sums are zero but for their rounding, so
+    that another order shows in nearly every one. In a sum of random terms it would be rounded away
+    in bfloat16, all but once in thousands.
+    """
+    generator = torch.Generator().manual_seed(0)
+    half = in_width // 2
+    order = torch.randperm(half, generator=generator)
+    rows = torch.randn(num_rows, half, generator=generator)
+    weight = torch.randn(out_width, half, generator=generator)
+    rest = in_width - 2 * half
+    return (
+        torch.cat((rows, -rows[:, order], rows.new_zeros(num_rows, rest)), dim=1),
+        torch.cat((weight, weight[:, order], weight.new_zeros(out_width, rest)), dim=1),
+        torch.randn(out_width, generator=generator) * 2.0**-18,  # as large as what rounding leaves
+    )
+
+
+def _agrees(product: LinearOp, height: int, rows: Tensor, expected: Tensor) -> bool:
     for first in (0, 1, len(expected) - height):
         tile = rows[first : first + height].clone()  # as aligned as a padded one
         if not torch.equal(product(tile), expected[first : first + height]):

@@ -2,67 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastserve.model import tiled_linear
 from fastserve.model.layers import Linear
+from fastserve.model.ops import LinearOp
 from fastserve.model.tiled_linear import HEIGHTS, TiledLinear, agreeing_heights, cut_rows
 
 CPU = torch.device("cpu")
-SHAPE: Any = {"in_width": 40, "out_width": 24, "dtype": torch.float32, "device": CPU}
+MORE = 1 + 2**-20
+Damage = Callable[[Tensor], object]
 
 
-def exact(x):
-    """Multiply so that a row's bits depend on nothing else: one row at a time."""
-    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(3))
-    return torch.cat([row[None] @ weight.T for row in x])
+def heights_of(damage: Damage, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:
+    """Return the heights trusted for a product that takes one row at a time, and then suffers."""
+
+    def make(weight: Tensor, bias: Tensor | None) -> LinearOp:
+        linear = Linear(weight, bias)
+
+        def product(x: Tensor) -> Tensor:
+            y = torch.cat([linear(row[None]) for row in x])
+            damage(y)
+            return y
+
+        return cast("LinearOp", product)
+
+    return agreeing_heights(make, in_width=41, out_width=24, has_bias=True, dtype=dtype, device=CPU)
 
 
-def test_heights_that_add_up_differently_are_not_used():
-    """A product that sums one or two rows in another order loses these heights only."""
-
-    def product(x):
-        return exact(x) if len(x) > 2 else exact(x) * (1 + 2**-20)
-
-    assert agreeing_heights(product, **SHAPE) == HEIGHTS[:-2]
+def test_heights_that_give_other_bits_are_not_used() -> None:
+    """A product that treats one or two rows differently loses these heights only."""
+    assert heights_of(lambda y: None) == HEIGHTS
+    assert heights_of(lambda y: y.mul_(MORE) if len(y) <= 2 else None) == HEIGHTS[:-2]
 
 
-def test_heights_whose_rows_are_treated_differently_are_not_used():
-    """A product that treats rows from 100 on in another way loses the heights that have these."""
-
-    def product(x):
-        y = exact(x)
-        y[100:] *= 1 + 2**-20
-        return y
-
-    assert agreeing_heights(product, **SHAPE) == tuple(h for h in HEIGHTS if h <= 64)
+def test_heights_whose_rows_are_treated_differently_are_not_used() -> None:
+    """A product that treats rows from 100 on differently loses the heights that have these."""
+    assert heights_of(lambda y: y[100:].mul_(MORE)) == tuple(h for h in HEIGHTS if h <= 64)
 
 
-def test_the_last_row_counts_too():
+def test_the_last_row_counts_too() -> None:
     """A product that treats the last row of any tile differently leaves single rows only."""
-
-    def product(x):
-        y = exact(x)
-        if len(x) > 1:
-            y[-1] *= 1 + 2**-20
-        return y
-
-    assert agreeing_heights(product, **SHAPE) == (1,)
+    assert heights_of(lambda y: y[-1].mul_(MORE) if len(y) > 1 else None) == (1,)
 
 
-def test_a_product_that_is_never_the_same_is_refused():
+def test_a_product_that_is_never_the_same_is_refused() -> None:
     """Where not even one row alone is reproducible, there is nothing to build on."""
     with pytest.raises(RuntimeError, match="not reproducible"):
-        agreeing_heights(lambda x: torch.rand(len(x), 24), **SHAPE)
+        heights_of(lambda y: y.normal_())
 
 
-def test_wide_results_have_short_tiles(monkeypatch):
+def test_wide_results_have_short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The result of a tile stays within its memory."""
     monkeypatch.setattr(tiled_linear, "MAX_TILE_ELEMENTS", 24 * 20)
-    assert agreeing_heights(exact, **SHAPE) == tuple(h for h in HEIGHTS if h <= 16)
+    assert heights_of(lambda y: None) == tuple(h for h in HEIGHTS if h <= 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_order_of_summation_is_found_out(dtype: torch.dtype) -> None:
+    """One row summed back to front: float32 shows it, and so does bfloat16, which rounds most."""
+
+    def make(weight: Tensor, bias: Tensor | None) -> LinearOp:
+        def product(x: Tensor) -> Tensor:
+            terms = (x.float()[:, :, None] * weight.float().t()).unbind(1)  # in × [rows, out]
+            return sum(reversed(terms) if len(x) == 1 else terms, torch.zeros(())).to(x.dtype)
+
+        return cast("LinearOp", product)
+
+    heights = agreeing_heights(
+        make, in_width=64, out_width=24, has_bias=False, dtype=dtype, device=CPU
+    )
+    assert heights == HEIGHTS[:-1]
 
 
 @pytest.mark.parametrize("heights", [HEIGHTS, HEIGHTS[:-1], (16,), (1,), (256, 4)])
