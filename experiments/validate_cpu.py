@@ -183,6 +183,18 @@ def run_simulated(
     return outcome.finished_at - outcome.arrived_at
 
 
+def compare(policy: str, engine: Engine, workload: Workload, overhead: StepOverhead) -> Run:
+    """Run a workload for real between two profiles of this very engine, and simulate it."""
+    before = profiled(engine)
+    speed = Speed(before)
+    engine.observers = (speed,)
+    real = run_real(engine, workload)
+    engine.observers = ()
+    costs = combined((before, profiled(engine))), combined((before,), speed.factor)
+    simulated = (run_simulated(engine, overhead, cost, workload) for cost in costs)
+    return Run(policy, speed.factor, figures(real), *map(figures, simulated))
+
+
 def make_workload(num_requests: int, rate: float, seed: int = 0) -> Workload:
     """Return the lengths and arrivals, the same for every run."""
     rng = np.random.default_rng(seed)
@@ -257,21 +269,10 @@ def main() -> None:
     rate = paced(args.requests, 0, overhead).rate
     console.print(f"{rate:.1f} requests/s; overhead {overhead}")
     rows = []
-    costs = [profiled(first)]
     for round_index in range(args.rounds):
         workload = make_workload(args.requests, rate, CALIBRATION_SEED + 1 + round_index)
         for policy in (*POLICIES, *reversed(POLICIES)):
-            engine, speed = engines[policy], Speed(costs[-1])
-            engine.observers = (speed,)
-            real = figures(run_real(engine, workload))
-            engine.observers = ()
-            costs.append(profiled(first))
-            simulated = (
-                run_simulated(engine, overhead, cost, workload)
-                for cost in (combined(costs[-2:]), combined(costs[-2:-1], speed.factor))
-            )
-            plain, at_speed = map(figures, simulated)
-            rows.append(Run(policy, speed.factor, real, plain, at_speed))
+            rows.append(compare(policy, engines[policy], workload, overhead))
             console.print(rows[-1])
     summary = [averaged([row for row in rows if row.policy == policy]) for policy in POLICIES]
     console.print(as_table(summary))

@@ -22,7 +22,7 @@ class EnginePreset(NamedTuple):
 ENGINES = {
     # The numbers are those of `python -m experiments.validate_vllm_2023 --fit`.
     "vllm-2023": EnginePreset(
-        StepOverhead(fixed_s=0.0025, per_seq_s=0.00025, has_separate_passes=True),
+        StepOverhead(fixed_s=0.002, per_seq_s=0.0003, has_separate_passes=True),
         "fitted to DistServe's measured runs of vLLM, OPT-13B on one A100-80G",
     ),
 }
