@@ -235,15 +235,13 @@ def as_table(figures: Sequence[dict[str, Any]], title: str) -> Table:
             ("jct_s", ("mean", "p50", "p95", "p99")),
             ("normalized_latency_s", ("mean", "p99")),
             ("ttft_s", ("mean", "p99")),
-            ("longest_gap_s", ("max",)),
+            ("max_gap_s", ("max",)),
         ):
             for name in names:
                 rows = [each[group] if group else each for each in figures]
                 cells = [f"{row[measure][name]:.3f}" if row else "-" for row in rows]
                 label = f"{heading}{measure.removesuffix('_s').replace('_', ' ')} {name}"
-                table.add_row(
-                    label, *cells, end_section=(measure, name) == ("longest_gap_s", "max")
-                )
+                table.add_row(label, *cells, end_section=(measure, name) == ("max_gap_s", "max"))
     table.add_row("output tokens/s", *(f"{each['tokens_per_s']:.0f}" for each in figures))
     table.add_row("lost requests", *(str(each["lost"]) for each in figures))
     return table

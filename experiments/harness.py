@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fastserve.cache_dir import cache_dir
 from fastserve.config import SchedulerConfig
 from fastserve.provenance import ROOT, provenance
 from fastserve.sim.hardware import resolve_cost_model
@@ -268,8 +269,7 @@ def _start_worker() -> None:
 
 def cache_folder() -> Path:
     """Return where points are kept; it may be deleted at any time."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "fastserve" / "experiments"
+    folder = cache_dir() / "experiments"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -18,7 +18,7 @@ from fastserve.config import ConfigError
 from fastserve.core.request import SamplingParams
 
 BUNDLED = Path(__file__).parent / "demo"
-FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model")
+FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 

@@ -1,22 +1,52 @@
 """`fastserve convert`: pickled weights become safetensors, which is what FastServe loads.
 
-Rules: pickles are opened in a process of its own, which is all that a broken or hostile one can
-take down. Must not know: torch, how the files are written.
+Rules: pickles are opened in a process of its own, whose memory goes with it and which alone a
+broken one crashes. It is this user's like any other and no wall against a hostile one: that is
+`weights_only` (model/pickled.py). What the process says is JSON, read against a schema.
+Must not know: torch, how the files are written.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastserve.config import ConfigError
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+MAX_MESSAGE_BYTES = 2**20
+
+FileName = Annotated[str, msgspec.Meta(pattern=r"^\w[\w.-]*$")]
+
+
+class Advanced(msgspec.Struct, tag="advanced", frozen=True, forbid_unknown_fields=True):
+    """So many bytes are written."""
+
+    written: int
+    total: int
+
+
+class Refused(msgspec.Struct, tag="refused", frozen=True, forbid_unknown_fields=True):
+    """The weights cannot be converted."""
+
+    reason: str
+
+
+class Finished(msgspec.Struct, tag="finished", frozen=True, forbid_unknown_fields=True):
+    """The names of the files that were written."""
+
+    names: list[FileName]
+
+
+Message = Advanced | Refused | Finished
 
 
 def convert(directory: str, *, shard_bytes: int | None = None) -> int:
@@ -45,35 +75,52 @@ def run_apart(model_dir: Path, shard_bytes: int | None, console: Console) -> lis
     try:
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("", total=None)
-            while True:
-                try:
-                    kind, content = receiver.recv()
-                except EOFError:
-                    break
-                if kind == "failed":
-                    raise ConfigError(content)
-                if kind == "written":
-                    names: list[str] = content
-                    return names
-                progress.update(task, completed=content[0], total=content[1])
+
+            def on_progress(written: int, total: int) -> None:
+                progress.update(task, completed=written, total=total)
+
+            return follow(receiver, on_progress)
+    except EOFError:
+        pass
     finally:
         receiver.close()
         process.join()
     raise ConfigError(f"{model_dir}: the conversion died (exit code {process.exitcode})")
 
 
+def follow(receiver: Connection, on_progress: Callable[[int, int], None]) -> list[str]:
+    """Read messages up to the last one; returns the names of the files.
+
+    Raises ConfigError when the weights were refused or something else than a message comes, and
+    EOFError when nothing more does.
+    """
+    decoder = msgspec.json.Decoder(Message)
+    while True:
+        try:
+            message: Message = decoder.decode(receiver.recv_bytes(MAX_MESSAGE_BYTES))
+        except (msgspec.DecodeError, OSError) as error:
+            raise ConfigError(f"the conversion said what cannot be read: {error}") from error
+        if isinstance(message, Refused):
+            raise ConfigError(message.reason)
+        if isinstance(message, Finished):
+            return message.names
+        on_progress(message.written, message.total)
+
+
 def work(model_dir: Path, shard_bytes: int | None, sender: Connection) -> None:
     """Convert, and report in messages; runs in the other process."""
     from fastserve.model.pickled import SHARD_BYTES, convert_pickles  # torch stays in there
 
-    def on_progress(written: int, total: int) -> None:
-        sender.send(("progress", (written, total)))
+    def send(message: Message) -> None:
+        sender.send_bytes(msgspec.json.encode(message))
 
     try:
-        names = convert_pickles(model_dir, on_progress, shard_bytes or SHARD_BYTES)
+        names = convert_pickles(
+            model_dir, lambda *done: send(Advanced(*done)), shard_bytes or SHARD_BYTES
+        )
     except (ConfigError, OSError) as error:
-        sender.send(("failed", str(error)))
+        send(Refused(str(error)))
     except KeyboardInterrupt:  # the process that waits was interrupted too, and will tell
         sys.exit(1)
     else:
-        sender.send(("written", names))
+        send(Finished(names))

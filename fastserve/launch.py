@@ -68,7 +68,6 @@ def open_engine(
             eos_token_ids=eos_token_ids,
         )
         cost_model = executor.cost_model()
-        num_blocks = (facts.num_device_blocks, facts.num_host_blocks)
         clock = MonotonicClock()
         journal = None
         if config.journal is not None:
@@ -78,8 +77,10 @@ def open_engine(
             except OSError as error:
                 raise ConfigError(f"--journal {config.journal}: {error.strerror}") from error
             journal = Journal(file.write)
-            journal.open(clock.now(), scheduler_config, cost_model, *num_blocks)
-        scheduler = build_scheduler(scheduler_config, cost_model, *num_blocks, journal=journal)
+            journal.open(clock.now(), scheduler_config, cost_model, facts.num_device_blocks)
+        scheduler = build_scheduler(
+            scheduler_config, cost_model, facts.num_device_blocks, journal=journal
+        )
         info = EngineInfo(
             model=config.model,
             max_model_len=facts.max_model_len,

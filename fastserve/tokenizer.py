@@ -60,7 +60,10 @@ class Tokenizer:
         Raises ConfigError with one line when there is no usable tokenizer.
         """
         if not cls.is_in(model_dir):
-            raise ConfigError(f"{model_dir}: no tokenizer.json, so only token ids can be prompts")
+            raise ConfigError(
+                f"{model_dir}: neither tokenizer.json nor {byte_level_bpe.NAMES}, "
+                "so only token ids can be prompts"
+            )
         settings = read_json(model_dir / "special_tokens_map.json")
         settings.update(read_json(model_dir / "tokenizer_config.json"))
         path = model_dir / "tokenizer.json"
@@ -82,7 +85,7 @@ class Tokenizer:
         if chat_template is not None:
             template: str | None = read_template(chat_template)
         elif (model_dir / "chat_template.jinja").is_file():
-            template = (model_dir / "chat_template.jinja").read_text(encoding="utf-8")
+            template = read_text(model_dir / "chat_template.jinja")
         else:
             template = default_template(settings.get("chat_template"))
         try:
@@ -181,12 +184,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: not a JSON object")
     return value
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
 def token_text(value: object) -> str | None:
@@ -210,5 +221,5 @@ def read_template(source: str) -> str:
     if "{" not in source and "\n" not in source:
         if not path.is_file():
             raise ConfigError(f"--chat-template: no such file: {source}")
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     return source

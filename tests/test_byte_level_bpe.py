@@ -185,5 +185,5 @@ def test_broken_files(name, tmp_path):
     with pytest.raises(ConfigError, match="make no tokenizer"):
         Tokenizer.load(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"neither tokenizer\.json nor vocab\.json"):
         Tokenizer.load(tmp_path)

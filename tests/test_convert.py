@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import pickle
+
 import pytest
 import torch
 
 from fastserve import cli
 from fastserve.config import ConfigError
-from fastserve.convert import convert
+from fastserve.convert import convert, follow
 from fastserve.model.loader import open_weights
 from tests.checkpoints import make_checkpoint
 from tests.model.test_architectures import logits_in_chunks, random_ids
@@ -45,3 +48,23 @@ def test_no_process_is_started_in_vain(tmp_path):
     make_checkpoint(tmp_path, "opt")
     with pytest.raises(ConfigError, match=r"model\.safetensors is there already"):
         convert(str(tmp_path))
+
+
+def test_what_the_other_process_says_is_not_trusted(tmp_path):
+    """A pickle does not run, what is no message ends it, and so does silence."""
+    trace = tmp_path / "it-ran"
+    evil = pickle.dumps(Malicious(f"touch {trace}"))
+    names = (b"3", b'"../a"')
+    for content in (evil, b"", *(b'{"type": "finished", "names": [%b]}' % name for name in names)):
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        with receiver, sender:
+            sender.send_bytes(content)
+            with pytest.raises(ConfigError, match="cannot be read"):
+                follow(receiver, print)
+    assert not trace.exists()
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    sender.close()
+    with receiver, pytest.raises(EOFError):
+        follow(receiver, print)
+    pickle.loads(evil)  # the test could have failed
+    assert trace.exists()

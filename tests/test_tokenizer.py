@@ -101,7 +101,9 @@ def test_unknown_ids_have_no_text(ours):
 
 def test_a_directory_without_tokenizer_is_a_config_error(tmp_path):
     """In one line that names the file."""
-    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
+    with pytest.raises(
+        ConfigError, match=r"neither tokenizer\.json nor vocab\.json and merges\.txt"
+    ):
         Tokenizer.load(tmp_path)
 
 
@@ -146,3 +148,18 @@ def test_a_template_that_does_not_compile_is_a_config_error(tmp_path):
     tiny_tokenizers.save(tiny_tokenizers.byte_level(), tmp_path)
     with pytest.raises(ConfigError, match="cannot be compiled"):
         Tokenizer.load(tmp_path, "{% if %}")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_file_that_cannot_be_read_is_one_line(name, tmp_path):
+    """A failing disk, a file of another user's, or one that is no text."""
+    directory = tiny_tokenizers.save(tiny_tokenizers.byte_level(), tmp_path)
+    file = directory / name
+    file.unlink(missing_ok=True)
+    file.symlink_to("/proc/self/mem")  # a file that root may open too, and whose read fails
+    with pytest.raises(ConfigError, match=rf"{name}: cannot be read: .*Input/output error"):
+        Tokenizer.load(directory)
+    file.unlink()
+    file.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=f"{name}: cannot be read"):
+        Tokenizer.load(directory)

@@ -21,7 +21,7 @@ class Timing:
     arrived_at: float
     first_token_at: float
     last_token_at: float
-    longest_gap_s: float  # between two pieces of its text
+    max_gap_s: float  # between two pieces of its text
     num_output_tokens: int
 
     @classmethod
@@ -76,5 +76,5 @@ def report(timings: Sequence[Timing]) -> dict[str, dict[str, float]]:
         "jct_s": summary([timing.jct for timing in timings]),
         "normalized_latency_s": summary([timing.normalized_latency for timing in timings]),
         "ttft_s": summary([timing.ttft for timing in timings]),
-        "longest_gap_s": summary([timing.longest_gap_s for timing in timings]),
+        "max_gap_s": summary([timing.max_gap_s for timing in timings]),
     }

@@ -98,7 +98,7 @@ def measure_serving(config: ServeBenchConfig) -> int:
         console.print(f"[red]lost:[/] {error}", highlight=False)
     if has_no_stream(run):
         console.print("[yellow]every answer came in one piece[/]: TTFT and ITL say nothing")
-    Console().print(as_table(result))
+    Console().print(as_table(result, config.percentiles()))
     if path is not None:
         if config.save_detailed:
             result |= details(run)
@@ -212,8 +212,8 @@ def has_no_stream(run: Run) -> bool:
     return bool(answers) and all(len(answer.piece_times) == 1 for answer in answers)
 
 
-def as_table(result: Mapping[str, Any]) -> Table:
-    """Lay the figures out for people."""
+def as_table(result: Mapping[str, Any], percents: Sequence[float]) -> Table:
+    """Lay the figures out for people: mean, median and the percentiles asked for."""
     table = Table(
         title=f"{result['model_id']}: {result['completed']} requests in {result['duration']:.1f} s"
         + (f", {result['failed']} lost" if result["failed"] else ""),
@@ -224,13 +224,12 @@ def as_table(result: Mapping[str, Any]) -> Table:
     )
     rows = [(name.upper(), f"{name}_ms") for name in METRICS]
     rows += [("normalized", "norm_latency_ms"), ("JCT, s", "jct_s"), ("slowdown", "slowdown")]
-    for heading in ("ms", "mean", "p50", "p95", "p99"):
+    kinds = [f"p{percent:g}" for percent in percents]
+    for heading in ("ms", "mean", "median", *kinds):
         table.add_column(heading, justify="right")
     for title, name in rows:
-        cells = [
-            result.get(f"{kind}_{name}", result.get(f"median_{name}") if kind == "p50" else None)
-            for kind in ("mean", "p50", "p95", "p99")
-        ]
+        median = result.get(f"median_{name}", result.get(f"p50_{name}"))
+        cells = [result[f"mean_{name}"], median, *(result.get(f"{kind}_{name}") for kind in kinds)]
         if any(cell is not None for cell in cells):
             table.add_row(title, *("" if cell is None else f"{cell:,.3f}" for cell in cells))
     return table

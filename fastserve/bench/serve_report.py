@@ -73,7 +73,7 @@ def figures(run: Run, config: ServeBenchConfig) -> dict[str, Any]:
         ("jct_s", [one.jct for one in sent]),
         ("slowdown", run.slowdowns),
     ):
-        result.update(summary(name, figures_of))
+        result.update(summary(name, figures_of, config.percentiles()))
     return result
 
 
@@ -100,11 +100,12 @@ def spread(name: str, values: Sequence[float], percents: Sequence[float]) -> dic
     }
 
 
-def summary(name: str, values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, P50, P95 and P99; null of nothing."""
+def summary(name: str, values: Sequence[float], percents: Sequence[float]) -> dict[str, Any]:
+    """Return mean, P50, P95, P99 and the percentiles asked for; null of nothing."""
+    wanted = sorted({50.0, 95.0, 99.0, *percents})
     return {
         f"mean_{name}": statistics.fmean(values) if values else None,
-        **{f"p{p}_{name}": percentile(values, p) if values else None for p in (50, 95, 99)},
+        **{f"p{p:g}_{name}": percentile(values, p) if values else None for p in wanted},
     }
 
 

@@ -56,7 +56,7 @@ class Journal:
         config: SchedulerConfig,
         cost_model: CostModel,
         num_device_blocks: int,
-        num_host_blocks: int,
+        num_host_blocks: int = 0,
     ) -> None:
         """Write what a scheduler is built from; whoever replays builds a fresh one here."""
         settings = dataclasses.asdict(config) | {"eos_token_ids": sorted(config.eos_token_ids)}

@@ -1,9 +1,10 @@
 """Measures step times of the loaded model and fits the CostModel.
 
 Rules: real plans on the real worker, before it serves: prefills of several lengths and starts,
-decodes of several batch sizes and contexts. One JSON per (model, dtype, device, tp, pp,
-threads, deterministic or not) is kept in the user's cache directory with a fingerprint; one that
-does not match is measured again, except where `--profile` named it: then it is refused.
+decodes of several batch sizes and contexts. One JSON per (model, dtype, device, tp, pp, threads,
+kernels, eager or not, deterministic or not) is kept in the user's cache directory with a
+fingerprint; one that does not match is measured again, except where `--profile` named it: then it
+is refused.
 Must not know: the scheduler, requests of users.
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastserve.cache_dir import cache_dir
 from fastserve.config import ConfigError
 from fastserve.core.cost_model import CostModel
 from fastserve.core.output import NewRequest, SchedulerOutput, Work
@@ -110,7 +112,6 @@ def write_profile(
 
 def cache_path(worker: Worker, fingerprint: Mapping[str, Any]) -> Path:
     """Return where the profile of this setup is kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     identity = str(fingerprint["model"])
     name = re.sub(r"[^A-Za-z0-9.]+", "-", worker.config.model).strip("-")[-40:]
     parts = (
@@ -121,9 +122,10 @@ def cache_path(worker: Worker, fingerprint: Mapping[str, Any]) -> Path:
         f"tp{fingerprint['tensor_parallel_size']}",
         f"pp{fingerprint['pipeline_parallel_size']}",
         f"t{fingerprint['num_threads']}",
-        *(["deterministic"] if fingerprint["deterministic"] else []),
+        *([fingerprint["cpu_kernels"]] if worker.device.type == "cpu" else []),
+        *(name for name in ("enforce_eager", "deterministic") if fingerprint[name]),
     )
-    return Path(root) / "fastserve" / ("_".join(parts) + ".json")
+    return cache_dir() / ("_".join(parts) + ".json")
 
 
 def make_fingerprint(worker: Worker, num_threads: int) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def make_fingerprint(worker: Worker, num_threads: int) -> dict[str, Any]:
         "pipeline_parallel_size": worker.config.pipeline_parallel_size,
         "num_threads": num_threads,
         "block_size": worker.config.block_size,
-        "cpu_kernels": worker.config.cpu_kernels,
+        "cpu_kernels": worker.cpu_kernels,
         "enforce_eager": worker.config.enforce_eager,
         "deterministic": worker.config.deterministic,
         "torch": torch.__version__,

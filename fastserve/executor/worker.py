@@ -1,11 +1,8 @@
 """Worker: one rank. `execute(plan)` is its only entry point.
 
-Rules: owns the model, the KV and the state per request; all of it is used from one thread.
+Rules: owns the model, the KV and the state per request; all of it is used from one thread. What
+makes or runs the network is in inference mode, which a thread is in only where it says so.
 Sizes are measured here once and handed out as ExecutorFacts.
-Dtype `auto`: on CUDA the checkpoint's; on a CPU float32, except for bfloat16 checkpoints of some
-size: from a hidden size of 384 where the processor multiplies bfloat16 (half the time of a step,
-docs/performance.md; below, too little is gained to give up exactness), from 1024 elsewhere, where
-only reading half the bytes counts.
 Must not know: scheduling, sockets, which thread runs it.
 """
 
@@ -15,33 +12,29 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
 
 import torch
 
-from fastserve.config import ConfigError, EngineConfig, SchedulerConfig
+from fastserve.config import EngineConfig, SchedulerConfig
 from fastserve.core.output import Sample, SchedulerOutput, StepDone, TokenLogprobs
 from fastserve.executor.async_runner import AsyncModelRunner, PendingStep, make_async_runner
+from fastserve.executor.choices import (
+    choose_capture,
+    choose_cpu_kernels,
+    choose_device,
+    choose_dtype,
+    choose_max_model_len,
+    choose_ops,
+)
 from fastserve.executor.cuda_graphs import CudaCapture
 from fastserve.executor.kv_store import KVStore, block_bytes, count_blocks
 from fastserve.executor.model_runner import ModelRunner
 from fastserve.executor.request_table import RequestTable
-from fastserve.model.architectures import load_network
-from fastserve.model.config import ModelConfig, read_model_config
-from fastserve.model.config_llama import LlamaConfig
-from fastserve.model.cpu.kernel_choice import KernelChoice, choose_kernels
-from fastserve.model.cpu.native import BuildError
-from fastserve.model.cpu_ops import CpuOps
-from fastserve.model.deterministic_ops import DeterministicOps
+from fastserve.model.architectures import Network, load_network
+from fastserve.model.config import read_model_config
 from fastserve.model.loader import open_weights
 from fastserve.model.ops import Ops
-from fastserve.model.rowwise_ops import RowwiseCpuOps, RowwiseOps
-from fastserve.model.torch_ops import TorchOps
-
-BFLOAT16_HIDDEN_SIZE = 384
-BFLOAT16_HIDDEN_SIZE_EMULATED = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +44,6 @@ class ExecutorFacts:
     max_model_len: int
     vocab_size: int
     num_device_blocks: int
-    num_host_blocks: int
     block_bytes: int
     dtype: str
     device: str
@@ -83,16 +75,12 @@ class Worker:
             lookahead=0,
             eos_token_ids=eos_token_ids,
         )
+        self.is_captured = choose_capture(config.enforce_eager, self.model_config, self.device)
         on_progress("loading weights", 0.0)
-        with torch.inference_mode():
-            weights = open_weights(model_dir, config.load_format, dtype, self.device)
-            self.model = load_network(
-                self.model_config,
-                weights,
-                choose_ops(dtype, self.device, config.cpu_kernels, config.deterministic),
-                max_len=max_model_len,
-                device=self.device,
-            )
+        kernels = choose_cpu_kernels(config.cpu_kernels, dtype, self.device)
+        self.cpu_kernels = "torch" if kernels is None else kernels.name
+        ops = choose_ops(dtype, self.device, kernels, config.deterministic)
+        self.model = self._load_network(model_dir, dtype, ops, max_model_len)
         on_progress("loading weights", 1.0)
         bytes_per_block = block_bytes(self.model_config, config.block_size, dtype)
         num_blocks = count_blocks(
@@ -117,10 +105,18 @@ class Worker:
             max_model_len=max_model_len,
             vocab_size=self.model_config.vocab_size,
             num_device_blocks=num_blocks,
-            num_host_blocks=0,
             block_bytes=bytes_per_block,
             dtype=str(dtype).removeprefix("torch."),
             device=str(self.device),
+        )
+
+    @torch.inference_mode()
+    def _load_network(
+        self, model_dir: Path, dtype: torch.dtype, ops: Ops, max_model_len: int
+    ) -> Network:
+        weights = open_weights(model_dir, self.config.load_format, dtype, self.device)
+        return load_network(
+            self.model_config, weights, ops, max_len=max_model_len, device=self.device
         )
 
     @torch.inference_mode()
@@ -129,9 +125,6 @@ class Worker:
     ) -> ModelRunner:
         if not self.is_async:
             return ModelRunner(self.model, self.kv.device, self.table, self.device)
-        is_captured = not self.config.enforce_eager and is_capturable(
-            self.model_config, self.device
-        )
         return make_async_runner(
             self.model,
             self.kv.device,
@@ -139,7 +132,7 @@ class Worker:
             max_num_seqs=self.scheduler_config.max_num_seqs,
             max_model_len=max_model_len,
             vocab_size=self.model_config.vocab_size,
-            capture=CudaCapture() if is_captured else None,
+            capture=CudaCapture() if self.is_captured else None,
             on_progress=on_progress,
         )
 
@@ -175,75 +168,3 @@ class Worker:
 def _await(step_id: int, step: PendingStep) -> StepDone:
     step.wait()
     return StepDone(step_id, step.samples, step.device_s, step.prompt_logprobs)
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of `--device`; auto takes CUDA where there is some."""
-    has_cuda = torch.cuda.is_available()
-    if name == "cuda" and not has_cuda:
-        raise ConfigError("--device cuda: torch finds no CUDA device here")
-    if name == "cuda" or (name == "auto" and has_cuda):
-        return torch.device("cuda", 0)
-    return torch.device("cpu")
-
-
-def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """Return the dtype of `--dtype`; see the module docstring for auto."""
-    if name == "auto":
-        is_kept = device.type == "cuda" or (
-            config.dtype == "bfloat16" and config.hidden_size >= _least_bfloat16_size()
-        )
-        name = config.dtype if is_kept else "float32"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _least_bfloat16_size() -> int:
-    has_products = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return BFLOAT16_HIDDEN_SIZE if has_products else BFLOAT16_HIDDEN_SIZE_EMULATED
-
-
-def choose_ops(
-    dtype: torch.dtype, device: torch.device, cpu_kernels: str, is_deterministic: bool
-) -> Ops:
-    """Return what the network is made of on this device."""
-    if device.type == "cuda" and has_triton():
-        from fastserve.model.cuda_ops import CudaOps  # Triton need not be where CUDA is not
-
-        cuda_ops = CudaOps(dtype, is_batch_invariant=is_deterministic)
-        return DeterministicOps(cuda_ops) if is_deterministic else cuda_ops
-    if device.type != "cpu":
-        return DeterministicOps(RowwiseOps(dtype)) if is_deterministic else TorchOps(dtype)
-    try:
-        kernels = choose_kernels(cast(KernelChoice, cpu_kernels), dtype)  # config.py checks it
-    except BuildError as error:
-        raise ConfigError(f"--cpu-kernels {cpu_kernels}: {error}") from error
-    if is_deterministic:
-        return DeterministicOps(RowwiseCpuOps(dtype, kernels))
-    return CpuOps(dtype, kernels)
-
-
-def is_capturable(config: ModelConfig, device: torch.device) -> bool:
-    """Whether decodes can be CUDA graphs: plain attention and routing to experts ask the host."""
-    has_experts = isinstance(config, LlamaConfig) and config.experts is not None
-    return device.type == "cuda" and has_triton() and not has_experts
-
-
-def has_triton() -> bool:
-    """Whether Triton is installed, which comes with torch where that comes with CUDA."""
-    return find_spec("triton") is not None
-
-
-def choose_max_model_len(asked: int | None, config: ModelConfig) -> int:
-    """Return the window: the model's, or the shorter one asked for."""
-    if asked is None:
-        return config.max_model_len
-    if asked > config.max_model_len:
-        reason = f"the model's window is {config.max_model_len} tokens"
-        if config.max_model_len == config.sliding_window:
-            reason = (
-                f"the model attends to a sliding window of {config.sliding_window} tokens, "
-                "and longer contexts are not supported"
-            )
-        raise ConfigError(f"--max-model-len: {asked} is too long: {reason}")
-    return asked

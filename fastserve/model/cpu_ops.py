@@ -13,7 +13,7 @@ from torch import Tensor
 from fastserve.model.attention import Attention
 from fastserve.model.cpu.kernels import CpuKernels
 from fastserve.model.cpu_attention import CpuAttention
-from fastserve.model.ops import LinearOp, MLPOp, NormOp
+from fastserve.model.ops import HeadNormOp, LinearOp, MLPOp, NormOp
 from fastserve.model.packed_linear import PackedLinear, can_pack
 from fastserve.model.torch_ops import TorchOps
 
@@ -31,9 +31,15 @@ class CpuOps(TorchOps):
 
     def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
         """Fit `Ops`."""
-        if self._kernels is None or weight.dim() != 1:
+        if self._kernels is None:
             return super().rms_norm(weight, eps)
         return FusedRMSNorm(self._kernels, weight, eps)
+
+    def head_rms_norm(self, weight: Tensor, eps: float) -> HeadNormOp:
+        """Fit `Ops`."""
+        if self._kernels is None:
+            return super().head_rms_norm(weight, eps)
+        return FusedHeadNorm(self._kernels, weight, eps)
 
     def layer_norm(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> NormOp:
         """Fit `Ops`."""
@@ -71,6 +77,21 @@ class FusedRMSNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """Fit `NormOp`."""
         return self.kernels.rms_norm(x, self.weight, self.eps)
+
+
+class FusedHeadNorm:
+    """A norm of the first heads of every token, in place. Fits `HeadNormOp`."""
+
+    __slots__ = ("eps", "kernels", "weight")
+
+    def __init__(self, kernels: CpuKernels, weight: Tensor, eps: float) -> None:
+        self.kernels = kernels
+        self.weight = weight
+        self.eps = eps
+
+    def __call__(self, qkv: Tensor) -> None:
+        """Fit `HeadNormOp`."""
+        self.kernels.head_rms_norm_(qkv, self.weight, self.eps)
 
 
 class FusedLayerNorm:

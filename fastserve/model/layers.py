@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastserve.model.activation import Activation
-from fastserve.model.ops import LinearOp
+from fastserve.model.ops import LinearOp, NormOp
 
 
 class Linear:
@@ -55,6 +55,21 @@ class RMSNorm:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.addcmul(self.eps_tensor, norm, norm, value=1.0 / self.shape[0]).rsqrt_()
         return (x * scale).mul_(self.weight)
+
+
+class HeadNorm:
+    """A norm of the first heads of every token, in place."""
+
+    __slots__ = ("norm", "num_heads")
+
+    def __init__(self, norm: NormOp, num_heads: int) -> None:
+        self.norm = norm
+        self.num_heads = num_heads
+
+    def __call__(self, qkv: Tensor) -> None:
+        """Normalize them in `qkv` [num_tokens, all_heads, head_dim]."""
+        heads = qkv[:, : self.num_heads]
+        heads.copy_(self.norm(heads))
 
 
 class LayerNorm:

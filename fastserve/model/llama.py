@@ -17,7 +17,7 @@ from fastserve.model.config_llama import LlamaConfig
 from fastserve.model.input_batch import InputBatch
 from fastserve.model.loader import Weights
 from fastserve.model.mixture import load_mixture
-from fastserve.model.ops import LinearOp, MLPOp, NormOp, Ops
+from fastserve.model.ops import HeadNormOp, LinearOp, MLPOp, Ops
 from fastserve.model.rotary import Rotary, interleave_pairs
 
 
@@ -54,12 +54,10 @@ class LlamaLayer:
         attention: LayerAttention,
     ) -> Tensor:
         """Return the mixed values of the step's tokens, before the output projection."""
-        rotated = self.num_heads + self.num_kv_heads
         qkv = self.qkv(self.input_norm(hidden))
-        qkv = qkv.view(len(qkv), rotated + self.num_kv_heads, self.head_dim)
+        qkv = qkv.view(len(qkv), self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         if self.head_norm is not None:
-            heads = qkv[:, :rotated]
-            heads.copy_(self.head_norm(heads))
+            self.head_norm(qkv)
         return attention(qkv, rotations, layer_kv)
 
     def add_outputs(self, hidden: Tensor, mixed: Tensor) -> None:
@@ -143,7 +141,9 @@ def _load_qkv(config: LlamaConfig, weights: Weights, ops: Ops, prefix: str) -> L
     return ops.linear(torch.cat(matrices), torch.cat(biases) if biases else None)
 
 
-def _load_head_norm(config: LlamaConfig, weights: Weights, ops: Ops, prefix: str) -> NormOp | None:
+def _load_head_norm(
+    config: LlamaConfig, weights: Weights, ops: Ops, prefix: str
+) -> HeadNormOp | None:
     """Return Qwen3's query and key norms as one, with a weight row per head."""
     if not config.has_qk_norm:
         return None
@@ -151,7 +151,7 @@ def _load_head_norm(config: LlamaConfig, weights: Weights, ops: Ops, prefix: str
     query = interleave_pairs(weights.get(f"{prefix}.q_norm.weight", dim), dim)
     key = interleave_pairs(weights.get(f"{prefix}.k_norm.weight", dim), dim)
     rows = torch.cat((query.expand(config.num_heads, dim), key.expand(config.num_kv_heads, dim)))
-    return ops.rms_norm(rows, config.rms_norm_eps)  # [heads + kv_heads, head_dim]
+    return ops.head_rms_norm(rows, config.rms_norm_eps)
 
 
 def _load_mlp(config: LlamaConfig, weights: Weights, ops: Ops, layer: str) -> MLPOp:

@@ -7,7 +7,6 @@ Must not know: what the tensors mean.
 
 from __future__ import annotations
 
-import json
 import zlib
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastserve.config import ConfigError
+from fastserve.model.weight_index import indexed_files
 
 TABLES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of names under which old checkpoints store tabulated frequencies and GPT-2's masks."""
@@ -124,21 +124,7 @@ def _weight_files(model_dir: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{index}: cannot be read: {error!r}") from None
-        paths = [model_dir / str(name) for name in names]
-        for path in paths:
-            if path.parent != model_dir:
-                raise ConfigError(f"{index}: names a file outside the model's directory: {path}")
-            if not path.is_file():
-                raise ConfigError(
-                    f"{model_dir}: the shard {path.name} named by the index is missing"
-                )
-        return paths
+        return indexed_files(index)
     found = sorted(model_dir.glob("*.safetensors"))
     if found:
         return found

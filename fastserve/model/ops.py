@@ -34,6 +34,13 @@ class NormOp(Protocol):
         """Return `x` normalized, in its dtype; statistics are taken in float32."""
 
 
+class HeadNormOp(Protocol):
+    """A normalization of the first heads of every token, each with a weight of its own."""
+
+    def __call__(self, qkv: Tensor) -> None:
+        """Normalize them in place: `qkv` is [num_tokens, all_heads, head_dim], contiguous."""
+
+
 class MLPOp(Protocol):
     """A feed-forward part."""
 
@@ -52,6 +59,9 @@ class Ops(Protocol):
 
     def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
         """Make x / rms(x) · weight."""
+
+    def head_rms_norm(self, weight: Tensor, eps: float) -> HeadNormOp:
+        """Make the same of heads, with `weight` [normed_heads, head_dim]."""
 
     def layer_norm(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> NormOp:
         """Make (x - mean(x)) / std(x) · weight + bias; None where there is no such factor."""

@@ -1,7 +1,8 @@
 """Turns pickled weights (pytorch_model.bin) into safetensors files beside them.
 
-Rules: meant for a process of its own. Pickles are read with `weights_only`, which builds tensors
-and nothing else; what asks for more is refused. Files are written under another name and renamed
+Rules: meant for a process of its own, which may run out of memory or crash. Pickles are read with
+`weights_only`, which builds tensors and nothing else; what asks for more is refused. That alone
+keeps a hostile pickle from running. Files are written under another name and renamed
 when all are complete, the index last, so that a checkpoint is there as a whole or not at all.
 Must not know: what the tensors mean, who shows the progress.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from fastserve.config import ConfigError
 from fastserve.model.config import read_model_config
+from fastserve.model.weight_index import indexed_files
 
 INDEX = "pytorch_model.bin.index.json"
 OTHER_PICKLES = ("training_args.bin", "optimizer.bin", "scheduler.bin", "scaler.bin")
@@ -78,22 +80,12 @@ def find_pickles(model_dir: Path) -> list[Path]:
     index, single = model_dir / INDEX, model_dir / "pytorch_model.bin"
     if single.is_file():
         return [single]
-    if not index.is_file():
-        found = sorted(model_dir.glob("*.bin"))
-        paths = [path for path in found if path.name not in OTHER_PICKLES]
-        if not paths:
-            raise ConfigError(f"{model_dir}: no .bin weights to convert")
-        return paths
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{index}: cannot be read: {error!r}") from None
-    paths = sorted(model_dir / str(name) for name in names)
-    for path in paths:
-        if path.parent != model_dir:
-            raise ConfigError(f"{index}: names a file outside the model's directory: {path}")
-        if not path.is_file():
-            raise ConfigError(f"{model_dir}: the shard {path.name} named by the index is missing")
+    if index.is_file():
+        return indexed_files(index)
+    found = sorted(model_dir.glob("*.bin"))
+    paths = [path for path in found if path.name not in OTHER_PICKLES]
+    if not paths:
+        raise ConfigError(f"{model_dir}: no .bin weights to convert")
     return paths
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from fastserve.model.activation import Activation
 from fastserve.model.attention import Attention
 from fastserve.model.gathered_attention import GatheredAttention
-from fastserve.model.layers import MLP, GatedMLP, LayerNorm, Linear, RMSNorm
-from fastserve.model.ops import LinearOp, MLPOp, NormOp
+from fastserve.model.layers import MLP, GatedMLP, HeadNorm, LayerNorm, Linear, RMSNorm
+from fastserve.model.ops import HeadNormOp, LinearOp, MLPOp, NormOp
 
 
 class TorchOps:
@@ -28,6 +28,10 @@ class TorchOps:
     def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
         """Fit `Ops`."""
         return RMSNorm(weight, eps)
+
+    def head_rms_norm(self, weight: Tensor, eps: float) -> HeadNormOp:
+        """Fit `Ops`, by this device's norm of rows."""
+        return HeadNorm(self.rms_norm(weight, eps), len(weight))
 
     def layer_norm(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> NormOp:
         """Fit `Ops`."""

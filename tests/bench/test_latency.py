@@ -18,7 +18,7 @@ def test_measures_of_one_request():
         arrived_at=10.0,
         first_token_at=10.5,
         last_token_at=14.0,
-        longest_gap_s=1.5,
+        max_gap_s=1.5,
         num_output_tokens=8,
     )
     assert timing.jct == 4.0
@@ -60,4 +60,4 @@ def test_report_takes_each_measure_from_its_own_column():
     assert figures["ttft_s"]["mean"] == 2.25
     assert figures["normalized_latency_s"]["mean"] == 2.0
     assert figures["jct_s"]["max"] == 6.0
-    assert figures["longest_gap_s"]["max"] == 0.5
+    assert figures["max_gap_s"]["max"] == 0.5

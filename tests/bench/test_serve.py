@@ -13,9 +13,11 @@ import pytest
 
 from fastserve import cli
 from fastserve.bench.requests import Planned
-from fastserve.bench.serve import Target, send
+from fastserve.bench.serve import Target, as_table, send
 from fastserve.bench.serve_config import ServeBenchConfig
+from fastserve.bench.serve_report import figures
 from fastserve.bench.stream_client import Answer, LostRequestError
+from tests.bench.test_serve_report import RUN
 from tests.server.conftest import API_KEY, serving
 
 
@@ -31,6 +33,17 @@ def run(url: str, path: Path, *flags: str) -> dict[str, Any]:
     argv = ["bench", "serve", "--base-url", url, "--api-key", API_KEY, "--output", str(path)]
     assert cli.main([*argv, "--disable-tqdm", *flags]) == 0
     return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("asked", ["99", "50,90,99.9"])
+def test_the_table_shows_the_percentiles_asked_for(asked):
+    """A column for each, and no cell of it is empty."""
+    config = ServeBenchConfig(metric_percentiles=asked)
+    table = as_table({"model_id": "m", **figures(RUN, config)}, config.percentiles())
+    names = [f"p{percent}" for percent in asked.split(",")]
+    assert [str(column.header) for column in table.columns] == ["ms", "mean", "median", *names]
+    assert table.row_count == 7
+    assert all(cell for column in table.columns for cell in column.cells)
 
 
 @pytest.mark.processes

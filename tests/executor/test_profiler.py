@@ -11,6 +11,7 @@ from fastserve.config import ConfigError, EngineConfig
 from fastserve.executor import profiler
 from fastserve.executor.fitting import COEFFICIENTS, fit
 from fastserve.executor.profiler import (
+    cache_path,
     kinds_of_steps,
     load_or_measure,
     make_fingerprint,
@@ -121,6 +122,26 @@ def test_setups_do_not_share_a_file(checkpoint, cache):
     load_or_measure(open_worker(checkpoint), 2, silent)
     load_or_measure(open_worker(checkpoint, dtype="bfloat16"), 1, silent)
     assert len(list(cache.glob("*.json"))) == 3
+
+
+def test_going_back_to_a_setting_does_not_measure_again(checkpoint, cache, monkeypatch):
+    """Kernels are known by what was chosen: `auto` and what it comes to are the same."""
+    setups: tuple[dict, ...] = (
+        {},
+        {"cpu_kernels": "torch"},
+        {"cpu_kernels": "native"},
+        {"deterministic": True},
+    )
+    costs = [load_or_measure(open_worker(checkpoint, **setup), 1, silent) for setup in setups]
+    assert costs[0] == costs[2]
+    assert len(list(cache.glob("*.json"))) == 3
+    monkeypatch.setattr(profiler, "measure", None)
+    for setup, cost_model in zip(setups, costs, strict=True):
+        assert load_or_measure(open_worker(checkpoint, **setup), 1, silent) == cost_model
+    worker = open_worker(checkpoint)
+    fingerprint = make_fingerprint(worker, 1)
+    eager = cache_path(worker, fingerprint | {"enforce_eager": True})  # only CUDA takes the flag
+    assert eager != cache_path(worker, fingerprint)
 
 
 def test_a_named_profile_is_read_or_refused(checkpoint, cache, tmp_path):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,8 @@ import torch
 from fastserve.config import ConfigError, EngineConfig
 from fastserve.core.output import Copy, CopyDirection, NewRequest, SchedulerOutput, Work
 from fastserve.core.request import SamplingParams
-from fastserve.executor.worker import Worker, choose_dtype
-from fastserve.model.config import read_model_config
+from fastserve.executor.profiler import run_step
+from fastserve.executor.worker import Worker
 from tests.checkpoints import (
     ARCHITECTURES,
     EOS_TOKEN_ID,
@@ -282,26 +282,37 @@ def test_facts(llama):
     path, _ = llama
     facts = open_worker(path, max_model_len=100).facts
     assert (facts.max_model_len, facts.vocab_size) == (100, VOCAB_SIZE)
-    assert (facts.num_device_blocks, facts.num_host_blocks) == (NUM_BLOCKS, 0)
+    assert facts.num_device_blocks == NUM_BLOCKS
     assert facts.block_bytes == 3 * 2 * BLOCK_SIZE * 2 * 8 * 4
     assert (facts.dtype, facts.device) == ("float32", "cpu")
 
 
-def test_dtype_auto_keeps_bfloat16_where_it_pays(llama):
-    """On a CPU by hidden size, and float32 of anything else; on CUDA always the checkpoint's."""
-    path, _ = llama
-    config = read_model_config(path)
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    small, large = (
-        dataclasses.replace(config, dtype="bfloat16", hidden_size=size) for size in (256, 1024)
-    )
-    assert choose_dtype("auto", small, cpu) == torch.float32
-    assert choose_dtype("auto", large, cpu) == torch.bfloat16
-    assert choose_dtype("auto", small, cuda) == torch.bfloat16
-    half = dataclasses.replace(large, dtype="float16")
-    assert choose_dtype("auto", half, cpu) == torch.float32
-    assert choose_dtype("auto", dataclasses.replace(large, dtype="float32"), cpu) == torch.float32
-    assert choose_dtype("float16", large, cpu) == torch.float16
+def test_the_network_always_runs_in_inference_mode(llama, monkeypatch):
+    """Plans and the profiler's steps, on whichever thread."""
+    worker = open_worker(llama[0])
+    modes = []
+    embed = torch.nn.functional.embedding
+
+    def watch(*arguments):
+        modes.append(torch.is_inference_mode_enabled())
+        return embed(*arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "embedding", watch)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(run_step, worker, ((4, 0),)).result()
+    make_driver(worker).run(Driven(random_prompt(5, seed=1), num_tokens=2))
+    assert modes
+    assert all(modes)
+
+
+def test_flags_without_effect_are_refused(llama):
+    """Before anything is loaded."""
+    for settings, message in (
+        ({"enforce_eager": True}, "--enforce-eager"),
+        ({"cpu_kernels": "numba", "dtype": "float16"}, "--cpu-kernels numba"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_worker(llama[0], **settings)
 
 
 def test_dtypes_are_honoured(llama):

@@ -7,7 +7,13 @@ import torch
 
 from fastserve.model.cpu.kernel_choice import choose_kernels
 from fastserve.model.cpu_attention import CpuAttention
-from fastserve.model.cpu_ops import CpuOps, FusedGatedMLP, FusedLayerNorm, FusedRMSNorm
+from fastserve.model.cpu_ops import (
+    CpuOps,
+    FusedGatedMLP,
+    FusedHeadNorm,
+    FusedLayerNorm,
+    FusedRMSNorm,
+)
 from fastserve.model.gathered_attention import GatheredAttention
 from fastserve.model.layers import GatedMLP, LayerNorm, RMSNorm
 from fastserve.model.packed_linear import PackedLinear, can_pack
@@ -48,11 +54,16 @@ def test_norms_are_the_plain_ones(dtype: torch.dtype) -> None:
 
 @torch.inference_mode()
 def test_a_norm_of_heads_has_a_weight_for_each(dtype: torch.dtype) -> None:
-    """Qwen3's query and key norms: a strided view of heads, a weight row for each head."""
+    """Qwen3's query and key norms: in place, a weight row for each head, values as they were."""
     weight, qkv = random(3, 16, dtype=dtype), random(5, 6, 16, dtype=dtype)
-    ops, plain = CpuOps(dtype, choose_kernels("auto", dtype)), TorchOps(dtype)
-    found = ops.rms_norm(weight, 1e-5)(qkv[:, :3])
-    torch.testing.assert_close(found, plain.rms_norm(weight, 1e-5)(qkv[:, :3]))
+    fused = CpuOps(dtype, choose_kernels("auto", dtype)).head_rms_norm(weight, 1e-5)
+    assert type(fused) is FusedHeadNorm
+    norms = [ops.head_rms_norm(weight, 1e-5) for ops in (TorchOps(dtype), CpuOps(dtype, None))]
+    normed = torch.cat([TorchOps(dtype).rms_norm(weight, 1e-5)(qkv[:, :3]), qkv[:, 3:]], 1)
+    for norm in (fused, *norms):
+        found = qkv.clone()
+        norm(found)
+        torch.testing.assert_close(found, normed)
 
 
 @torch.inference_mode()

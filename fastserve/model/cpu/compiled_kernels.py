@@ -71,8 +71,8 @@ class CompiledKernels:
         """Take the addresses of ENTRIES for `dtype`."""
         self.name = name
         self.dtype = dtype
-        self._norm = _Call(entries["rms_norm"], "=8qd")
-        self._layer_norm = _Call(entries["layer_norm"], "=8qd")
+        self._norm = _Call(entries["rms_norm"], "=7qd")
+        self._layer_norm = _Call(entries["layer_norm"], "=7qd")
         self._head_norm = _Call(entries["head_rms_norm"], "=7qd")
         self._silu_mul = _Call(entries["silu_mul"], "=5q")
         self._write = _Call(entries["rotate_and_write"], "=12q")
@@ -81,16 +81,9 @@ class CompiledKernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Fit `CpuKernels`."""
-        return self._rms_norm(0, x, weight, eps)
-
-    def add_rms_norm(self, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Fit `CpuKernels`."""
-        return self._rms_norm(self._pointer(residual), x, weight, eps)
-
-    def _rms_norm(self, residual: int, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
         rows, width = x.shape
-        pointers = (self._pointer(x), self._pointer(weight), 0, out.data_ptr(), residual)
+        pointers = (self._pointer(x), self._pointer(weight), 0, out.data_ptr())
         self._norm(_threads(rows * width), *pointers, rows, width, eps)
         return out
 
@@ -98,7 +91,7 @@ class CompiledKernels:
         """Fit `CpuKernels`."""
         out = torch.empty_like(x)
         rows, width = x.shape
-        pointers = (self._pointer(x), self._pointer(weight), self._pointer(bias), out.data_ptr(), 0)
+        pointers = (self._pointer(x), self._pointer(weight), self._pointer(bias), out.data_ptr())
         self._layer_norm(_threads(rows * width), *pointers, rows, width, eps)
         return out
 

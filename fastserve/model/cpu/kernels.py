@@ -44,9 +44,6 @@ class CpuKernels(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return x / rms(x) · weight of the rows of `x` [num_rows, width]."""
 
-    def add_rms_norm(self, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Add `x` to `residual` [num_rows, width] in place and return the norm of the sum."""
-
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """Return (x - mean) / std · weight + bias of the rows of `x` [num_rows, width]."""
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from fastserve.cache_dir import cache_dir
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -41,19 +42,13 @@ def load_native(compilers: Sequence[str] = COMPILERS) -> ctypes.CDLL:
     compiler = next(filter(None, map(shutil.which, compilers)), None)
     if compiler is None:
         raise BuildError(f"no C++ compiler ({', '.join(compilers)})")
-    library = cache_directory() / f"kernels-{_fingerprint(compiler)}.so"
+    library = cache_dir() / f"kernels-{_fingerprint(compiler)}.so"
     if not library.exists():
         _build(compiler, library)
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise BuildError(f"cannot load {library}: {error}") from error
-
-
-def cache_directory() -> Path:
-    """Return where builds are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fastserve"
 
 
 def _fingerprint(compiler: str) -> str:

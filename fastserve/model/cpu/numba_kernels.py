@@ -15,8 +15,8 @@ import numba
 import numpy as np
 from numba import cfunc, types
 
+from fastserve.cache_dir import cache_dir
 from fastserve.model.cpu import numba_attention, numba_primitives, numba_rows
-from fastserve.model.cpu.native import cache_directory
 
 SOURCES = (numba_attention, numba_primitives, numba_rows)
 
@@ -111,7 +111,7 @@ def _kept_in() -> Path | None:
     digest = hashlib.sha256(numba.__version__.encode())
     for module in SOURCES:
         digest.update(Path(str(module.__file__)).read_bytes())
-    directory = cache_directory() / f"numba-{digest.hexdigest()[:20]}"
+    directory = cache_dir() / f"numba-{digest.hexdigest()[:20]}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -59,9 +59,9 @@ def _share(width: Any) -> Any:
 @fast
 def rms_norm(args: Any, kind: Any) -> None:
     """NormArgs of kernels.cpp."""
-    a = carray(pointer(args), 8, np.int64)
-    eps = np.float32(carray(pointer(args + 64), 1, np.float64)[0])
-    rows, width, size = a[6], a[7], carray(pointer(a[1]), 1, kind).itemsize
+    a = carray(pointer(args), 7, np.int64)
+    eps = np.float32(carray(pointer(args + 56), 1, np.float64)[0])
+    rows, width, size = a[5], a[6], carray(pointer(a[1]), 1, kind).itemsize
     weight = carray(pointer(a[2]), width, kind)
     step = _share(width)
     while True:
@@ -71,11 +71,6 @@ def rms_norm(args: Any, kind: Any) -> None:
         for row in range(first, min(first + step, rows)):
             offset = row * width * size
             x = carray(pointer(a[1] + offset), width, kind)
-            if a[5] != 0:
-                residual = carray(pointer(a[5] + offset), width, kind)
-                for i in range(width):
-                    put(residual, i, widen(residual[i]) + widen(x[i]))
-                x = residual
             out = carray(pointer(a[4] + offset), width, kind)
             _rms_norm_row(x, weight, out, width, eps)
 
@@ -83,9 +78,9 @@ def rms_norm(args: Any, kind: Any) -> None:
 @fast
 def layer_norm(args: Any, kind: Any) -> None:
     """NormArgs of kernels.cpp."""
-    a = carray(pointer(args), 8, np.int64)
-    eps = np.float32(carray(pointer(args + 64), 1, np.float64)[0])
-    rows, width, size = a[6], a[7], carray(pointer(a[1]), 1, kind).itemsize
+    a = carray(pointer(args), 7, np.int64)
+    eps = np.float32(carray(pointer(args + 56), 1, np.float64)[0])
+    rows, width, size = a[5], a[6], carray(pointer(a[1]), 1, kind).itemsize
     weight, bias = carray(pointer(a[2]), width, kind), carray(pointer(a[3]), width, kind)
     step = _share(width)
     while True:

@@ -10,11 +10,10 @@ namespace {
 
 struct NormArgs {
   int64_t next;
-  void* x;
+  const void* x;
   const void* weight;
   const void* bias;  // layer_norm
   void* out;
-  void* residual;  // rms_norm; may be null
   int64_t rows, width;
   double eps;
 };
@@ -44,14 +43,6 @@ void rms_norm(NormArgs* args) {
   const int64_t width = args->width;
   share_rows(&args->next, args->rows, width, [&](int64_t row) {
     const T* x = (const T*)args->x + row * width;
-    if (args->residual) {
-      T* residual = (T*)args->residual + row * width;
-      sixteens(width, [&](int64_t i, int64_t count) {
-        F16 a = load_some(residual + i, count) + load_some(x + i, count);
-        store_some(residual + i, a, count);
-      });
-      x = residual;
-    }
     T* out = (T*)args->out + row * width;
     rms_norm_row(x, (const T*)args->weight, out, width, float(args->eps));
   });

@@ -1,0 +1,121 @@
+"""What the flags leave open: device, dtype, window, the parts of the network, CUDA graphs.
+
+Rules: a flag that would have no effect here is refused in one line, not ignored.
+Dtype `auto`: on CUDA the checkpoint's; on a CPU float32, except for bfloat16 checkpoints of some
+size: from a hidden size of 384 where the processor multiplies bfloat16 (half the time of a step,
+docs/performance.md; below, too little is gained to give up exactness), from 1024 elsewhere, where
+only reading half the bytes counts.
+Must not know: plans, requests, weights, KV.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import cast
+
+import torch
+
+from fastserve.config import ConfigError
+from fastserve.model.config import ModelConfig
+from fastserve.model.config_llama import LlamaConfig
+from fastserve.model.cpu.kernel_choice import KernelChoice, choose_kernels
+from fastserve.model.cpu.kernels import CpuKernels
+from fastserve.model.cpu.native import BuildError
+from fastserve.model.cpu_ops import CpuOps
+from fastserve.model.deterministic_ops import DeterministicOps
+from fastserve.model.ops import Ops
+from fastserve.model.rowwise_ops import RowwiseCpuOps, RowwiseOps
+from fastserve.model.torch_ops import TorchOps
+
+BFLOAT16_HIDDEN_SIZE = 384
+BFLOAT16_HIDDEN_SIZE_EMULATED = 1024
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of `--device`; auto takes CUDA where there is some."""
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ConfigError("--device cuda: torch finds no CUDA device here")
+    if name == "cuda" or (name == "auto" and has_cuda):
+        return torch.device("cuda", 0)
+    return torch.device("cpu")
+
+
+def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype of `--dtype`; see the module docstring for auto."""
+    if name == "auto":
+        is_kept = device.type == "cuda" or (
+            config.dtype == "bfloat16" and config.hidden_size >= _least_bfloat16_size()
+        )
+        name = config.dtype if is_kept else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _least_bfloat16_size() -> int:
+    has_products = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return BFLOAT16_HIDDEN_SIZE if has_products else BFLOAT16_HIDDEN_SIZE_EMULATED
+
+
+def choose_cpu_kernels(name: str, dtype: torch.dtype, device: torch.device) -> CpuKernels | None:
+    """Return the kernels of `--cpu-kernels`; None: plain torch, or no CPU."""
+    if device.type != "cpu":
+        if name != "auto":
+            raise ConfigError(f"--cpu-kernels {name}: the device is {device.type}, not a CPU")
+        return None
+    try:
+        kernels = choose_kernels(cast(KernelChoice, name), dtype)  # config.py checks it
+    except BuildError as error:
+        raise ConfigError(f"--cpu-kernels {name}: {error}") from error
+    if kernels is None and name not in ("auto", "torch"):
+        raise ConfigError(f"--cpu-kernels {name}: there are none for {dtype}".replace("torch.", ""))
+    return kernels
+
+
+def choose_ops(
+    dtype: torch.dtype,
+    device: torch.device,
+    cpu_kernels: CpuKernels | None,
+    is_deterministic: bool,
+) -> Ops:
+    """Return what the network is made of on this device."""
+    if device.type == "cuda" and has_triton():
+        from fastserve.model.cuda_ops import CudaOps  # Triton need not be where CUDA is not
+
+        cuda_ops = CudaOps(dtype, is_batch_invariant=is_deterministic)
+        return DeterministicOps(cuda_ops) if is_deterministic else cuda_ops
+    if device.type != "cpu":
+        return DeterministicOps(RowwiseOps(dtype)) if is_deterministic else TorchOps(dtype)
+    if is_deterministic:
+        return DeterministicOps(RowwiseCpuOps(dtype, cpu_kernels))
+    return CpuOps(dtype, cpu_kernels)
+
+
+def choose_capture(enforce_eager: bool, config: ModelConfig, device: torch.device) -> bool:
+    """Whether decodes become CUDA graphs: plain attention and routing to experts ask the host."""
+    if device.type != "cuda":
+        if enforce_eager:
+            raise ConfigError(f"--enforce-eager: nothing is captured, the device is {device.type}")
+        return False
+    has_experts = isinstance(config, LlamaConfig) and config.experts is not None
+    return has_triton() and not has_experts and not enforce_eager
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed, which comes with torch where that comes with CUDA."""
+    return find_spec("triton") is not None
+
+
+def choose_max_model_len(asked: int | None, config: ModelConfig) -> int:
+    """Return the window: the model's, or the shorter one asked for."""
+    if asked is None:
+        return config.max_model_len
+    if asked > config.max_model_len:
+        reason = f"the model's window is {config.max_model_len} tokens"
+        if config.max_model_len == config.sliding_window:
+            reason = (
+                f"the model attends to a sliding window of {config.sliding_window} tokens, "
+                "and longer contexts are not supported"
+            )
+        raise ConfigError(f"--max-model-len: {asked} is too long: {reason}")
+    return asked
