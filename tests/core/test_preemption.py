@@ -82,6 +82,22 @@ def test_small_requests_slip_in_where_large_ones_wait(policy: str) -> None:
         assert order.index(small) < min(order.index(handle) for handle in large)
 
 
+def test_first_come_first_served_lets_nobody_pass_who_lost_their_kv() -> None:
+    """With the budget spent, a request that has to begin again goes before those yet to begin."""
+    config = small_config(preemption_mode="recompute", max_recompute_share=1e-6, max_num_seqs=8)
+    harness = Harness(config, 20, step_s=one_second, seed=3)
+    rng = random.Random(3)
+    for handle in range(14):
+        harness.add(prompt_of(handle, rng.randrange(3, 24)), rng.randrange(8, 36))
+    harness.drain()
+    begun = [
+        (new.request, new.epoch) for plan in harness.executor.plans for new in plan.new_requests
+    ]
+    assert harness.scheduler.stats(0.0).num_recomputed_tokens > 0
+    # Request 10 has lost its KV twice when 12, which would fit, first comes up.
+    assert begun.index((10, 2)) < begun.index((12, 0))
+
+
 def test_ideal_moves_kv_for_nothing() -> None:
     """All stay alive, nothing is recomputed, and the requests of a step fit on the device."""
     harness = run("ideal", 18)
