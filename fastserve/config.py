@@ -158,8 +158,10 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to bind")
     port: int = option(8000, "port to bind; 0 picks a free one", minimum=0, maximum=65535)
-    api_key: str | None = option(None, "bearer token that requests must carry")
-    served_model_name: str | None = option(None, "model name that clients use")
+    api_key: tuple[str, ...] = option((), "bearer tokens, one of which requests must carry")
+    served_model_name: tuple[str, ...] = option(
+        (), "model names that clients use; answers bear the first"
+    )
     chat_template: str | None = option(None, "file with a Jinja chat template")
     max_queued_requests: int = option(
         10_000, "requests in the server beyond which new ones get 429", minimum=1
@@ -175,8 +177,12 @@ class ServerConfig:
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
         check_ranges(self)
-        if self.api_key is not None and not self.api_key.strip():
-            raise ConfigError("--api-key: an empty key would let everybody in")
+        for key in self.api_key:
+            if key != key.strip() or not (key.isascii() and key.isprintable()):
+                raise ConfigError(
+                    "--api-key: a key that no header can carry; it must be printable ASCII, "
+                    "with no blank at either end"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -134,7 +134,7 @@ def serve(config: EngineConfig, server_config: ServerConfig) -> int:
     tokenizer = open_tokenizer(config, server_config.chat_template)
     with listen.bind(server_config.host, server_config.port) as listener:
         listen.warn_if_exposed(listener, server_config)
-        engine = open_async_engine(config, server_config.served_model_name)
+        engine = open_async_engine(config, next(iter(server_config.served_model_name), None))
         app = create_app(engine, tokenizer, config, server_config)
 
         def refuse_work() -> None:

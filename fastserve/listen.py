@@ -93,7 +93,7 @@ def address(listener: socket.socket) -> tuple[str, int]:
 def warn_if_exposed(listener: socket.socket, config: ServerConfig) -> None:
     """Warn on stderr when others can reach the server and it asks for no key."""
     host, _ = address(listener)
-    if config.api_key is None and not ipaddress.ip_address(host).is_loopback:
+    if not config.api_key and not ipaddress.ip_address(host).is_loopback:
         sys.stderr.write(
             f"warning: {config.host} can be reached from other machines and no --api-key is set; "
             "anyone who reaches it can use the model\n"

@@ -1,17 +1,21 @@
 """How a setting is declared, and how flags and YAML become a config class.
 
 Rules: a config class is a frozen dataclass whose fields are made by `option`; everything else (the
-flag's name and type, the YAML key, the documentation) follows from the field.
+flag's name and type, the YAML key, the documentation) follows from the field. A field of type
+`tuple[str, ...]` takes several words: after one flag, by a repeated flag, as a YAML or JSON list.
 Must not know: any setting by name.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import difflib
+import json
 import types
 import typing
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -52,6 +56,11 @@ def check_ranges(config: Any) -> None:
         if value is None:
             continue
         flag = "--" + spec.name.replace("_", "-")
+        if takes_many(type(config), spec.name) and not isinstance(value, tuple):
+            raise ConfigError(f"{flag}: a tuple is expected, got {type(value).__name__}")
+        for word in value if isinstance(value, tuple) else (value,):
+            if isinstance(word, str) and not word.strip():  # an unset variable in a script
+                raise ConfigError(f"{flag}: an empty value")
         if meta["choices"] and value not in meta["choices"]:
             allowed = ", ".join(map(str, meta["choices"]))
             raise ConfigError(f"{flag}: {value!r} is not one of: {allowed}")
@@ -61,9 +70,16 @@ def check_ranges(config: Any) -> None:
             raise ConfigError(f"{flag}: {value} is above the maximum of {meta['maximum']}")
 
 
+def takes_many(owner: type, name: str) -> bool:
+    """Whether a field takes several words."""
+    return typing.get_origin(typing.get_type_hints(owner)[name]) is tuple
+
+
 def field_type(owner: type, name: str) -> type:
-    """Return the plain type of a field: `int` for `int | None`."""
+    """Return the plain type of a field: `int` for `int | None`, `str` for `tuple[str, ...]`."""
     hint = typing.get_type_hints(owner)[name]
+    if typing.get_origin(hint) is tuple:
+        hint = typing.get_args(hint)[0]
     if isinstance(hint, types.UnionType):
         hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
     assert isinstance(hint, type)
@@ -89,7 +105,7 @@ def add_arguments(
             continue
         meta, kind = spec.metadata, field_type(owner, spec.name)
         text = meta["help"].replace("%", "%%")
-        if spec.default is not None and kind is not bool:
+        if spec.default not in (None, ()) and kind is not bool:
             text += f" (default: {spec.default})"
         if meta["positional"] and has_positional:
             parser.add_argument(
@@ -111,8 +127,10 @@ def add_arguments(
                 help=f"{text} (default: {spec.default})",
             )
         else:
+            many: dict[str, Any] = {"nargs": "+", "action": "extend"}
             group.add_argument(
                 *names,
+                **(many if takes_many(owner, spec.name) else {}),
                 dest=spec.name,
                 type=kind,
                 default=argparse.SUPPRESS,
@@ -128,9 +146,13 @@ def from_mapping(owner: type[T], values: Mapping[str, Any], *, source: str) -> T
     Raises ConfigError naming `source` and the key.
     """
     known = {spec.name for spec in dataclasses.fields(typing.cast(Any, owner))}
+    checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(f"{source}: unknown option {key!r}")
+            raise ConfigError(f"{source}: unknown option {key!r}{did_you_mean(key, known)}")
+        if takes_many(owner, key):
+            checked[key] = as_words(value, f"{source}: {key}")
+            continue
         kind = field_type(owner, key)
         is_number = kind is float and isinstance(value, int) and not isinstance(value, bool)
         is_plain = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -138,4 +160,27 @@ def from_mapping(owner: type[T], values: Mapping[str, Any], *, source: str) -> T
             raise ConfigError(
                 f"{source}: {key} must be {kind.__name__}, got {type(value).__name__} {value!r}"
             )
-    return owner(**values)
+        checked[key] = value
+    return owner(**checked)
+
+
+def as_words(value: Any, name: str) -> tuple[str, ...]:
+    """Return what a field of several words was given: a word, a list, or a JSON list in one word.
+
+    Raises ConfigError calling the field `name`.
+    """
+    if value is None:
+        return ()
+    words = [value] if isinstance(value, str) else value
+    if isinstance(words, list) and len(words) == 1 and str(words[0]).startswith("["):
+        with contextlib.suppress(ValueError):  # a word that begins like a list
+            words = json.loads(words[0])
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"{name} must be str or a list of them, got {type(value).__name__}")
+    return tuple(words)
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the nearest of the `known` names, "" if none is near."""
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,7 +1,8 @@
 """What a command line and its --config file say, as the config classes of a verb.
 
 Rules: a given flag wins over the file; an unknown key, an unreadable file and a key given twice are
-ConfigErrors that name the file. Must not know: verbs, any setting by name.
+ConfigErrors that name the file. A flag of several words may not take the verb's positional in with
+them unnoticed: it would be a key, or a key it. Must not know: verbs, any setting by name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fastserve.options import ConfigError, from_mapping
+from fastserve.options import ConfigError, from_mapping, takes_many
 
 T = TypeVar("T")
 
@@ -29,12 +30,36 @@ class Settings:
         if self.source is not None:
             self.values.update(read_config(self.source, args.owners))
         self.values.update(vars(args))
+        for owner in getattr(args, "owners", ()):
+            for spec in dataclasses.fields(owner):
+                if spec.metadata["positional"] and spec.name not in self.values:
+                    refuse_if_swallowed(spec, args)
 
     def build(self, owner: type[T]) -> T:
         """Return one config class with its share of the values."""
         names = {spec.name for spec in dataclasses.fields(owner)}  # type: ignore[arg-type]
         mine = {name: value for name, value in self.values.items() if name in names}
         return from_mapping(owner, mine, source=self.source or "command line")
+
+
+def refuse_if_swallowed(positional: dataclasses.Field[Any], args: argparse.Namespace) -> None:
+    """Raise ConfigError if a flag's second or later word may be the positional that is missing.
+
+    That is the default, a directory, or what looks like a path or a hub id. The words themselves
+    are not repeated: they may be secret.
+    """
+    for owner in args.owners:
+        for spec in dataclasses.fields(owner):
+            words = getattr(args, spec.name, None)
+            if not takes_many(owner, spec.name) or words is None:
+                continue
+            if any(w == positional.default or "/" in w or Path(w).is_dir() for w in words[1:]):
+                flag, name = "--" + spec.name.replace("_", "-"), positional.name.upper()
+                raise ConfigError(
+                    f"{flag} takes every word that follows it, and one of these may be {name}; "
+                    f"{name} goes before it: {name} {flag} ... "
+                    f"({positional.default}: the default)"
+                )
 
 
 def read_config(path: str, owners: Sequence[type]) -> dict[str, Any]:

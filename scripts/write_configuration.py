@@ -12,7 +12,7 @@ from pathlib import Path
 from fastserve.bench.config import OfflineBenchConfig, SchedulerBenchConfig
 from fastserve.bench.serve_config import ServeBenchConfig
 from fastserve.config import EngineConfig, ServerConfig
-from fastserve.options import field_type
+from fastserve.options import field_type, takes_many
 from fastserve.sim.config import SimulateConfig
 from fastserve.verb_config import TextConfig, TopConfig
 
@@ -25,8 +25,9 @@ OPENING = """\
 Every setting has one name: `--max-num-seqs` on the command line, `max-num-seqs` or `max_num_seqs`
 in a `--config FILE.yaml`, `max_num_seqs=` in `LLM(...)`. A given flag wins over the file. An
 unknown key, a value out of range and settings that contradict each other are refused in one line,
-with exit code 2. A switch has a negative form: `--no-enable-chunked-prefill`. A default in
-parentheses is worked out at start.
+with exit code 2. A switch has a negative form: `--no-enable-chunked-prefill`. What takes one or
+more words takes them after one flag, by a repeated flag or as a list in YAML; MODEL goes before it:
+`fastserve serve MODEL --api-key KEY1 KEY2`. A default in parentheses is worked out at start.
 
 `fastserve profile MODEL --output FILE` writes step times that `--profile FILE` reads. `generate`
 takes its prompt as an argument (`-`: standard input) and the model as `--model`, as `bench offline`
@@ -78,7 +79,7 @@ def row(owner: type, spec: dataclasses.Field[object]) -> str:
     if meta["positional"]:
         flag = spec.name.upper()
     names = ", ".join(f"`{name}`" for name in (flag, *meta["aliases"]))
-    default = "" if spec.default is None else f"`{str(spec.default).lower()}`"
+    default = "" if spec.default in (None, ()) else f"`{str(spec.default).lower()}`"
     if isinstance(spec.default, str):
         default = f"`{spec.default}`"
     return f"| {names} | {meta['help']} | {values(owner, spec)} | {default} |\n"
@@ -90,6 +91,8 @@ def values(owner: type, spec: dataclasses.Field[object]) -> str:
     if meta["choices"]:
         return " ".join(f"`{choice}`" for choice in meta["choices"])
     kind = field_type(owner, spec.name).__name__
+    if takes_many(owner, spec.name):
+        return f"{kind}, one or more"
     low, high = meta["minimum"], meta["maximum"]
     if low is not None and high is not None:
         return f"{kind}, {low:g} to {high:g}"

@@ -120,12 +120,47 @@ def test_generate_takes_the_model_as_a_flag():
     assert given.build(EngineConfig).model == "dir"
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("dir", "--api-key", "k1", "k2"),
+        ("dir", "--api-key", "k1", "--api-key", "k2"),
+        ("--api-key", "k1", "k2", "--", "dir"),
+        ("--api-key", "k1", "k2", "--port", "1", "dir"),
+        ("dir", '--api-key=["k1", "k2"]'),
+    ],
+)
+def test_several_keys_are_keys(argv):
+    """Each word after --api-key is a key, and none of them the model."""
+    given = settings("serve", *argv)
+    assert given.build(ServerConfig).api_key == ("k1", "k2")
+    assert given.build(EngineConfig).model == "dir"
+
+
+def test_a_second_key_is_no_model():
+    """Without a MODEL the keys are keys all the same; so are names."""
+    given = settings("serve", "--api-key", "k1", "k2", "--served-model-name", "a", "b")
+    assert given.build(EngineConfig) == EngineConfig()
+    assert given.build(ServerConfig).api_key == ("k1", "k2")
+    assert given.build(ServerConfig).served_model_name == ("a", "b")
+
+
+@pytest.mark.parametrize("word", ["org/model", "./dir", "demo", "/"])
+@pytest.mark.parametrize("flag", ["--api-key", "--served-model-name"])
+def test_a_model_is_no_key(capsys, flag, word):
+    """A MODEL behind the keys would be one of them: refused, and no key is repeated."""
+    said = complaint(capsys, "serve", flag, "s3cret", word)
+    assert f"MODEL goes before it: MODEL {flag}" in said
+    assert "s3cret" not in said
+
+
 def test_config_file_and_flags(tmp_path):
     """Keys are flags or field names; a given flag wins over the file."""
     path = tmp_path / "serve.yaml"
     path.write_text(
         "model: my/model\nmax-num-seqs: 8\nstarvation_limit: 1\nport: 9000\n"
-        "num-gpu-blocks-override: 50\nenable_prefix_caching: false\n"
+        "num-gpu-blocks-override: 50\nenable_prefix_caching: false\napi-key: [k1, k2]\n"
+        "served-model-name: mine\n"
     )
     given = settings("serve", "--config", str(path), "--max-num-seqs", "16")
     config = given.build(EngineConfig)
@@ -136,7 +171,9 @@ def test_config_file_and_flags(tmp_path):
         num_device_blocks=50,
         enable_prefix_caching=False,
     )
-    assert given.build(ServerConfig).port == 9000
+    server_config = given.build(ServerConfig)
+    assert (server_config.port, server_config.api_key) == (9000, ("k1", "k2"))
+    assert server_config.served_model_name == ("mine",)
 
 
 def test_an_empty_config_file_changes_nothing(tmp_path):

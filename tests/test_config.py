@@ -10,7 +10,7 @@ import pytest
 
 from fastserve.bench.config import SchedulerBenchConfig
 from fastserve.config import ConfigError, EngineConfig, SchedulerConfig, ServerConfig
-from fastserve.options import add_arguments, field_type, from_mapping
+from fastserve.options import add_arguments, field_type, from_mapping, takes_many
 from fastserve.verb_config import TextConfig, TopConfig
 from scripts.write_configuration import PAGE, render
 
@@ -138,7 +138,8 @@ def test_flags_round_trip(owner):
             continue
         value = meta["choices"][-1] if meta["choices"] else kind(7)
         for name in (flag, *meta["aliases"]):
-            assert vars(parser.parse_args([name, str(value)])) == {spec.name: value}
+            expected = [value] if takes_many(owner, spec.name) else value
+            assert vars(parser.parse_args([name, str(value)])) == {spec.name: expected}
 
 
 def test_mapping_names_and_types_are_checked():
@@ -146,7 +147,8 @@ def test_mapping_names_and_types_are_checked():
     config = from_mapping(EngineConfig, {"starvation_limit": 2, "max_num_seqs": None}, source="x")
     assert config.starvation_limit == 2
     for values, words in (
-        ({"max_seqs": 1}, "x: unknown option 'max_seqs'"),
+        ({"max_seqs": 1}, "x: unknown option 'max_seqs'; did you mean max_num_seqs?"),
+        ({"zzz": 1}, "x: unknown option 'zzz'"),
         ({"max_num_seqs": 1.0}, "x: max_num_seqs must be int, got float 1.0"),
         ({"seed": True}, "x: seed must be int, got bool True"),
         ({"model": 3}, "x: model must be str, got int 3"),
@@ -154,6 +156,36 @@ def test_mapping_names_and_types_are_checked():
         with pytest.raises(ConfigError) as caught:
             from_mapping(EngineConfig, values, source="x")
         assert str(caught.value) == words
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("k1", ("k1",)),
+        (["k1", "k2"], ("k1", "k2")),
+        ('["k1", "k2"]', ("k1", "k2")),
+        (["[1]k"], ("[1]k",)),
+        (None, ()),
+    ],
+)
+def test_several_words_come_as_a_word_or_a_list(given, words):
+    """One word, a YAML list, and a JSON list in one word mean the same."""
+    assert from_mapping(ServerConfig, {"api_key": given}, source="x").api_key == words
+
+
+@pytest.mark.parametrize(
+    "key", ["", " ", "key ", "clé", "k\ny", "k\udce9y", 7, ["key", ""], ["key", 7], {"a": 1}]
+)
+def test_a_key_that_no_header_can_carry_is_refused(key):
+    """It would lock everybody out, or let everybody in."""
+    with pytest.raises(ConfigError, match=r"api.key"):
+        from_mapping(ServerConfig, {"api_key": key}, source="x")
+
+
+def test_one_string_is_not_taken_for_its_letters():
+    """ServerConfig(api_key="ab") would else have the keys a and b."""
+    with pytest.raises(ConfigError, match="--api-key: a tuple"):
+        ServerConfig(api_key="ab")  # type: ignore[arg-type]
 
 
 def test_the_documentation_is_current():

@@ -136,10 +136,10 @@ def test_a_host_that_is_not_ours_is_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("host", "api_key", "is_warned"),
-    [("127.0.0.1", None, False), ("0.0.0.0", None, True), ("0.0.0.0", "secret", False)],
+    [("127.0.0.1", (), False), ("0.0.0.0", (), True), ("0.0.0.0", ("secret",), False)],
 )
 def test_an_open_door_is_warned_of(
-    host: str, api_key: str | None, is_warned: bool, capsys: pytest.CaptureFixture[str]
+    host: str, api_key: tuple[str, ...], is_warned: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Beyond loopback and without a key: anyone could use the model."""
     with closing(bind(host, 0)) as listener:

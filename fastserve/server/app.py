@@ -58,7 +58,7 @@ def create_app(
     add_status_routes(app, context)
     app.add_middleware(
         Gate,
-        api_key=server_config.api_key,
+        api_keys=server_config.api_key,
         max_body_bytes=server_config.max_body_bytes,
         logs_requests=not server_config.disable_log_requests,
     )
@@ -93,10 +93,10 @@ def add_generation_routes(app: FastAPI, context: ServerContext) -> None:
 def add_model_routes(app: FastAPI, context: ServerContext) -> None:
     """Add the routes that say which model this is."""
 
-    def card() -> ModelCard:
+    def card(name: str) -> ModelCard:
         info = context.engine.info
         return ModelCard(
-            id=context.model_name,
+            id=name,
             created=context.created,
             root=context.config.model,
             max_model_len=None if info is None else info.max_model_len,
@@ -104,12 +104,12 @@ def add_model_routes(app: FastAPI, context: ServerContext) -> None:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return json_response(ModelList(data=[card()]))
+        return json_response(ModelList(data=[card(name) for name in context.model_names]))
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         context.check_model(name)
-        return json_response(card())
+        return json_response(card(name))
 
 
 def add_status_routes(app: FastAPI, context: ServerContext) -> None:

@@ -28,13 +28,18 @@ class ServerContext:
     is_draining: bool = False  # a stopping server finishes what it has and takes no more
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names clients use."""
+        return self.server_config.served_model_name or (self.config.model,)
+
+    @property
     def model_name(self) -> str:
-        """The name clients use."""
-        return self.server_config.served_model_name or self.config.model
+        """The name that answers bear."""
+        return self.model_names[0]
 
     def check_model(self, name: str | None) -> None:
         """Raise 404 for another model's name; none means the one there is."""
-        if name is not None and name != self.model_name:
+        if name is not None and name not in self.model_names:
             raise ApiError(
                 404,
                 f"The model `{name}` does not exist or you do not have access to it.",

@@ -1,6 +1,6 @@
 """What every request passes: it gets a name, shows the key, has its body measured, is logged.
 
-Rules: plain ASGI, so that streams pass through untouched; the key is compared in constant time;
+Rules: plain ASGI, so that streams pass through untouched; keys are compared in constant time;
 a body is measured as it is read, whatever its headers say. An exception nobody expected is logged
 with its request's name and answered with a 500. Must not know: routes, bodies, the engine.
 """
@@ -11,6 +11,7 @@ import logging
 import secrets
 import time
 import uuid
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,10 +28,10 @@ class Gate:
     """Middleware around the whole app."""
 
     def __init__(
-        self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int, logs_requests: bool
+        self, app: ASGIApp, *, api_keys: Sequence[str], max_body_bytes: int, logs_requests: bool
     ) -> None:
         self._app = app
-        self._key = None if api_key is None else api_key.encode()
+        self._keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
         self._logs_requests = logs_requests
 
@@ -73,10 +74,12 @@ class Gate:
 
     def _check(self, path: str, headers: Headers) -> None:
         """Raise ApiError for a missing or wrong key, or a body announced as too large."""
-        if self._key is not None and path not in OPEN_PATHS:
+        if self._keys and path not in OPEN_PATHS:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             is_bearer = scheme.lower() == "bearer"
-            if not is_bearer or not secrets.compare_digest(key.strip().encode(), self._key):
+            given = key.strip().encode()
+            matches = [secrets.compare_digest(given, known) for known in self._keys]
+            if not is_bearer or not any(matches):
                 raise ApiError(
                     401,
                     "Incorrect API key provided."

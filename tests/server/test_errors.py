@@ -109,7 +109,7 @@ def test_more_than_the_whole_pool():
 
 def test_unknown_names():
     """Routes, models and methods."""
-    app = make_app(ScriptedEngine(), served_model_name="mine")
+    app = make_app(ScriptedEngine(), served_model_name=("mine",))
     assert "/v1/nothing" in error_of(call(app, "GET", "/v1/nothing"), 404)["message"]
     error = error_of(post(ScriptedEngine(), COMPLETIONS, {"prompt": "x", "model": "gpt"}), 404)
     assert error["message"].startswith("The model `gpt` does not exist")
@@ -119,6 +119,18 @@ def test_unknown_names():
     response = call(app, "GET", COMPLETIONS)
     error_of(response, 405)
     assert response.headers["allow"] == "POST"
+
+
+def test_a_model_of_several_names():
+    """All are listed and answered to; an answer bears the first."""
+    app = make_app(ScriptedEngine(), served_model_name=("a", "b"))
+    listed = call(app, "GET", "/v1/models").json()["data"]
+    assert [card["id"] for card in listed] == ["a", "b"]
+    assert {card["root"] for card in listed} == {"tiny"}
+    assert call(app, "GET", "/v1/models/b").json()["id"] == "b"
+    response = call(app, "POST", COMPLETIONS, json={"prompt": "x", "model": "b"})
+    assert response.json()["model"] == "a"
+    error_of(call(app, "POST", COMPLETIONS, json={"prompt": "x", "model": "tiny"}), 404)
 
 
 def test_a_full_queue_is_a_429():

@@ -20,7 +20,7 @@ BODY = {"prompt": "x"}
 )  # fmt: skip
 def test_the_key(header, status):
     """As a bearer token, exactly."""
-    app = make_app(ScriptedEngine(), api_key="key")
+    app = make_app(ScriptedEngine(), api_key=("key",))
     headers = {} if header is None else {"Authorization": header.encode()}
     response = call(app, "POST", "/v1/completions", json=BODY, headers=headers)
     assert response.status_code == status
@@ -29,17 +29,25 @@ def test_the_key(header, status):
         assert response.json()["error"]["code"] == "invalid_api_key"
 
 
+@pytest.mark.parametrize(("key", "status"), [("k1", 200), ("k2", 200), ("k", 401), ("k1 k2", 401)])
+def test_any_of_several_keys_will_do(key, status):
+    """Each alone, and nothing else."""
+    app = make_app(ScriptedEngine(), api_key=("k1", "k2"))
+    headers = {"Authorization": f"Bearer {key}"}
+    assert call(app, "GET", "/v1/models", headers=headers).status_code == status
+
+
 @pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/metrics"])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_watchers_need_no_key(path, method):
     """They see no one's text."""
-    assert call(make_app(ScriptedEngine(), api_key="key"), method, path).status_code == 200
+    assert call(make_app(ScriptedEngine(), api_key=("key",)), method, path).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/docs", "/openapi.json", "/nowhere", "/health/"])
 def test_all_else_needs_the_key(path):
     """Also what does not exist."""
-    assert call(make_app(ScriptedEngine(), api_key="key"), "GET", path).status_code == 401
+    assert call(make_app(ScriptedEngine(), api_key=("key",)), "GET", path).status_code == 401
 
 
 @pytest.mark.parametrize("is_announced", [True, False])
