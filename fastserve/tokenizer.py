@@ -110,6 +110,14 @@ class Tokenizer:
         # Of the library's calls, only those for batches release the interpreter lock.
         return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
+    def encode_spans(
+        self, text: str, add_special_tokens: bool = True
+    ) -> list[tuple[int, int] | None]:
+        """Return which characters of `text` each id of `encode` stands for; None: it was added."""
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        pairs = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+        return [None if is_added else span for span, is_added in pairs]
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; an id the tokenizer does not know has none."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -48,6 +48,34 @@ def byte_level(vocab_size: int = 300) -> Tokenizer:
     return backend
 
 
+def chatml() -> Tokenizer:
+    """Make a byte-level BPE that adds nothing to a text (Qwen): ChatML's marks are its specials."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    merges = [("u", "s"), ("e", "r"), ("h", "e"), ("l", "l")]
+    tokens = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(marks)
+    return backend
+
+
+def word_pieces() -> Tokenizer:
+    """Make a lower-casing WordPiece (BERT): spaces are no tokens, marks stand on both sides."""
+    words = ["the", "dog", "##s", "##ö", "5", ","]
+    marks = ["[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {token: index for index, token in enumerate([*marks, *words])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    backend.add_special_tokens(marks)
+    return backend
+
+
 def byte_fallback() -> Tokenizer:
     """Make a SentencePiece-like BPE (Llama 2): spaces begin words, rare characters are bytes."""
     letters = sorted(set("▁abcdefghijklmnopqrstuvwxyzTG.,:ö"))

@@ -1,7 +1,8 @@
 """The shape of /v1/completions: text, legacy logprobs, echo.
 
 Rules: with echo an output begins with its prompt, text and logprobs alike, and the offsets count
-from there. Must not know: SSE, the engine.
+from there. In a whole answer they point into its text: tokens that a stop string cut stand at its
+end; a stream has sent theirs before the cut is known. Must not know: SSE, the engine.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Sequence
 from fastserve.core.output import TokenLogprobs
 from fastserve.server.admission import is_echo_alone
 from fastserve.server.answers import Tally
+from fastserve.server.echo import Echo, echo_of
 from fastserve.server.generation import Choice, News
 from fastserve.server.logprobs import completion_logprobs
 from fastserve.server.protocol import CompletionRequest
 from fastserve.server.responses import Answer, CompletionChoice
-from fastserve.text_stream import Detokenizer
 from fastserve.tokenizer import Tokenizer
 
 KIND = "text_completion"
@@ -30,6 +31,7 @@ class CompletionShape:
         self._body = body
         self._tokenizer = tokenizer
         self._is_echo_alone = is_echo_alone(body)
+        self._echoes: dict[int, Echo] = {}  # by prompt
         tally.counts_output = not self._is_echo_alone
 
     def chunks(self, news: News) -> Sequence[Answer]:
@@ -46,7 +48,8 @@ class CompletionShape:
 
     def whole(self, news: Sequence[News]) -> Answer:
         """Return the response."""
-        answer = self.tally.answer(KIND, [self._choice(one, is_first=True) for one in news])
+        choices = [self._choice(within_text(one), is_first=True) for one in news]
+        answer = self.tally.answer(KIND, choices)
         answer.usage = self.tally.usage()
         return answer
 
@@ -54,11 +57,10 @@ class CompletionShape:
         choice, delta = news
         if self._is_echo_alone:
             delta = delta._replace(text="", samples=(), offsets=())
-        is_echo = bool(self._body.echo)
-        prompt_text = self._prompt_text(choice) if is_echo else ""
+        echo = self._echo(choice) if self._body.echo else Echo("", [])
         made = CompletionChoice(
             index=choice.index,
-            text=prompt_text + delta.text if is_first else delta.text,
+            text=echo.text + delta.text if is_first else delta.text,
             finish_reason=None if delta.finish_reason is None else delta.finish_reason.value,
             stop_reason=None if delta.finish_reason is None else delta.stop_reason,
         )
@@ -67,13 +69,13 @@ class CompletionShape:
         if self._body.logprobs is not None:
             tokens: list[tuple[int, TokenLogprobs | None]] = []
             offsets: list[int] = []
-            if is_echo and is_first:
+            if self._body.echo and is_first:
                 tokens.extend(
                     zip(choice.prompt.token_ids, (None, *choice.prompt_logprobs), strict=True)
                 )
-                offsets.extend(self._prompt_offsets(choice))
+                offsets.extend(echo.offsets)
             tokens.extend((sample.token_id, sample.logprobs) for sample in delta.samples)
-            offsets.extend(len(prompt_text) + offset for offset in delta.offsets)
+            offsets.extend(len(echo.text) + offset for offset in delta.offsets)
             made.logprobs = completion_logprobs(
                 self.tally.names, tokens, offsets, self._body.logprobs
             )
@@ -82,23 +84,22 @@ class CompletionShape:
             self.tally.fill_prompt(made, choice)
         return made
 
-    def _prompt_text(self, choice: Choice) -> str:
-        """Return the prompt as it was given, or its ids as text."""
-        if choice.prompt.text is not None or self._tokenizer is None:
-            return choice.prompt.text or ""
-        return self._tokenizer.decode(
-            choice.prompt.token_ids, skip_special_tokens=choice.params.skip_special_tokens
-        )
+    def _echo(self, choice: Choice) -> Echo:
+        """Return the echo of a choice's prompt; the choices of one prompt share it."""
+        echo = self._echoes.get(choice.prompt_index)
+        if echo is None:
+            assert self._tokenizer is not None, "echo is refused where there is no tokenizer"
+            echo = self._echoes[choice.prompt_index] = echo_of(
+                choice.prompt,
+                self._tokenizer,
+                adds_special_tokens=self._body.add_special_tokens is not False,
+                is_alone=self._is_echo_alone,
+            )
+        return echo
 
-    def _prompt_offsets(self, choice: Choice) -> list[int]:
-        """Return where in the prompt's text each of its tokens begins."""
-        if self._tokenizer is None:
-            return [0] * len(choice.prompt.token_ids)
-        detokenizer = Detokenizer(
-            self._tokenizer, skip_special_tokens=choice.params.skip_special_tokens
-        )
-        offsets, position = [], 0
-        for token_id in choice.prompt.token_ids:
-            offsets.append(position)
-            position += len(detokenizer.push(token_id))
-        return offsets
+
+def within_text(news: News) -> News:
+    """Return news of a whole output with no offset behind its text: a stop string may cut it."""
+    choice, delta = news
+    end = len(delta.text)
+    return News(choice, delta._replace(offsets=tuple(min(at, end) for at in delta.offsets)))

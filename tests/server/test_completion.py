@@ -6,8 +6,23 @@ import json
 
 import pytest
 
+from fastserve.core.output import RequestUpdate
 from fastserve.core.request import FinishReason
-from tests.server.scripted import EOS, TOKENIZER, ScriptedEngine, call, fails, make_app, post, says
+from fastserve.tokenizer import Tokenizer
+from tests import tiny_tokenizers
+from tests.server.scripted import (
+    EOS,
+    METRICS,
+    TOKENIZER,
+    ScriptedEngine,
+    call,
+    entry,
+    fails,
+    make_app,
+    post,
+    says,
+    scored,
+)
 
 PATH = "/v1/completions"
 
@@ -191,6 +206,86 @@ def test_echo_alone_scores_the_prompt():
     assert len(choice["logprobs"]["tokens"]) == len(TOKENIZER.encode("dog"))
     assert choice["finish_reason"] == "length"
     assert answer["usage"]["completion_tokens"] == 0
+
+
+CHATML = Tokenizer(tiny_tokenizers.chatml(), {}, None)
+MARKED = "<|im_start|>user\nhello<|im_end|>"
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("as_ids", [True, False])
+def test_offsets_point_behind_the_special_tokens_of_an_echo(is_text, skips, as_ids):
+    """Given as text or as ids, however tokens are named, whatever outputs leave out."""
+    body = {
+        "prompt": MARKED if is_text else CHATML.encode(MARKED), "echo": True, "max_tokens": 0,
+        "logprobs": 0, "skip_special_tokens": skips, "return_tokens_as_token_ids": as_ids,
+    }  # fmt: skip
+    engine = ScriptedEngine(says("x", ends=FinishReason.LENGTH))
+    app = make_app(engine, tokenizer=CHATML)
+    [choice] = call(app, "POST", PATH, json=body).json()["choices"]
+    assert choice["text"] == MARKED
+    assert choice["logprobs"]["text_offset"] == [0, 12, 14, 16, 17, 19, 21, 22]
+    assert choice["logprobs"]["tokens"] == (
+        [f"token_id:{token_id}" for token_id in CHATML.encode(MARKED)]
+        if as_ids
+        else ["<|im_start|>", "us", "er", "\n", "he", "ll", "o", "<|im_end|>"]
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_choice_of_every_prompt_is_echoed(stream):
+    """Each with its own prompt; a text without the BOS that was put before it, ids with theirs."""
+    for prompts in (["the dog", "<|user|>x€"], [TOKENIZER.encode("the"), [5, 6]]):
+        body = {"prompt": prompts, "n": 2, "logprobs": 0, "echo": True, "stream": stream}
+        response = post(ScriptedEngine(says("y€z")), PATH, body)
+        bodies = sse_events(response) if stream else [response.json()]
+        for index in range(4):
+            given = prompts[index // 2]
+            own = [c for body in bodies for c in body["choices"] if c["index"] == index]
+            text = "".join(choice["text"] for choice in own)
+            tokens = [token for choice in own for token in choice["logprobs"]["tokens"]]
+            offsets = [offset for choice in own for offset in choice["logprobs"]["text_offset"]]
+            prompt = given if isinstance(given, str) else TOKENIZER.decode(given, False)
+            assert text == prompt + "y€z"
+            assert offsets[-6:] == [len(prompt) + at for at in (0, 1, 1, 1, 2, 3)]
+            for token, at in zip(tokens, offsets, strict=True):
+                is_added = token == "</s>" or (token == "<s>" and isinstance(given, str))
+                if not (is_added or token.startswith("bytes:")):
+                    assert text[at:].startswith(token)
+
+
+def test_an_output_completes_the_character_that_its_prompt_begins():
+    """Two bytes of three in the prompt, the third in the output: one euro sign."""
+    euro = TOKENIZER.encode("€", add_special_tokens=False)
+    body = {"prompt": euro[:2], "echo": True, "logprobs": 0}
+    engine = ScriptedEngine(
+        lambda stream: [
+            RequestUpdate(0, (), prompt_logprobs=[entry(euro[1], 0)]),
+            RequestUpdate(0, [scored(stream, euro[2])], FinishReason.LENGTH, None, METRICS),
+        ]
+    )
+    [choice] = post(engine, PATH, body).json()["choices"]
+    assert choice["text"] == "€"
+    assert choice["logprobs"]["text_offset"] == [0, 0, 0]
+    [alone] = post(ScriptedEngine(says("x")), PATH, {**body, "max_tokens": 0}).json()["choices"]
+    assert alone["text"] == TOKENIZER.decode(euro[:2])
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("includes", [False, True])
+def test_tokens_that_a_stop_string_cut_stand_at_the_end_of_the_text(echo, includes):
+    """All tokens are told; none of their offsets points behind the text."""
+    body = {
+        "prompt": "the dog", "stop": ["bEND"], "logprobs": 0, "echo": echo,
+        "include_stop_str_in_output": includes,
+    }  # fmt: skip
+    [choice] = post(ScriptedEngine(says("abENDcd", ends=None)), PATH, body).json()["choices"]
+    prompt = "the dog" if echo else ""
+    assert choice["text"] == prompt + ("abEND" if includes else "a")
+    assert choice["logprobs"]["tokens"][-5:] == list("abEND")
+    cut = [0, 1, 2, 3, 4] if includes else [0, 1, 1, 1, 1]
+    assert choice["logprobs"]["text_offset"][-5:] == [len(prompt) + at for at in cut]
 
 
 def test_extras_on_request():
