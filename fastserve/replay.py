@@ -153,8 +153,13 @@ def _schedule(scheduler: Scheduler, now: float, fields: Sequence[Any]) -> None:
 
 def _update(scheduler: Scheduler, now: float, fields: Sequence[Any]) -> None:
     steps = [
-        StepDone(step_id, [Sample(token_id) for token_id in samples], float.fromhex(device_s))
-        for step_id, samples, device_s in fields[0]
+        StepDone(
+            step_id,
+            [Sample(token_id) for token_id in samples],
+            float.fromhex(device_s),
+            error=reason[0] if reason else None,
+        )
+        for step_id, samples, device_s, *reason in fields[0]
     ]
     scheduler.update(ExecutorOutput(steps, tuple(fields[1])), now)
 

@@ -52,6 +52,7 @@ class _Running:
     read: set[int]
     device_s: float
     scores: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    error: str | None = None
 
 
 def default_token(seed: int, position: int) -> int:
@@ -88,6 +89,8 @@ class FakeExecutor:
         self.running: list[_Running] = []
         self.plans: list[SchedulerOutput] = []
         self.is_woken = False
+        self.fails_next = False  # the next step
+        self.lost: dict[int, int] = {}  # handle → epoch that went with a step that failed
 
     def can_submit(self) -> bool:
         """Whether a step may be added to those in flight."""
@@ -99,8 +102,10 @@ class FakeExecutor:
         assert plan.work
         self.plans.append(plan)
         for handle in plan.forget:
-            del self.states[handle]
+            if self.lost.pop(handle, None) is None:
+                del self.states[handle]
         for new in plan.new_requests:
+            self.lost.pop(new.request, None)
             old = self.states.get(new.request)
             assert old is None or old.new.epoch < new.epoch
             self.states[new.request] = _State(new, list(new.cached_token_ids))
@@ -110,13 +115,29 @@ class FakeExecutor:
         run = _Running(plan, 0.0, [], set(), set(), self.step_s(plan))
         assert len({work.request for work in plan.work}) == len(plan.work)
         for work in plan.work:
-            self._execute(work, run)
+            if self.lost.get(work.request) != work.epoch:
+                self._execute(work, run)
+            elif work.sample:
+                run.samples.append(Sample(0))
+        if self.fails_next:
+            self._fail(run)
         start = max([self.clock.time, *(other.finishes_at for other in self.running[-1:])])
         if self.num_slots > 1:
             start = self.clock.time
         last = self.running[-1].finishes_at if self.running else 0.0
         run.finishes_at = max(start + run.device_s, last)
         self.running.append(run)
+
+    def _fail(self, run: _Running) -> None:
+        """Lose the requests of a step: what it was to compute is nowhere, nor is their state."""
+        self.fails_next = False
+        run.error, run.samples, run.scores = "it was told to fail", [], {}
+        for work in run.plan.work:
+            state = self.states.pop(work.request, None)
+            self.lost[work.request] = work.epoch
+            if state is not None:
+                for position in range(work.start, work.start + work.num_tokens):
+                    self.slots.pop(self._slot(state, position), None)
 
     def _execute(self, work: Work, run: _Running) -> None:
         state = self.states[work.request]
@@ -184,7 +205,10 @@ class FakeExecutor:
         steps = []
         while self.running and self.running[0].finishes_at <= self.clock.time:
             run = self.running.pop(0)
-            steps.append(StepDone(run.plan.step_id, tuple(run.samples), run.device_s, run.scores))
+            samples = tuple(run.samples)
+            steps.append(
+                StepDone(run.plan.step_id, samples, run.device_s, run.scores, error=run.error)
+            )
         return ExecutorOutput(tuple(steps))
 
     def wake(self) -> None:

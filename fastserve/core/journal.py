@@ -14,7 +14,7 @@ from typing import Any
 
 from fastserve.config import SchedulerConfig
 from fastserve.core.cost_model import CostModel
-from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput
+from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput, StepDone
 from fastserve.core.request import SamplingParams
 from fastserve.core.scheduler import Scheduler
 
@@ -139,9 +139,12 @@ class JournaledScheduler(Scheduler):
 
     def update(self, output: ExecutorOutput, now: float) -> list[RequestUpdate]:
         """Write down what finished: ids and times, not log probabilities, which decide nothing."""
-        steps = [
-            [done.step_id, [sample.token_id for sample in done.samples], done.device_s.hex()]
-            for done in output.steps
-        ]
-        self._journal.write("update", now, steps, output.copies)
+        self._journal.write("update", now, [_outcome(done) for done in output.steps], output.copies)
         return super().update(output, now)
+
+
+def _outcome(done: StepDone) -> list[Any]:
+    """Return what a step came to; the reason is there only where it failed."""
+    ids = [sample.token_id for sample in done.samples]
+    fields: list[Any] = [done.step_id, ids, done.device_s.hex()]
+    return fields if done.error is None else [*fields, done.error]

@@ -94,13 +94,15 @@ class StepDone(NamedTuple):
     """A finished step: one Sample for each Work with `sample`, in the plan's order.
 
     `prompt_logprobs[handle]` scores the ids at positions [max(start, 1), start + num_tokens) of a
-    Work with logits="all" as far as they belong to the prompt.
+    Work with logits="all" as far as they belong to the prompt. A step that failed has an `error`,
+    one line that says why, and nothing else: what it was to compute is lost.
     """
 
     step_id: int
     samples: Sequence[Sample]
     device_s: float
     prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = {}
+    error: str | None = None
 
 
 class ExecutorOutput(NamedTuple):
@@ -135,6 +137,7 @@ class RequestUpdate(NamedTuple):
     stop_reason: int | None = None  # the stop token id that ended it, unless it is an EOS
     metrics: RequestMetrics | None = None  # with the terminal event
     prompt_logprobs: Sequence[TokenLogprobs] = ()
+    error: str | None = None  # with FinishReason.ERROR: why, in one line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

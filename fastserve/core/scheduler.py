@@ -255,6 +255,9 @@ class Scheduler:
         return updates
 
     def _land(self, done: StepDone, now: float, updates: list[RequestUpdate]) -> None:
+        if done.error is not None:
+            self._land_failed(done, done.error, now, updates)
+            return
         shares: list[Share] = []
         samples = iter(done.samples)
         has_progress = False
@@ -290,6 +293,21 @@ class Scheduler:
         self._budget.earn(done.device_s)
         if shares:
             self.policy.charge(StepBill(done.device_s, shares), now)
+
+    def _land_failed(
+        self, done: StepDone, error: str, now: float, updates: list[RequestUpdate]
+    ) -> None:
+        """End the requests of a step that failed; one that has begun anew since goes on."""
+        for request, table, work in self._in_flight.pop(done.step_id):
+            request.steps_in_flight -= 1
+            request.last_ran_at = now
+            table.steps_in_flight -= 1
+            if table.is_closed:
+                self.cache.land(table)
+                self._num_dropped_samples += work.sample
+            else:
+                updates.append(self._end(request, FinishReason.ERROR, (), now, error=error))
+        self._budget.earn(done.device_s)
 
     def _advance(self, request: Request, work: Work) -> bool:
         """Confirm computed tokens; return whether any of them had never been computed before."""
@@ -336,6 +354,7 @@ class Scheduler:
         samples: tuple[Sample, ...],
         now: float,
         scored: Sequence[TokenLogprobs] = (),
+        error: str | None = None,
     ) -> RequestUpdate:
         """Let go of everything a request holds and write its terminal event."""
         level = self.policy.level(request)
@@ -364,7 +383,9 @@ class Scheduler:
             cached_tokens=request.num_cached_tokens,
             level=level,
         )
-        return RequestUpdate(request.handle, samples, reason, request.stop_reason, metrics, scored)
+        return RequestUpdate(
+            request.handle, samples, reason, request.stop_reason, metrics, scored, error
+        )
 
     # ── progress ─────────────────────────────────────────────────────────────────────────────
 

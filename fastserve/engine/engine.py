@@ -1,7 +1,8 @@
 """The engine: the only loop there is, between a scheduler that decides and an executor that does.
 
-Rules: `step` is called by one thread; observers watch and cannot stop it; an executor's failure is
-the engine's. Live serving, offline use and virtual time run these very lines.
+Rules: `step` is called by one thread; observers watch and cannot stop it; a step that fails ends
+the requests in it, a device that fails ends the engine. Live serving, offline use and virtual time
+run these very lines.
 Must not know: torch, processes, text.
 """
 

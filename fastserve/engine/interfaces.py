@@ -31,7 +31,9 @@ class Executor(Protocol):
         """Return everything that finished.
 
         Blocks until something has, `wake` was called, or the clock reaches `until`; None if
-        nothing finished. Raises RuntimeError when the device failed: the engine is then over.
+        nothing finished. A step that failed is a StepDone with an `error`, and its requests are
+        known no more: what plans in flight still ask of them is not done. Raises RuntimeError when
+        the device failed: the engine is then over.
         """
 
     def wake(self) -> None:

@@ -3,12 +3,13 @@
 Rules: everything torch happens on that thread (its thread pool belongs to it), except that on CUDA
 a second one waits for launched steps; callers wait on a condition, never poll. A slot is free again
 once `wait` has handed its step out, so that a plan never splits a batch that could run together. A
-failure on a thread ends the executor: `wait` raises it, after what finished before it. Must not
-know: scheduling.
+step that cannot be launched is reported as failed, and the next one runs. A failure of the device
+ends the executor: `wait` raises it, after what finished before it. Must not know: scheduling.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -27,6 +28,8 @@ from fastserve.executor.profiler import load_or_measure
 from fastserve.executor.worker import ExecutorFacts, Worker
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class LocalExecutor:
@@ -128,14 +131,23 @@ class LocalExecutor:
     def _run(self, plan: SchedulerOutput) -> None:
         if self._error is not None:
             return
+        started = time.perf_counter()
         try:
             finish = self._worker.launch(plan)
+        except Exception as error:
+            logger.exception("step %d failed; its requests end with an error", plan.step_id)
+            done = StepDone(plan.step_id, (), time.perf_counter() - started, error=_one_line(error))
+            finish = partial(self._fail, done)
         except BaseException as error:  # raised again by `wait`, on the engine's thread
             finish = partial(_raise, error)
         if self._reporter is None:
             self._report(finish)
         else:
             self._reporter.submit(self._report, finish)
+
+    def _fail(self, done: StepDone) -> StepDone:
+        self._worker.check_device()
+        return done
 
     def _report(self, finish: Callable[[], StepDone]) -> None:
         if self._error is not None:
@@ -157,3 +169,7 @@ class LocalExecutor:
 
 def _raise(error: BaseException) -> NoReturn:
     raise error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")

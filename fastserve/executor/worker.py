@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fastserve.config import EngineConfig, SchedulerConfig
-from fastserve.core.output import Sample, SchedulerOutput, StepDone, TokenLogprobs
+from fastserve.core.output import Sample, SchedulerOutput, StepDone, TokenLogprobs, Work
 from fastserve.executor.async_runner import AsyncModelRunner, PendingStep, make_async_runner
 from fastserve.executor.choices import (
     choose_capture,
@@ -99,6 +99,7 @@ class Worker:
             is_poisoned=is_poisoned,
         )
         self.table = RequestTable(eos_token_ids)
+        self._lost: dict[int, int] = {}  # handle → epoch whose state went with a failed step
         self.is_async = self.device.type == "cuda" if is_async is None else is_async
         self.runner = self._make_runner(max_model_len, on_progress)
         self.facts = ExecutorFacts(
@@ -142,29 +143,69 @@ class Worker:
 
     @torch.inference_mode()
     def launch(self, plan: SchedulerOutput) -> Callable[[], StepDone]:
-        """Begin one plan; what is returned waits for its end, on any thread."""
+        """Begin one plan; what is returned waits for its end, on any thread.
+
+        Where this raises, the requests of the plan are lost: how far their state had come is not
+        known. What plans in flight still ask of them is left out. The others go on.
+        """
+        try:
+            return self._launch(plan)
+        except BaseException:
+            self._lose(plan)
+            raise
+
+    def check_device(self) -> None:
+        """Raise what the device raises at anything, once it has failed for good."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _launch(self, plan: SchedulerOutput) -> Callable[[], StepDone]:
         started = time.perf_counter()
         if plan.copies or plan.needs_copies:
             raise RuntimeError(f"step {plan.step_id} moves KV, and there is no host tier")
         for handle in plan.forget:
             self.table.forget(handle)
+            self._lost.pop(handle, None)
         for new in plan.new_requests:
             self.table.add(new)
-        for work in plan.work:
+            self._lost.pop(new.request, None)
+        works = self._without_lost(plan.work) if self._lost else plan.work
+        for work in works:
             self.kv.admit(work.block_ids)
-        states = [self.table.advance(work) for work in plan.work]
-        if isinstance(self.runner, AsyncModelRunner) and plan.work:
-            step = self.runner.launch(plan.work, states)
-            return partial(_await, plan.step_id, step)
+        states = [self.table.advance(work) for work in works]
+        if isinstance(self.runner, AsyncModelRunner) and works:
+            step = self.runner.launch(works, states)
+            return partial(_await, plan, works, step)
         samples: Sequence[Sample] = ()
         prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = {}
-        if plan.work:
-            samples, prompt_logprobs = self.runner.run(plan.work, states)
+        if works:
+            samples, prompt_logprobs = self.runner.run(works, states)
         seconds = time.perf_counter() - started
-        done = StepDone(plan.step_id, samples, seconds, prompt_logprobs)
+        done = StepDone(plan.step_id, _placed(plan, works, samples), seconds, prompt_logprobs)
         return lambda: done
 
+    def _lose(self, plan: SchedulerOutput) -> None:
+        for work in plan.work:
+            self.table.forget(work.request)
+            self._lost[work.request] = work.epoch
 
-def _await(step_id: int, step: PendingStep) -> StepDone:
+    def _without_lost(self, works: Sequence[Work]) -> Sequence[Work]:
+        return [work for work in works if self._lost.get(work.request) != work.epoch]
+
+
+def _await(plan: SchedulerOutput, works: Sequence[Work], step: PendingStep) -> StepDone:
     step.wait()
-    return StepDone(step_id, step.samples, step.device_s, step.prompt_logprobs)
+    samples = _placed(plan, works, step.samples)
+    return StepDone(plan.step_id, samples, step.device_s, step.prompt_logprobs)
+
+
+def _placed(
+    plan: SchedulerOutput, works: Sequence[Work], samples: Sequence[Sample]
+) -> Sequence[Sample]:
+    """Return one sample for each Work of the plan; those of lost requests are read by nobody."""
+    if len(works) == len(plan.work):
+        return samples
+    done = {work.request for work in works}
+    drawn = iter(samples)
+    sampled = [work for work in plan.work if work.sample]
+    return [next(drawn) if work.request in done else Sample(0) for work in sampled]

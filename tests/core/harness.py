@@ -88,6 +88,7 @@ class Harness:
         )
         self.engine = Engine(self.scheduler, self.executor, self.clock)
         self.expected: dict[int, Expected] = {}
+        self.num_errors = 0  # ends of requests whose step failed
 
     def add(self, prompt: Sequence[int], max_tokens: int, *, priority: int = 0, **kw: Any) -> int:
         """Add a request whose seed, hence output, is its own; `kw` are sampling parameters."""
@@ -135,7 +136,10 @@ class Harness:
         expected.finish_reason, expected.last = update.finish_reason, update
         assert update.metrics is not None
         self._check_metrics(update)
-        if not is_early:
+        if update.finish_reason is FinishReason.ERROR:
+            assert update.error
+            self.num_errors += 1
+        elif not is_early:
             assert expected.received == expected.owed
             assert expected.received_scores == expected.scores
             assert update.finish_reason is expected.reason
@@ -162,6 +166,10 @@ class Harness:
         self.take(self.engine.finish(handle, num_received), is_early=True)
         assert self.expected[handle].finish_reason is FinishReason.STOP
         assert self.engine.finish(handle, num_received) is None
+
+    def fail_next_step(self) -> None:
+        """Let the next step that is submitted fail."""
+        self.executor.fails_next = True
 
     @property
     def live(self) -> list[int]:

@@ -42,7 +42,7 @@ def test_any_process_writes_the_same_journal() -> None:
 
 
 def busy_run(lines: list[str], *, slots: int, lookahead: int) -> Harness:
-    """Run a load with preemptions, recomputation, EOS, aborts, stops and a refusal."""
+    """Run a load with preemptions, recomputation, EOS, aborts, stops, a refusal, a failure."""
     config = small_config(
         max_num_seqs=2,
         max_num_batched_tokens=6,
@@ -61,11 +61,14 @@ def busy_run(lines: list[str], *, slots: int, lookahead: int) -> Harness:
         harness.add(prompt, 20, seed=number, priority=number % 2, logit_bias={7: 1.5})
         for _ in range(number):
             harness.step()
+        if number == 4:
+            harness.fail_next_step()
     with pytest.raises(ValueError, match="exceed"):
         harness.engine.add([1], SamplingParams(max_tokens=99))
     harness.abort(harness.live[0])
     harness.finish(harness.live[-1])
     harness.drain()
+    assert harness.num_errors > 0
     stats = harness.scheduler.stats(0.0)
     assert stats.num_preemptions > 0
     assert stats.num_recomputed_tokens > 0
@@ -101,8 +104,13 @@ def replay(lines: list[str], harness: Harness) -> list[str]:
             scheduler.schedule(now, rest[0])
         elif kind == "update":
             steps = [
-                StepDone(step_id, [Sample(i) for i in ids], float.fromhex(device_s))
-                for step_id, ids, device_s in rest[0]
+                StepDone(
+                    step_id,
+                    [Sample(i) for i in ids],
+                    float.fromhex(device_s),
+                    error=reason[0] if reason else None,
+                )
+                for step_id, ids, device_s, *reason in rest[0]
             ]
             scheduler.update(ExecutorOutput(steps, rest[1]), now)
         else:

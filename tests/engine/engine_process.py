@@ -37,7 +37,9 @@ class PacedExecutor:
     lookahead = 0
 
     def __init__(
-        self, failing_step: int | None = None, on_poison: Callable[[], None] | None = None
+        self,
+        failing_step: int | None = None,
+        on_poison: Callable[[FakeExecutor], None] | None = None,
     ) -> None:
         self._inner = FakeExecutor(VirtualClock(), BLOCK_SIZE)
         self._failing_step = failing_step
@@ -55,7 +57,7 @@ class PacedExecutor:
         if plan.step_id == self._failing_step:
             raise RuntimeError("the device\nfell off the bus")
         if self._on_poison and any(POISON in work.token_ids for work in plan.work):
-            self._on_poison()
+            self._on_poison(self._inner)
         self._inner.submit(plan)
         self._finishes_at = time.monotonic() + STEP_S
 
@@ -83,17 +85,26 @@ class PacedExecutor:
         """There is nothing to free."""
 
 
-def fail() -> None:
+def fail(device: FakeExecutor) -> None:
     """Fail as a device does that says so."""
     raise RuntimeError("an illegal address")
 
 
-def die() -> None:
+def die(device: FakeExecutor) -> None:
     """End without a word."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-FATES: dict[str, Callable[[], None]] = {"fails-on-poison": fail, "dies-on-poison": die}
+def fail_the_step(device: FakeExecutor) -> None:
+    """Fail this step, and go on."""
+    device.fails_next = True
+
+
+FATES: dict[str, Callable[[FakeExecutor], None]] = {
+    "fails-on-poison": fail,
+    "dies-on-poison": die,
+    "fails-steps-on-poison": fail_the_step,
+}
 
 
 def open_engine(

@@ -204,6 +204,29 @@ def test_a_request_that_kills_the_engine_ends_alone(model: str, reason: str) -> 
     run(body)
 
 
+def test_a_step_that_fails_ends_its_requests_and_not_the_engine() -> None:
+    """Again and again: an error with its reason, then others run in the same process."""
+
+    async def body() -> None:
+        async with running("fails-steps-on-poison") as engine:
+            await engine.ready()
+            process = engine.process
+            for seed in range(3):
+                updates = [update async for update in engine.submit([1, POISON], params(seed, 5))]
+                assert updates[-1].finish_reason is FinishReason.ERROR
+                assert updates[-1].error == "it was told to fail"
+                assert await read(engine.submit([1, 2], params(seed, 40))) == (
+                    expected(seed, 40),
+                    FinishReason.LENGTH,
+                )
+            assert engine.process is process
+            await until_idle(engine)
+            text = engine.metrics.render()[0].decode()
+            assert 'finished_reason="error",model_name="fails-steps-on-poison"} 3.0' in text
+
+    run(body)
+
+
 def test_a_suspect_whose_client_leaves_holds_nobody_up() -> None:
     """Aborts and stop strings of others are heeded during a trial, and new requests wait."""
 

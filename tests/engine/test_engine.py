@@ -100,6 +100,26 @@ def test_finish_ends_with_stop() -> None:
     assert engine.finish(handle, 1) is None
 
 
+@pytest.mark.parametrize(("num_slots", "lookahead"), [(1, 0), (1, 1), (2, 0)])
+def test_a_failed_step_costs_its_own_requests_and_nothing_else(
+    num_slots: int, lookahead: int
+) -> None:
+    """They end with an error, whatever else of them is in flight; others come out whole."""
+    engine = make_engine(num_slots=num_slots, lookahead=lookahead)
+    assert isinstance(engine.executor, FakeExecutor)
+    lost = [engine.add(range(5), SamplingParams(seed=seed, max_tokens=9)) for seed in range(2)]
+    engine.step()
+    engine.executor.fails_next = True
+    updates = run_all(engine)
+    ends = {u.request: (u.finish_reason, u.error) for u in updates if u.finish_reason}
+    failed = [handle for handle in lost if ends[handle][0] is FinishReason.ERROR]
+    assert len(failed) == (2 if num_slots == 1 else 1)
+    assert all(ends[handle] == (FinishReason.ERROR, "it was told to fail") for handle in failed)
+    assert engine.stats().scheduler.device_blocks_used == 0
+    later = engine.add(range(5), SamplingParams(seed=7, max_tokens=9))
+    assert ids_of(run_all(engine), later) == [default_token(7, i) for i in range(9)]
+
+
 def test_stats_tell_what_was_done() -> None:
     """Device seconds are the steps' own; the scheduler's counters are in."""
     engine = make_engine()

@@ -132,27 +132,71 @@ def test_two_steps_in_flight_with_lookahead(open_executor):
     assert executor.can_submit()
 
 
-def test_failure_surfaces_in_wait(open_executor):
-    """An exception of a step is raised by wait, now and ever after, as a RuntimeError."""
-    executor = open_executor()
-    unknown = Work(9, 0, 0, 1, (5,), 0, (0,), True, "last")
-    executor.submit(SchedulerOutput(0, (), (unknown,)))
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="a step failed: KeyError") as caught:
-            executor.wait(math.inf)
-        assert isinstance(caught.value.__cause__, KeyError)
+IMPOSSIBLE = Work(9, 0, 0, 1, (5,), 0, (0,), True, "last")  # of a request that no plan introduced
 
 
-def test_what_finished_before_a_failure_is_reported(open_executor):
-    """The step before the failing one is not lost."""
-    executor = open_executor(lookahead=1)
-    executor.submit(first_plan())
-    executor.submit(SchedulerOutput(1, (), (Work(9, 0, 0, 1, (5,), 0, (0,), True, "last"),)))
+def next_step(executor: LocalExecutor) -> StepDone:
+    """Wait for exactly one step."""
     output = executor.wait(math.inf)
     assert output is not None
-    assert [done.step_id for done in output.steps] == [0]
-    with pytest.raises(RuntimeError, match="a step failed"):
-        executor.wait(math.inf)
+    (done,) = output.steps
+    return done
+
+
+def test_a_step_that_fails_is_reported_and_the_next_one_runs(open_executor):
+    """Its error is one line, it has no samples, and others get the tokens they would get alone."""
+    alone, executor = open_executor(), open_executor()
+    alone.submit(first_plan())
+    executor.submit(SchedulerOutput(0, (), (IMPOSSIBLE,)))
+    failed = next_step(executor)
+    assert (failed.step_id, failed.samples, failed.error) == (0, (), "KeyError: 9")
+    executor.submit(first_plan(1))
+    done = next_step(executor)
+    assert done.error is None
+    assert done.samples == next_step(alone).samples
+
+
+def test_what_is_in_flight_behind_a_failed_step_is_left_out(open_executor):
+    """A lookahead step asks for a lost request: that one gets nothing, its company its own ids."""
+    executor = open_executor(lookahead=1)
+    executor.submit(first_plan(0, 0))
+    assert next_step(executor).error is None
+    decode = Work(0, 0, len(PROMPT), 1, (), 1, (), True, "last")
+    executor.submit(SchedulerOutput(1, (), (decode, IMPOSSIBLE)))
+    new = NewRequest(1, 0, len(PROMPT), GREEDY, ())
+    prefill = Work(1, 0, 0, len(PROMPT), tuple(PROMPT), 0, (6, 5), True, "last")
+    again = Work(0, 0, len(PROMPT) + 1, 1, (), 1, (), True, "last")
+    executor.submit(SchedulerOutput(2, (new,), (again, prefill)))
+    steps: list[StepDone] = []
+    while len(steps) < 2:
+        output = executor.wait(math.inf)
+        assert output is not None
+        steps += output.steps
+    assert steps[0].error == "KeyError: 9"
+    assert steps[1].error is None
+    alone = open_executor()
+    alone.submit(first_plan())
+    assert steps[1].samples[1] == next_step(alone).samples[0]
+    executor.submit(SchedulerOutput(3, (), (IMPOSSIBLE,), forget=(0, 1, 9)))
+    assert next_step(executor).error == "KeyError: 9"
+    assert len(executor._worker.table) == 0
+
+
+def test_a_device_that_is_gone_surfaces_in_wait(open_executor, monkeypatch):
+    """Then the failure is raised by wait, after what finished before it, now and ever after."""
+    executor = open_executor(lookahead=1)
+
+    def raise_again() -> None:
+        raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(executor._worker, "check_device", raise_again)
+    executor.submit(first_plan())
+    executor.submit(SchedulerOutput(1, (), (IMPOSSIBLE,)))
+    assert next_step(executor).step_id == 0
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"a step failed: .*launch failure") as caught:
+            executor.wait(math.inf)
+        assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 def test_wake_ends_a_wait(open_executor):
