@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help serve test install
+.PHONY: help serve test test-all install
 
 help:
-	@echo "make serve   install into .venv and serve a model over the OpenAI API (ARGS=\"MODEL --flag …\")"
-	@echo "make test    install the test tools too and run the tests"
-	@echo "make install only install"
+	@echo "make serve     install into .venv and serve a model over the OpenAI API (ARGS=\"MODEL --flag …\")"
+	@echo "make test      install the test tools too and run the tests"
+	@echo "make test-all  the slow tests too, those against lm-eval among them"
+	@echo "make install   only install"
 
 serve: install
 	@echo "==> fastserve serve $(ARGS)   (no model named: the bundled demo; Ctrl-C stops)"
@@ -17,6 +18,10 @@ serve: install
 test: .venv/test.stamp
 	@echo "==> Testing"
 	@scripts/test
+
+test-all: .venv/eval.stamp
+	@echo "==> Testing, the slow tests too"
+	@scripts/test --all
 
 install: .venv/serve.stamp
 
@@ -35,4 +40,9 @@ install: .venv/serve.stamp
 .venv/test.stamp: .venv/serve.stamp
 	@echo "==> Installing the test tools into .venv (once)"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/eval.stamp: .venv/test.stamp
+	@echo "==> Installing lm-eval into .venv (once)"
+	@$(PIP) -e '.[dev,eval]'
 	@touch $@

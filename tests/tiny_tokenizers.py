@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import (
     Tokenizer,
@@ -106,8 +107,8 @@ def byte_fallback() -> Tokenizer:
     return backend
 
 
-def save(backend: Tokenizer, directory: Path) -> Path:
-    """Write a tokenizer as a model directory holds it."""
+def save(backend: Tokenizer, directory: Path, **changes: Any) -> Path:
+    """Write a tokenizer as a model directory holds it; `changes` to tokenizer_config.json."""
     backend.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -115,6 +116,7 @@ def save(backend: Tokenizer, directory: Path) -> Path:
         "eos_token": {"content": "</s>", "__type": "AddedToken"},
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
+        **changes,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory

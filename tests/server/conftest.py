@@ -16,10 +16,10 @@ API_KEY = "sk-test"
 
 
 @contextlib.contextmanager
-def serving(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run `fastserve serve` with the demo model on a free port; yield it and its address."""
+def serving(*flags: str, model: str = "demo") -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run `fastserve serve` on a free port; yield it and its address."""
     command = [
-        sys.executable, "-m", "fastserve", "serve", "--port", "0", "--num-threads", "1",
+        sys.executable, "-m", "fastserve", "serve", model, "--port", "0", "--num-threads", "1",
         "--api-key", API_KEY, *flags,
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
