@@ -10,6 +10,7 @@ Must not know: plans, requests, weights, KV.
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import cast
 
@@ -26,6 +27,8 @@ from fastserve.model.deterministic_ops import DeterministicOps
 from fastserve.model.ops import Ops
 from fastserve.model.rowwise_ops import RowwiseCpuOps, RowwiseOps
 from fastserve.model.torch_ops import TorchOps
+
+logger = logging.getLogger(__name__)
 
 BFLOAT16_HIDDEN_SIZE = 384
 BFLOAT16_HIDDEN_SIZE_EMULATED = 1024
@@ -109,6 +112,13 @@ def has_triton() -> bool:
 def choose_max_model_len(asked: int | None, config: ModelConfig) -> int:
     """Return the window: the model's, or the shorter one asked for."""
     if asked is None:
+        if config.max_model_len < config.num_positions:
+            logger.warning(
+                "contexts are bounded to the model's sliding window of %d tokens (of %d); "
+                "longer ones are not supported",
+                config.max_model_len,
+                config.num_positions,
+            )
         return config.max_model_len
     if asked > config.max_model_len:
         reason = f"the model's window is {config.max_model_len} tokens"

@@ -12,20 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastserve.config import ConfigError
+from fastserve.model.config_defaults import ARCHITECTURES, with_defaults
 from fastserve.model.config_fields import ModelConfig, Values
 from fastserve.model.config_gpt2 import parse_gpt2
-from fastserve.model.config_llama import (
-    LLAMA_ARCHITECTURES,
-    LlamaConfig,
-    check_llama,
-    parse_llama,
-)
+from fastserve.model.config_llama import LlamaConfig, check_llama, parse_llama
 from fastserve.model.config_opt import parse_opt
 
 __all__ = ["ModelConfig", "parse_model_config", "read_model_config"]
 
 PARSERS: dict[str, Callable[[Values, str, str], ModelConfig]] = {
-    **dict.fromkeys(LLAMA_ARCHITECTURES, parse_llama),
+    **dict.fromkeys(ARCHITECTURES, parse_llama),
     "OPTForCausalLM": parse_opt,
     "GPT2LMHeadModel": parse_gpt2,
 }
@@ -51,9 +47,8 @@ def parse_model_config(values: Values, *, source: str) -> ModelConfig:
     if values.get("quantization_config"):
         raise ConfigError(f"{source}: quantized weights (quantization_config) are not supported")
     try:
-        config = PARSERS[architecture](values, source, architecture)
-    except KeyError as error:
-        raise ConfigError(f"{source}: {error.args[0]!r} is missing") from None
+        complete = with_defaults(values, ARCHITECTURES[architecture], source)
+        config = PARSERS[architecture](complete, source, architecture)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
@@ -67,11 +62,13 @@ def parse_model_config(values: Values, *, source: str) -> ModelConfig:
 
 
 def _architecture(values: Values, source: str) -> str:
+    """Return the class to be served: the first one known, or by model_type where none is named."""
     names = values.get("architectures") or ()
-    for name in names:
-        if name in PARSERS:
-            return str(name)
-    asked = ", ".join(map(str, names)) or "none named"
+    model_type = values.get("model_type")
+    for name, family in ARCHITECTURES.items():
+        if name in names or (not names and family == model_type):
+            return name
+    asked = ", ".join(map(str, names)) or model_type or "none named"
     raise ConfigError(
         f"{source}: architecture not supported: {asked} (supported: {', '.join(PARSERS)})"
     )

@@ -32,24 +32,30 @@ class ModelConfig:
     dtype: str  # of the checkpoint
 
     @property
+    def num_positions(self) -> int:
+        """The positions that the network can tell apart."""
+        return self.max_position_embeddings
+
+    @property
     def max_model_len(self) -> int:
-        """The longest context that is computed exactly: full attention, trained positions."""
-        return min(
-            self.max_position_embeddings, self.sliding_window or self.max_position_embeddings
-        )
+        """The longest context that is computed exactly: full attention, known positions."""
+        if self.sliding_window is None:
+            return self.num_positions
+        return min(self.num_positions, self.sliding_window)
 
 
 def read_dtype(values: Values, source: str) -> str:
     """Return the dtype of the checkpoint."""
     dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"{source}: dtype {dtype!r} is not supported")
-    return str(dtype)
+    return dtype
 
 
-def read_activation(values: Values, source: str, default: str) -> Activation:
+def read_activation(values: Values, source: str) -> Activation:
     """Return the activation of a plain MLP."""
-    name = values.get("activation_function", default)
+    name = values["activation_function"]
     if name not in ACTIVATIONS:
         raise ConfigError(
             f"{source}: activation_function {name!r} is not supported "

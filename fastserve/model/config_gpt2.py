@@ -28,13 +28,13 @@ class GPT2Config(ModelConfig):
 
 
 def parse_gpt2(values: Values, source: str, architecture: str) -> GPT2Config:
-    """Turn the fields of a config.json into a GPT2Config."""
+    """Turn the fields of a config.json, defaults included, into a GPT2Config."""
     for key, expected in (
         ("scale_attn_weights", True),
         ("scale_attn_by_inverse_layer_idx", False),
         ("add_cross_attention", False),
     ):
-        if bool(values.get(key, expected)) != expected:
+        if bool(values[key]) != expected:
             raise ConfigError(f"{source}: {key} {values[key]!r} is not supported")
     hidden_size, num_heads = int(values["n_embd"]), int(values["n_head"])
     return GPT2Config(
@@ -45,11 +45,11 @@ def parse_gpt2(values: Values, source: str, architecture: str) -> GPT2Config:
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=divide_heads(hidden_size, num_heads, source),
-        max_position_embeddings=int(values.get("n_positions", 1024)),
+        max_position_embeddings=int(values["n_positions"]),
         sliding_window=None,
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", True)),
+        tie_word_embeddings=bool(values["tie_word_embeddings"]),
         dtype=read_dtype(values, source),
-        intermediate_size=int(values.get("n_inner") or 4 * hidden_size),
-        activation=read_activation(values, source, "gelu_new"),
-        layer_norm_eps=float(values.get("layer_norm_epsilon", 1e-5)),
+        intermediate_size=4 * hidden_size if values["n_inner"] is None else int(values["n_inner"]),
+        activation=read_activation(values, source),
+        layer_norm_eps=float(values["layer_norm_epsilon"]),
     )

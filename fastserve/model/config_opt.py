@@ -31,9 +31,10 @@ class OPTConfig(ModelConfig):
 
 
 def parse_opt(values: Values, source: str, architecture: str) -> OPTConfig:
-    """Turn the fields of a config.json into an OPTConfig."""
+    """Turn the fields of a config.json, defaults included, into an OPTConfig."""
     hidden_size, num_heads = int(values["hidden_size"]), int(values["num_attention_heads"])
-    is_norm_first = bool(values.get("do_layer_norm_before", True))
+    narrow = values["word_embed_proj_dim"]
+    is_norm_first = bool(values["do_layer_norm_before"])
     return OPTConfig(
         architecture=architecture,
         vocab_size=int(values["vocab_size"]),
@@ -42,15 +43,15 @@ def parse_opt(values: Values, source: str, architecture: str) -> OPTConfig:
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=divide_heads(hidden_size, num_heads, source),
-        max_position_embeddings=int(values.get("max_position_embeddings", 2048)),
+        max_position_embeddings=int(values["max_position_embeddings"]),
         sliding_window=None,
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", True)),
+        tie_word_embeddings=bool(values["tie_word_embeddings"]),
         dtype=read_dtype(values, source),
-        embedding_size=int(values.get("word_embed_proj_dim") or hidden_size),
+        embedding_size=hidden_size if narrow is None else int(narrow),
         intermediate_size=int(values["ffn_dim"]),
-        activation=read_activation(values, source, "relu"),
+        activation=read_activation(values, source),
         is_norm_first=is_norm_first,
-        has_final_norm=is_norm_first and not values.get("_remove_final_layer_norm", False),
-        has_norm_weights=bool(values.get("layer_norm_elementwise_affine", True)),
-        has_bias=bool(values.get("enable_bias", True)),
+        has_final_norm=is_norm_first and not values["_remove_final_layer_norm"],
+        has_norm_weights=bool(values["layer_norm_elementwise_affine"]),
+        has_bias=bool(values["enable_bias"]),
     )

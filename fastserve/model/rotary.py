@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastserve.model.config_llama import RopeConfig
+from fastserve.model.config_rope import RopeConfig
 
 
 class Rotary:

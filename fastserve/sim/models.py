@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastserve.config import ConfigError
+from fastserve.model.config_defaults import DEFAULTS, with_defaults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +135,6 @@ _UNGATED = frozenset(
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Families whose every expert is a gated network of one size, and none is shared.
 _PLAIN_EXPERTS = frozenset({"mixtral", "qwen3_moe"})
-_TIED = frozenset({"opt", "gpt2"})  # where config.json does not say
 
 
 def resolve_model(model: str) -> ModelShape:
@@ -174,29 +174,34 @@ def read_shape(path: Path) -> ModelShape:
 
 
 def parse_shape(values: Mapping[str, Any], *, name: str) -> ModelShape:
-    """Turn the fields of a config.json into a shape; raises KeyError for one that is missing."""
+    """Turn the fields of a config.json into a shape.
+
+    What a file of a family that is served leaves out is that family's default; of other families,
+    raises KeyError for what is missing.
+    """
+    model_type = values.get("model_type")
+    if model_type in DEFAULTS:
+        values = with_defaults(values, model_type, f"--model {name}")
     num_experts, num_active = _experts(values, name)
     if values.get("quantization_config"):
         raise ConfigError(f"--model {name}: quantized weights cannot be simulated")
     hidden_size = int(_first(values, "hidden_size", "n_embd", "d_model"))
     num_heads = int(_first(values, "num_attention_heads", "n_head", "n_heads"))
-    model_type = values.get("model_type")
     inner = values.get("intermediate_size") or values.get("ffn_dim") or values.get("n_inner")
     if num_experts > 1:
         inner = values.get("moe_intermediate_size") or inner
-    default_head_dim = 128 if model_type == "qwen3" else hidden_size // num_heads
     return ModelShape(
         name=name,
         num_layers=int(_first(values, "num_hidden_layers", "n_layer", "n_layers")),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=_num_kv_heads(values, num_heads),
-        head_dim=int(values.get("head_dim") or default_head_dim),
+        head_dim=int(values.get("head_dim") or hidden_size // num_heads),
         intermediate_size=int(inner or 4 * hidden_size),
         num_mlp_matrices=2 if model_type in _UNGATED else 3,
         vocab_size=int(values["vocab_size"]),
         max_model_len=_max_model_len(values),
-        is_tied=bool(values.get("tie_word_embeddings", model_type in _TIED)),
+        is_tied=bool(values.get("tie_word_embeddings")),
         num_experts=num_experts,
         num_experts_per_token=num_active,
     )
@@ -220,9 +225,11 @@ def _experts(values: Mapping[str, Any], name: str) -> tuple[int, int]:
 def _max_model_len(values: Mapping[str, Any]) -> int:
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     positions = int(_first(values, *names))
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type")) == "linear":
+        positions = int(positions * float(rope["factor"]))
     window = values.get("sliding_window")
-    is_optional = str(values.get("model_type")).startswith("qwen")
-    if window is None or not values.get("use_sliding_window", not is_optional):
+    if window is None or not values.get("use_sliding_window", True):
         return positions
     return min(positions, int(window))
 

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from fastserve.config import ConfigError
-from fastserve.executor.choices import choose_capture, choose_cpu_kernels, choose_dtype
+from fastserve.executor.choices import (
+    choose_capture,
+    choose_cpu_kernels,
+    choose_dtype,
+    choose_max_model_len,
+)
 from fastserve.model.config import read_model_config
 from tests.checkpoints import make_checkpoint
 
@@ -63,3 +68,24 @@ def test_graphs_are_a_matter_of_cuda(tmp_path):
     assert not choose_capture(True, config, CUDA)
     with pytest.raises(ConfigError, match=r"--enforce-eager: .* the device is cpu"):
         choose_capture(True, config, CPU)
+
+
+def test_a_sliding_window_bounds_the_context_and_says_so(tmp_path, caplog):
+    """Beyond it, full attention would be another network: bounded by default, refused if asked."""
+    make_checkpoint(tmp_path, "mistral", sliding_window=64)
+    config = read_model_config(tmp_path)
+    assert choose_max_model_len(None, config) == 64
+    assert "sliding window of 64 tokens (of 256)" in caplog.text
+    assert choose_max_model_len(32, config) == 32
+    with pytest.raises(ConfigError, match=r"65 is too long: .* sliding window of 64 tokens"):
+        choose_max_model_len(65, config)
+
+
+def test_a_stretched_window_may_be_asked_for(tmp_path):
+    """Linear scaling by four makes four times the positions."""
+    rope = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+    make_checkpoint(tmp_path, "llama-linear-rope", rope_parameters=rope)
+    config = read_model_config(tmp_path)
+    assert choose_max_model_len(1024, config) == choose_max_model_len(None, config) == 1024
+    with pytest.raises(ConfigError, match="1025 is too long: the model's window is 1024"):
+        choose_max_model_len(1025, config)

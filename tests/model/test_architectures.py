@@ -64,6 +64,20 @@ def random_ids(num_tokens, seed=1):
     return np.random.default_rng(seed).integers(0, VOCAB_SIZE, num_tokens).tolist()
 
 
+@pytest.mark.parametrize("name", ["mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe"])
+def test_up_to_its_sliding_window_a_network_is_exact(name, tmp_path):
+    """The longest context that is allowed has transformers' logits, and one token more has not."""
+    settings = {"use_sliding_window": True, "max_window_layers": 1} if "qwen" in name else {}
+    model = make_checkpoint(tmp_path, name, sliding_window=90, **settings)
+    window = read_model_config(tmp_path).max_model_len
+    ids = random_ids(window + 1)
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0]
+    logits = logits_in_chunks(tmp_path, ids, [50])
+    torch.testing.assert_close(logits[:window], expected[:window], atol=1e-4, rtol=0)
+    assert (logits[window] - expected[window]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("is_old", [False, True], ids=["new-dialect", "old-dialect"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_equal_transformers(name, is_old, tmp_path):

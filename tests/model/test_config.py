@@ -9,8 +9,9 @@ import pytest
 from fastserve.config import ConfigError
 from fastserve.model.config import parse_model_config, read_model_config
 from fastserve.model.config_gpt2 import GPT2Config
-from fastserve.model.config_llama import LlamaConfig, RopeConfig
+from fastserve.model.config_llama import LlamaConfig
 from fastserve.model.config_opt import OPTConfig
+from fastserve.model.config_rope import RopeConfig
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -73,21 +74,61 @@ def test_biases_by_architecture():
 def test_sliding_window_limits_the_window():
     """Full attention is exact up to the sliding window; Qwen names one it does not use."""
     assert parse(architectures=["MistralForCausalLM"], sliding_window=200).max_model_len == 200
-    assert parse(architectures=["MistralForCausalLM"], sliding_window=None).max_model_len == 512
     qwen = parse(architectures=["Qwen2ForCausalLM"], sliding_window=8, use_sliding_window=False)
     assert qwen.max_model_len == 512
 
 
 @pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({}, 512),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 2048),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 1.5, "rope_theta": 5e5}}, 768),
+        ({"rope_scaling": {**LLAMA3_ROPE, "original_max_position_embeddings": 16}}, 512),
+        ({"rope_scaling": {"type": "default"}}, 512),
+        (
+            {
+                "architectures": ["MistralForCausalLM"],
+                "rope_scaling": {"type": "linear", "factor": 4.0},
+                "sliding_window": 700,
+            },
+            700,
+        ),
+    ],
+)
+def test_linear_scaling_stretches_the_window(changes, window):
+    """max_position_embeddings is the window before it; llama3's is given stretched."""
+    assert parse(**changes).max_model_len == window
+
+
+def test_of_two_dialects_in_one_file_rope_scaling_counts():
+    """As in transformers, where the new one stands beside it."""
+    linear = {"type": "linear", "factor": 4.0}
+    both = parse(rope_scaling=linear, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert both == parse(rope_scaling=linear)
+
+
+def test_llama3_without_its_first_window():
+    """It is then max_position_embeddings, as transformers has it."""
+    rope = {k: v for k, v in LLAMA3_ROPE.items() if k != "original_max_position_embeddings"}
+    assert parse(rope_scaling=rope).rope.original_max_position_embeddings == 512
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' without factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "at least 1, got 0.5"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "'llama3' without low_freq_factor"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object, got 'linear'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "for each kind of layer"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"architectures": ["T5Model"]}, "architecture not supported: T5Model"),
         ({"architectures": None}, "none named"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"vocab_size": None}, "'vocab_size' is missing"),
         ({"hidden_size": "wide"}, "invalid literal"),
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"num_key_value_heads": 3}, "cannot share"),
@@ -181,7 +222,7 @@ def test_experts():
         (OPT, {"activation_function": "prelu"}, "activation_function 'prelu'"),
         (OPT, {"num_attention_heads": 7}, "cannot be divided among 7 heads"),
         (OPT, {"num_attention_heads": 0}, "cannot be divided among 0 heads"),
-        (OPT, {"ffn_dim": None}, "int"),
+        (OPT, {"ffn_dim": None}, "ffn_dim is null"),
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
         (GPT2, {"scale_attn_weights": False}, "scale_attn_weights False"),
         (GPT2, {"add_cross_attention": True}, "add_cross_attention True"),

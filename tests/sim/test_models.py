@@ -7,7 +7,8 @@ import json
 import pytest
 
 from fastserve.config import ConfigError
-from fastserve.model.config import read_model_config
+from fastserve.model.config import parse_model_config, read_model_config
+from fastserve.model.config_defaults import ARCHITECTURES as MODEL_TYPES
 from fastserve.sim.hardware import resolve_cost_model
 from fastserve.sim.models import parse_shape, resolve_model
 from tests.checkpoints import ARCHITECTURES, make_checkpoint
@@ -62,11 +63,11 @@ def test_experts_are_read_by_the_step_and_computed_by_the_few(tmp_path):
     assert shape.num_params / 1e9 == pytest.approx(46.7, rel=0.01)
     active = shape.num_layers * shape.active_layer_params + 2 * shape.head_params
     assert active / 1e9 == pytest.approx(12.9, rel=0.01)
-    path, dense = tmp_path / "config.json", dict(MIXTRAL)
+    path = tmp_path / "config.json"
     path.write_text(json.dumps(MIXTRAL), encoding="utf-8")
     sparse_cost = resolve_cost_model(str(path), "h200").cost_model
-    del dense["num_local_experts"]
-    path.write_text(json.dumps({**dense, "intermediate_size": 2 * 14336}), encoding="utf-8")
+    dense = {**MIXTRAL, "num_local_experts": 1, "intermediate_size": 2 * 14336}
+    path.write_text(json.dumps(dense), encoding="utf-8")
     dense_cost = resolve_cost_model(str(path), "h200").cost_model
     # Two experts at a time cost a token what one network of twice the width costs it.
     assert sparse_cost.prefill_token_s == pytest.approx(dense_cost.prefill_token_s, rel=0.001)
@@ -90,3 +91,15 @@ def test_sliding_windows_bound_the_context():
     assert parse_shape(mistral, name="x").max_model_len == 4096
     qwen = {**mistral, "model_type": "qwen3_moe", "use_sliding_window": False}
     assert parse_shape(qwen, name="x").max_model_len == 32768
+
+
+@pytest.mark.parametrize("architecture", MODEL_TYPES)
+def test_a_file_that_says_nothing_is_the_network_that_is_served(architecture):
+    """Absent keys mean the same to both readers: a window of 4,096 for Mistral, say."""
+    values = {"model_type": MODEL_TYPES[architecture], "architectures": [architecture]}
+    shape = parse_shape(values, name="x")
+    config = parse_model_config(values, source="x")
+    for field in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim"):
+        assert getattr(shape, field) == getattr(config, field), field
+    assert shape.max_model_len == config.max_model_len
+    assert shape.is_tied == config.tie_word_embeddings
