@@ -42,7 +42,11 @@ def read_rope(values: Values, source: str) -> RopeConfig:
     given = values["rope_scaling"] or values["rope_parameters"] or {}
     if not isinstance(given, dict):
         raise ConfigError(f"{source}: rope_scaling must be an object, got {given!r}")
-    parameters: dict[str, Any] = given
+    parameters: dict[str, Any] = {
+        "rope_theta": values["rope_theta"],
+        "original_max_position_embeddings": values["max_position_embeddings"],
+        **given,
+    }
     if any(isinstance(value, dict) for value in parameters.values()):
         raise ConfigError(f"{source}: a rotary embedding for each kind of layer is not supported")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -53,7 +57,7 @@ def read_rope(values: Values, source: str) -> RopeConfig:
     factors = [place.get("partial_rotary_factor", 1.0) for place in (values, parameters)]
     if factors != [1.0, 1.0]:
         raise ConfigError(f"{source}: partial_rotary_factor is not supported")
-    theta = float(parameters.get("rope_theta", values["rope_theta"]))
+    theta = float(parameters["rope_theta"])
     if kind == "default":
         return RopeConfig(theta=theta)
     try:
@@ -68,11 +72,7 @@ def read_rope(values: Values, source: str) -> RopeConfig:
             factor=factor,
             low_freq_factor=float(parameters["low_freq_factor"]),
             high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_position_embeddings=int(
-                parameters.get(
-                    "original_max_position_embeddings", values["max_position_embeddings"]
-                )
-            ),
+            original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
         )
     except KeyError as error:
         raise ConfigError(f"{source}: rope type {kind!r} without {error.args[0]}") from None
