@@ -23,6 +23,7 @@ from fastserve.engine import process
 from fastserve.engine.async_engine import AsyncEngine
 from fastserve.engine.engine import Engine, MonotonicClock
 from fastserve.engine.messages import EngineInfo
+from fastserve.machine import num_cores
 from fastserve.tokenizer import Tokenizer
 
 # Threads that spin between steps take the cores of whoever else works on this machine; those that
@@ -117,11 +118,6 @@ def open_tokenizer(config: EngineConfig, chat_template: str | None = None) -> To
         if not Tokenizer.is_in(directory):
             return None
     return Tokenizer.load(directory, chat_template)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def serve(config: EngineConfig, server_config: ServerConfig) -> int:

@@ -13,11 +13,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastserve import checkpoint, launch
+from fastserve import checkpoint
 from fastserve.config import ConfigError, EngineConfig
 from fastserve.core.cost_model import CostModel
 from fastserve.executor import profiler
 from fastserve.executor.worker import Worker
+from fastserve.machine import num_cores
 from fastserve.provenance import output_path
 
 MEANING = {
@@ -35,7 +36,7 @@ def profile_model(config: EngineConfig, output: str | None) -> int:
         raise ConfigError("--profile: this command measures one; --output names the file")
     directory = checkpoint.locate(config.model, config.revision)
     path = None if output is None else output_path(output)
-    num_threads = config.num_threads or max(1, launch.num_cores() - 1)
+    num_threads = config.num_threads or max(1, num_cores() - 1)
     torch.set_num_threads(num_threads)
     console = Console(stderr=True)
     with console.status("loading") as status:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastserve.config import ConfigError
+from fastserve.machine import num_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,13 +66,6 @@ def machine() -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-
-
-def num_cores() -> int:
-    """Return the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def cpu_model() -> str:

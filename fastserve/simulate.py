@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastserve.config import ConfigError, SchedulerConfig
-from fastserve.provenance import num_cores, output_path, provenance
+from fastserve.machine import num_cores
+from fastserve.provenance import output_path, provenance
 from fastserve.sim.config import SIMULATED_POLICIES, SimulateConfig
 from fastserve.sim.generators import arrivals, jittered
 from fastserve.sim.hardware import HardwareFit, resolve_cost_model

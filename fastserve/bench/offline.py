@@ -30,7 +30,8 @@ from fastserve.core.request import SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.engine.messages import EngineInfo
 from fastserve.engine.process import quiet_garbage_collector
-from fastserve.launch import num_cores, open_engine
+from fastserve.launch import open_engine
+from fastserve.machine import num_cores
 from fastserve.provenance import output_path, provenance
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ Must not know: which request owns a block.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from fastserve.config import ConfigError, EngineConfig
+from fastserve.machine import available_memory
 from fastserve.model.attention import PagedKV
 from fastserve.model.config import ModelConfig
 
@@ -109,21 +109,6 @@ def count_blocks(
     if num_blocks < 1:
         raise ConfigError(f"{source}: {budget} bytes hold no KV block of {bytes_per_block} bytes")
     return num_blocks
-
-
-def available_memory() -> int:
-    """Return the bytes this process may still take, by the kernel's and the container's account."""
-    available = 2**63
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    limit, current = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and current.is_file():
-        text = limit.read_text(encoding="ascii").strip()
-        if text != "max":
-            used = int(current.read_text(encoding="ascii"))
-            available = min(available, max(int(text) - used, 0))
-    return available
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
