@@ -1,8 +1,9 @@
 """What every request passes: it gets a name, shows the key, has its body measured, is logged.
 
 Rules: plain ASGI, so that streams pass through untouched; keys are compared in constant time;
-a body is measured as it is read, whatever its headers say. An exception nobody expected is logged
-with its request's name and answered with a 500. Must not know: routes, bodies, the engine.
+a body is measured as it is read, whatever its headers say; a path means the same with a slash
+behind it. An exception nobody expected is logged with its request's name and answered with a 500.
+Must not know: routes, bodies, the engine.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Gate:
     def __init__(
         self, app: ASGIApp, *, api_keys: Sequence[str], max_body_bytes: int, logs_requests: bool
     ) -> None:
+        """Guard `app`; no keys: open to all."""
         self._app = app
         self._keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
@@ -40,6 +42,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"].endswith("/"):
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
         headers = Headers(scope=scope)
         request_id = chosen_id(headers.get("x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import httpx
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from fastserve.config import EngineConfig, ServerConfig
 from fastserve.core.output import RequestMetrics, RequestUpdate, Sample, TokenLogprobs
@@ -158,7 +159,7 @@ def make_app(
     return create_app(cast(AsyncEngine, engine), tokenizer, config, ServerConfig(**server))
 
 
-def call(app: FastAPI, method: str, path: str, **kwargs: Any) -> httpx.Response:
+def call(app: ASGIApp, method: str, path: str, **kwargs: Any) -> httpx.Response:
     """Make one request of an app, without a network."""
 
     async def run() -> httpx.Response:
