@@ -1,18 +1,17 @@
 """Judges a request before any work is done for it, and makes its sampling parameters.
 
-Rules: what cannot be honoured is refused with a 400 that names the field, never dropped silently.
-Every limit the engine would run into (vocabulary, window, KV pool) is checked here.
-Must not know: how answers are shaped.
+Rules: what cannot be honoured is refused with a 400 that names the field; the fields that are not
+read at all are judged in refused_fields.py, when the body is. Every limit the engine would run into
+(vocabulary, window, KV pool) is checked here. Must not know: how answers are shaped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from fastserve.core.request import SamplingParams
 from fastserve.engine.messages import EngineInfo
-from fastserve.server.errors import invalid, is_empty
+from fastserve.server.errors import invalid
 from fastserve.server.prompts import Prompt, check_token_ids
 from fastserve.server.protocol import (
     ChatCompletionRequest,
@@ -26,38 +25,6 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
-# Fields that change the answer in ways this server cannot, and the values that ask for nothing.
-REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "structural_tag": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "use_beam_search": (),
-    "length_penalty": (1,),
-    "bad_words": (),
-    "allowed_token_ids": (),
-    "logits_processors": (),
-    "truncate_prompt_tokens": (),
-    "prompt_embeds": (),
-    "cache_salt": (),
-}
-REFUSED_COMPLETION: Mapping[str, tuple[Any, ...]] = {**REFUSED, "suffix": ()}
-REFUSED_CHAT: Mapping[str, tuple[Any, ...]] = {
-    **REFUSED,
-    "tools": (),
-    "functions": (),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    "documents": (),
-    "chat_template": (),
-    "echo": (),
-}
 SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "seed", "logit_bias", "min_tokens", "ignore_eos", "stop",
@@ -67,11 +34,6 @@ SAMPLING_FIELDS = (
 
 def check_fields(body: GenerationRequest, num_prompts: int) -> None:
     """Refuse what the request's own fields show to be impossible."""
-    is_chat = isinstance(body, ChatCompletionRequest)
-    refused = REFUSED_CHAT if is_chat else REFUSED_COMPLETION
-    for name, value in (body.model_extra or {}).items():
-        if name in refused and not is_empty(value) and value not in refused[name]:
-            raise invalid(f"{name} is not supported by this server.", name)
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options is only allowed when stream is true.", "stream_options")
     n = 1 if body.n is None else body.n

@@ -1,18 +1,13 @@
 """The routes, and what is wired around them.
 
-Rules: a route reads its body, hands it to the function that answers, and does nothing else. Bodies
-are parsed here and not by the framework, so that every fault has one shape.
-Must not know: sampling, text, how the engine is started.
+Rules: a route reads its body, hands it to the function that answers, and does nothing else; what
+it can answer stands in openapi.py. Must not know: sampling, text, how the engine is started.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
-
 import msgspec
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 import fastserve
@@ -20,20 +15,12 @@ from fastserve.config import EngineConfig, ServerConfig
 from fastserve.engine.async_engine import AsyncEngine
 from fastserve.server import protocol, serving, text_routes
 from fastserve.server.context import ServerContext
-from fastserve.server.errors import answer_http_exception, from_validation, invalid
+from fastserve.server.errors import answer_http_exception
 from fastserve.server.gate import Gate
-from fastserve.server.responses import ModelCard, ModelList
+from fastserve.server.openapi import describe
+from fastserve.server.reading import read_body
+from fastserve.server.responses import ModelCard, ModelList, Ready, Version
 from fastserve.tokenizer import Tokenizer
-
-B = TypeVar("B", bound=BaseModel)
-
-POSTED: dict[str, type[BaseModel]] = {
-    "/v1/completions": protocol.CompletionRequest,
-    "/v1/chat/completions": protocol.ChatCompletionRequest,
-    "/tokenize": protocol.TokenizeRequest,
-    "/detokenize": protocol.DetokenizeRequest,
-}
-
 
 def create_app(
     engine: AsyncEngine,
@@ -62,7 +49,8 @@ def create_app(
         max_body_bytes=server_config.max_body_bytes,
         logs_requests=not server_config.disable_log_requests,
     )
-    app.openapi = lambda: described(app)  # type: ignore[method-assign]
+    has_keys = bool(server_config.api_key)
+    app.openapi = lambda: describe(app, has_keys=has_keys)  # type: ignore[method-assign]
     return app
 
 
@@ -71,22 +59,22 @@ def add_generation_routes(app: FastAPI, context: ServerContext) -> None:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        body = await read_body(request, protocol.CompletionRequest)
+        body = await read_body(request, protocol.CompletionRequest, context.unread_fields)
         return await serving.complete(body, context, request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        body = await read_body(request, protocol.ChatCompletionRequest)
+        body = await read_body(request, protocol.ChatCompletionRequest, context.unread_fields)
         return await serving.chat(body, context, request)
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        body = await read_body(request, protocol.TokenizeRequest)
+        body = await read_body(request, protocol.TokenizeRequest, context.unread_fields)
         return json_response(await text_routes.tokenize(body, context))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        body = await read_body(request, protocol.DetokenizeRequest)
+        body = await read_body(request, protocol.DetokenizeRequest, context.unread_fields)
         return json_response(await text_routes.detokenize(body, context))
 
 
@@ -125,12 +113,12 @@ def add_status_routes(app: FastAPI, context: ServerContext) -> None:
     @app.get("/ready")
     async def ready() -> Response:
         context.require_engine()
-        return json_response({"status": "ready"})
+        return json_response(Ready())
 
     @app.head("/version", include_in_schema=False)
     @app.get("/version")
     async def version() -> Response:
-        return json_response({"version": fastserve.__version__})
+        return json_response(Version(fastserve.__version__))
 
     @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics")
@@ -139,34 +127,6 @@ def add_status_routes(app: FastAPI, context: ServerContext) -> None:
         return Response(content, headers={"Content-Type": media_type})
 
 
-async def read_body(request: Request, model: type[B]) -> B:
-    """Return the body as `model`; 400 when it is no JSON or does not fit."""
-    media_type = request.headers.get("content-type", "application/json")
-    if media_type.partition(";")[0].strip().lower() != "application/json":
-        raise invalid(f"Content-Type must be application/json, got {media_type}.")
-    content = await request.body()
-    try:
-        return model.model_validate_json(content)
-    except ValidationError as error:
-        raise from_validation(error) from error
-
-
-def json_response(body: msgspec.Struct | dict[str, Any]) -> Response:
+def json_response(body: msgspec.Struct) -> Response:
     """Return a response with a JSON body."""
     return Response(msgspec.json.encode(body), media_type="application/json")
-
-
-def described(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI description, with the bodies that routes read themselves."""
-    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    components = schema.setdefault("components", {}).setdefault("schemas", {})
-    for path, model in POSTED.items():
-        body = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        components.update(body.pop("$defs", {}))
-        components[model.__name__] = body
-        reference = {"$ref": f"#/components/schemas/{model.__name__}"}
-        schema["paths"][path]["post"]["requestBody"] = {
-            "required": True,
-            "content": {"application/json": {"schema": reference}},
-        }
-    return schema

@@ -13,6 +13,7 @@ from fastserve.config import EngineConfig, ServerConfig
 from fastserve.engine.async_engine import AsyncEngine
 from fastserve.engine.messages import EngineInfo
 from fastserve.server.errors import ApiError, invalid, unavailable
+from fastserve.server.refused_fields import UnreadFields
 from fastserve.tokenizer import Tokenizer
 
 
@@ -24,6 +25,7 @@ class ServerContext:
     tokenizer: Tokenizer | None
     config: EngineConfig
     server_config: ServerConfig
+    unread_fields: UnreadFields = field(default_factory=UnreadFields)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False  # a stopping server finishes what it has and takes no more
 

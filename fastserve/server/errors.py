@@ -7,8 +7,7 @@ Must not know: routes, what was asked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import msgspec
 from pydantic import ValidationError
@@ -19,6 +18,21 @@ from starlette.responses import Response
 from fastserve.engine.async_engine import EngineDeadError, RequestFailedError
 
 INVALID = "invalid_request_error"
+
+
+class ErrorDetail(msgspec.Struct):
+    """What a client is told of a failure."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct):
+    """The body of every answer that is not 200."""
+
+    error: ErrorDetail
 
 
 class ApiError(HTTPException):
@@ -78,16 +92,8 @@ def from_failure(error: Exception) -> ApiError | None:
 
 def error_body(error: ApiError) -> bytes:
     """Return the JSON of an error."""
-    return msgspec.json.encode(
-        {
-            "error": {
-                "message": error.message,
-                "type": error.kind,
-                "param": error.param,
-                "code": error.code,
-            }
-        }
-    )
+    detail = ErrorDetail(error.message, error.kind, error.param, error.code)
+    return msgspec.json.encode(ErrorBody(detail))
 
 
 def error_response(error: ApiError) -> Response:
@@ -109,13 +115,3 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
     else:
         message = str(error.detail)
     return error_response(ApiError(error.status_code, message, headers=error.headers))
-
-
-def is_empty(value: Any) -> bool:
-    """Whether a field's value asks for nothing: null, false, zero, or nothing in it."""
-    return (
-        value is None
-        or value is False
-        or value == 0
-        or (isinstance(value, (str, Sequence, Mapping)) and len(value) == 0)
-    )

@@ -1,7 +1,7 @@
 """What clients send: OpenAI's request bodies with vLLM's extra fields.
 
 Rules: types only; values are judged in admission.py, where the engine's limits are known. Fields
-that are not here are kept aside and ignored, but for those admission.py knows it cannot honour.
+that are not here are kept aside; refused_fields.py says which of them are refused.
 Must not know: the engine, the tokenizer.
 """
 
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Lt
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     FailFast,
@@ -52,6 +53,11 @@ Prompt = Annotated[
 def kind_of_text(value: Any) -> str:
     """Tell one string from a list."""
     return "as list" if isinstance(value, list) else "as string"
+
+
+def off_is_none(value: Any) -> Any:
+    """Read false as no logprobs at all, and not as 0; true stays 1, as in vLLM."""
+    return None if value is False else value
 
 
 class Body(BaseModel):
@@ -111,7 +117,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompt
     echo: bool | None = None
-    logprobs: Int64 | None = None
+    logprobs: Annotated[Int64 | None, BeforeValidator(off_is_none)] = None
     best_of: Int64 | None = None
 
 

@@ -167,6 +167,24 @@ class TokenizeResponse(msgspec.Struct, kw_only=True):
     token_strs: list[str] | None = None
 
 
+class DetokenizeResponse(msgspec.Struct):
+    """/detokenize."""
+
+    prompt: str
+
+
+class Version(msgspec.Struct):
+    """/version."""
+
+    version: str
+
+
+class Ready(msgspec.Struct):
+    """/ready."""
+
+    status: str = "ready"
+
+
 def sse(payload: msgspec.Struct | Mapping[str, object]) -> bytes:
     """Return one server-sent event."""
     return b"data: " + msgspec.json.encode(payload) + b"\n\n"

@@ -6,7 +6,7 @@ from fastserve.server.context import ServerContext
 from fastserve.server.errors import invalid
 from fastserve.server.prompts import chat_prompt, check_token_ids, encode, off_loop
 from fastserve.server.protocol import DetokenizeRequest, TokenizeRequest
-from fastserve.server.responses import TokenizeResponse
+from fastserve.server.responses import DetokenizeResponse, TokenizeResponse
 
 
 async def tokenize(body: TokenizeRequest, context: ServerContext) -> TokenizeResponse:
@@ -36,14 +36,14 @@ async def tokenize(body: TokenizeRequest, context: ServerContext) -> TokenizeRes
     )
 
 
-async def detokenize(body: DetokenizeRequest, context: ServerContext) -> dict[str, str]:
+async def detokenize(body: DetokenizeRequest, context: ServerContext) -> DetokenizeResponse:
     """Answer POST /detokenize."""
     context.check_model(body.model)
     info = context.require_engine()
     tokenizer = context.require_tokenizer("tokens")
     check_token_ids(body.tokens, info.vocab_size, "tokens")
-    return {
-        "prompt": await off_loop(
+    return DetokenizeResponse(
+        await off_loop(
             len(body.tokens), lambda: tokenizer.decode(body.tokens, skip_special_tokens=False)
         )
-    }
+    )

@@ -41,8 +41,6 @@ def error_of(response, status: int) -> dict:
         ({"prompt": ["x"] * 1025, "n": 2}, "prompt", "2048"),
         ({"n": 10**30}, "n", "n"),
         ({"best_of": 2}, "best_of", "best_of"),
-        ({"suffix": "x"}, "suffix", "not supported"),
-        ({"guided_json": {"type": "object"}}, "guided_json", "not supported"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"max_tokens": "many"}, "max_tokens", "integer"),
         ({"temperature": -0.1}, "temperature", "non-negative"),
@@ -76,14 +74,6 @@ def test_bodies_that_are_no_request(content):
     """Malformed, empty, or not an object."""
     app = make_app(ScriptedEngine())
     error_of(call(app, "POST", COMPLETIONS, content=content, headers=JSON), 400)
-
-
-def test_other_media_types_are_refused():
-    """What a web page can post without asking is not taken for a request."""
-    app = make_app(ScriptedEngine())
-    headers = {"Content-Type": "text/plain"}
-    response = call(app, "POST", COMPLETIONS, content=b'{"prompt":"x"}', headers=headers)
-    assert "Content-Type" in error_of(response, 400)["message"]
 
 
 def test_more_than_the_window():

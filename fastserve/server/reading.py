@@ -1,0 +1,59 @@
+"""Reads the body of a request as one of the protocol's types.
+
+Rules: only JSON that says it is JSON is taken: a web page can post a form or plain text to any
+address without asking, but not this. Bodies are parsed here and not by the framework, so that every
+fault has one shape. Must not know: routes, what is done with a body.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import ValidationError
+from starlette.datastructures import Headers
+
+from fastserve.server.errors import ApiError, from_validation
+from fastserve.server.protocol import Body
+from fastserve.server.refused_fields import UnreadFields
+
+B = TypeVar("B", bound=Body)
+
+
+async def read_body(request: Request, model: type[B], unread: UnreadFields) -> B:
+    """Return the body as `model`.
+
+    415 unless its headers say that it is plain JSON; 400 when it is not, does not fit, or asks for
+    what cannot be honoured.
+    """
+    check_media_type(request.headers)
+    content = await request.body()
+    try:
+        body = model.model_validate_json(content)
+    except ValidationError as error:
+        raise from_validation(error) from error
+    unread.check(body)
+    return body
+
+
+def check_media_type(headers: Headers) -> None:
+    """Raise 415 for a body that is announced as anything but JSON, or as compressed."""
+    given = headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    is_json = kind == "application/json" or (
+        kind.startswith("application/") and kind.endswith("+json")
+    )
+    if not is_json:
+        shown = f"got {given}" if given else "but there is none"
+        raise unsupported(f"Content-Type must be application/json, {shown}.")
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise unsupported(
+            f"Content-Encoding {encoding} is not supported; send the body as it is.",
+            {"Accept-Encoding": "identity"},
+        )
+
+
+def unsupported(message: str, headers: dict[str, str] | None = None) -> ApiError:
+    """Return a 415."""
+    return ApiError(415, message, code="unsupported_media_type", headers=headers)
