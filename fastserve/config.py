@@ -162,6 +162,12 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = option(
         (), "model names that clients use; answers bear the first"
     )
+    allowed_origins: tuple[str, ...] = option(
+        (), "origins whose pages may call from a browser; *: all (none may)"
+    )
+    allowed_methods: tuple[str, ...] = option((), "methods that those pages may use (all)")
+    allowed_headers: tuple[str, ...] = option((), "headers that those pages may send (all)")
+    allow_credentials: bool = option(False, "let those pages send cookies")
     chat_template: str | None = option(None, "file with a Jinja chat template")
     max_queued_requests: int = option(
         10_000, "requests in the server beyond which new ones get 429", minimum=1

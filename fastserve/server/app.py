@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 import fastserve
 from fastserve.config import EngineConfig, ServerConfig
@@ -21,6 +22,11 @@ from fastserve.server.openapi import describe
 from fastserve.server.reading import read_body
 from fastserve.server.responses import ModelCard, ModelList, Ready, Version
 from fastserve.tokenizer import Tokenizer
+
+# What a page of an allowed origin may read of an answer, besides what every page may.
+EXPOSED_HEADERS = ("X-Request-Id", "Retry-After")
+ANY = ("*",)
+
 
 def create_app(
     engine: AsyncEngine,
@@ -49,6 +55,16 @@ def create_app(
         max_body_bytes=server_config.max_body_bytes,
         logs_requests=not server_config.disable_log_requests,
     )
+    if server_config.allowed_origins:
+        # Outermost: it answers preflights, which carry no key, and marks refusals too.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=server_config.allowed_origins,
+            allow_methods=server_config.allowed_methods or ANY,
+            allow_headers=server_config.allowed_headers or ANY,
+            allow_credentials=server_config.allow_credentials,
+            expose_headers=EXPOSED_HEADERS,
+        )
     has_keys = bool(server_config.api_key)
     app.openapi = lambda: describe(app, has_keys=has_keys)  # type: ignore[method-assign]
     return app
