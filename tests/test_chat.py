@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import builtins
+import io
 import itertools
+import sys
 
 import pytest
 
 from fastserve import cli
 from fastserve.chat import ROOM_FOR_A_TURN, converse, num_tokens
+from fastserve.chat_template import ChatTemplate
 from fastserve.llm import LLM
 from fastserve.verb_config import TextConfig
 
@@ -71,10 +74,88 @@ def test_reset_keeps_the_system_message(say):
     assert sent[1][1]["content"] == "again"
 
 
-def test_an_unknown_command_is_not_sent(say, capsys):
-    """A mistyped command is a hint, not a message to the model."""
-    assert say("/quit") == []
-    assert "no command /quit" in capsys.readouterr().out
+def test_the_model_is_named_before_the_first_line(say, capsys):
+    """Which model answers, on what, and how much it can see; then how to get on."""
+    say()
+    first, hint, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"demo, float32 on cpu, a window of {WINDOW}."
+    assert "/help" in hint
+
+
+@pytest.mark.parametrize("command", ["/quit", "/exit", " /quit "])
+def test_commands_that_end(say, command):
+    """What follows is not read."""
+    assert say(command, "never") == []
+
+
+def test_help_lists_the_commands(say, capsys):
+    """A line for each, and nothing is sent."""
+    assert say("/help") == []
+    said = capsys.readouterr().out
+    for command in ("/reset", "/quit", "/help", "Ctrl-C"):
+        assert f"\n{command} " in said
+
+
+@pytest.mark.parametrize("command", ["/qiut", "/etc/hosts what is it?", "/"])
+def test_an_unknown_command_is_not_sent(say, capsys, command):
+    """A mistyped command is one line with a hint, not a message to the model."""
+    assert say(command) == []
+    complaints = [line for line in capsys.readouterr().out.splitlines() if "no command" in line]
+    assert len(complaints) == 1
+    assert complaints[0].startswith(f"(no command {command.split()[0]}. ")
+    assert "/help" in complaints[0]
+
+
+def test_a_line_that_is_no_text_is_not_sent(monkeypatch, llm, capsys):
+    """Bytes that are not UTF-8 cost their own line and no other of the same read."""
+    piped = io.TextIOWrapper(io.BytesIO(b"hello\n\xff\xfe\nagain\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", piped)
+    params = cli.sampling_params(llm, TextConfig(max_tokens=2, temperature=0.0))
+    assert converse(llm, params) == 0
+    said = capsys.readouterr().out
+    assert said.count("(not sent: this is not UTF-8 text)") == 1
+    assert said.count("you> ") == 4
+
+
+def test_a_system_message_that_is_no_text_is_refused(say):
+    """Arguments may be any bytes."""
+    with pytest.raises(ValueError, match="--system: not UTF-8"):
+        say("hello", system="\udcff")
+
+
+def refusing(llm, monkeypatch, template):
+    """Give a model's tokenizer another template."""
+    compiled = None if template is None else ChatTemplate(template, {})
+    monkeypatch.setattr(llm.get_tokenizer(), "_template", compiled)
+
+
+def test_a_model_that_cannot_chat_says_so_at_once(say, monkeypatch, llm):
+    """Before the first line is read, not after it was typed."""
+    refusing(llm, monkeypatch, None)
+    with pytest.raises(ValueError, match="no chat template"):
+        say(RuntimeError("read a line"))
+
+
+def test_a_message_that_the_template_refuses_costs_only_itself(say, monkeypatch, llm, capsys):
+    """The reason is one line and the conversation stays as it was."""
+    refusing(
+        llm, monkeypatch,
+        "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('no bad') }}"
+        "{% endif %}{{ m.content }}{% endfor %}",
+    )  # fmt: skip
+    sent = say("bad", "good", "better")
+    assert [roles(messages) for messages in sent] == [["user"], ["user", "assistant", "user"]]
+    assert "(not sent: The chat template failed: no bad)" in capsys.readouterr().out
+
+
+def test_a_template_may_refuse_a_conversation_that_ends_with_an_answer(say, monkeypatch, llm):
+    """What is left of the window is counted without it."""
+    refusing(
+        llm, monkeypatch,
+        "{% if messages[-1].role != 'user' %}{{ raise_exception('a user last') }}{% endif %}"
+        "{{ messages[-1].content }}",
+    )  # fmt: skip
+    assert len(say("hello", "again")) == 2
 
 
 def test_an_interrupt_at_the_prompt_asks_again(say):
