@@ -110,6 +110,7 @@ class EngineMetrics:
         self._exported.register(AliasedRegistry(self._registry))
         self._last_counts: dict[str, float] = {}
         gauge, counter, histogram = self._gauge, self._counter, self._histogram
+        gauge("start_time_seconds", "Unix time of the server's start.").set_to_current_time()
         self._running = gauge("num_requests_running", "Requests that hold KV on the device.")
         self._waiting = gauge("num_requests_waiting", "Requests that hold none.")
         self._usage = gauge("kv_cache_usage_perc", "Share of device KV blocks in use, 0 to 1.")
