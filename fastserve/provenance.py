@@ -6,6 +6,7 @@ Must not know: what is measured.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -24,19 +25,28 @@ def provenance(command: Sequence[str]) -> dict[str, object]:
     return {"commit": commit(), "machine": machine(), "command": shlex.join(command)}
 
 
-def output_path(name: str) -> Path:
+def output_path(name: str, flag: str = "--output") -> Path:
     """Return the path of a file to be written, its folder made.
 
-    Raises ConfigError if it cannot be written: better before a measurement than after it.
+    Raises ConfigError, naming the flag, if it cannot be written: better before a measurement than
+    after it.
     """
     path = Path(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output {name}: {error.strerror}") from error
+        raise ConfigError(f"{flag} {name}: {error.strerror}") from error
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--output {name}: cannot be written")
+        raise ConfigError(f"{flag} {name}: cannot be written")
     return path
+
+
+def write_result(path: Path, result: object) -> None:
+    """Write a result as JSON; ConfigError if it cannot be."""
+    try:
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
 
 
 def commit() -> str | None:

@@ -8,7 +8,6 @@ know: torch, how the simulation works.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.table import Table
 
 from fastserve.config import ConfigError, SchedulerConfig
 from fastserve.machine import num_cores
-from fastserve.provenance import output_path, provenance
+from fastserve.provenance import output_path, provenance, write_result
 from fastserve.sim.config import SIMULATED_POLICIES, SimulateConfig
 from fastserve.sim.generators import arrivals, jittered
 from fastserve.sim.hardware import HardwareFit, resolve_cost_model
@@ -65,8 +64,7 @@ def simulate(config: SimulateConfig) -> int:
     _print_source(jobs[0])
     if output is not None:
         reports = [result.report for result in results]
-        text = json.dumps(reports if config.compare else reports[0], indent=2)
-        output.write_text(text + "\n", encoding="utf-8")
+        write_result(output, reports if config.compare else reports[0])
     if plot is not None:
         runs = {policy: (result.outcome, result.timeline)
                 for policy, result in zip(policies, results, strict=True)}  # fmt: skip
@@ -279,7 +277,4 @@ def _path(
         return None
     if len(policies) > 1:
         name = str(Path(name).with_suffix(f".{policy}{Path(name).suffix}"))
-    try:
-        return output_path(name)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--output", flag, 1)) from None
+    return output_path(name, flag)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import random
 import statistics
 import sys
@@ -32,7 +31,7 @@ from fastserve.engine.messages import EngineInfo
 from fastserve.engine.process import quiet_garbage_collector
 from fastserve.launch import open_engine
 from fastserve.machine import num_cores
-from fastserve.provenance import output_path, provenance
+from fastserve.provenance import output_path, provenance, write_result
 
 if TYPE_CHECKING:
     from fastserve.bench.floors import Floors
@@ -137,7 +136,7 @@ def measure_offline(bench: OfflineBenchConfig, config: EngineConfig) -> int:
     result = figures(bench, config, info, rounds[1:])  # the first was to warm up
     Console().print(as_table(result))
     if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_result(path, result)
     return 0
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastserve.bench.serve_config import ServeBenchConfig
+from fastserve.options import ConfigError
 from fastserve.sim.trace_file import read_trace
 from fastserve.sim.workload import HASH_ID_TOKENS, Workload
 
-NUM_PROMPTS = 1000
+SMALL_WINDOW = 8192  # below it a model is small, and so are its requests
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -27,18 +28,53 @@ class Planned(NamedTuple):
     num_output_tokens: int
 
 
-def plan_requests(config: ServeBenchConfig) -> list[Planned]:
-    """Return the requests in order of arrival.
+class Shape(NamedTuple):
+    """How many random requests, and their lengths in tokens."""
 
-    Raises ConfigError for a trace that cannot be read.
+    num_prompts: int
+    input_len: int
+    output_len: int
+
+
+USUAL = Shape(1000, 1024, 128)  # vllm bench serve's
+
+
+def shape_of(config: ServeBenchConfig, window: int | None) -> Shape:
+    """Return what is asked for, and where nothing is, what suits a model with this window.
+
+    Raises ConfigError for lengths that the window cannot hold.
+    """
+    usual = USUAL
+    if window is not None and window < SMALL_WINDOW:
+        usual = Shape(100, max(1, window // 16), max(1, window // 32))
+    shape = Shape(
+        config.num_prompts or usual.num_prompts,
+        config.random_input_len or usual.input_len,
+        config.random_output_len or usual.output_len,
+    )
+    most = 1 + config.random_range_ratio
+    prompt = config.random_prefix_len + int(shape.input_len * most)
+    answer = int(shape.output_len * most) if config.ignore_eos else 1
+    if window is not None and prompt + answer > window:
+        raise ConfigError(
+            f"--random-input-len, --random-output-len: {prompt} + {answer} tokens exceed the "
+            f"model's window of {window}"
+        )
+    return shape
+
+
+def plan_requests(config: ServeBenchConfig, window: int | None = None) -> list[Planned]:
+    """Return the requests to a model with this window, in order of arrival.
+
+    Raises ConfigError for a trace that cannot be read and for lengths beyond the window.
     """
     rng = random.Random(config.seed)
     if config.trace is None:
-        count = config.num_prompts or NUM_PROMPTS
+        count, input_len, output_len = shape_of(config, window)
         prefix = random_ids(rng, config.random_prefix_len, config)
-        prompts = [prefix + random_ids(rng, drawn(rng, config.random_input_len, config), config)
+        prompts = [prefix + random_ids(rng, drawn(rng, input_len, config), config)
                    for _ in range(count)]  # fmt: skip
-        outputs = [drawn(rng, config.random_output_len, config) for _ in range(count)]
+        outputs = [drawn(rng, output_len, config) for _ in range(count)]
         due = [0.0] * count
     else:
         trace = read_trace(Path(config.trace), config.num_prompts)

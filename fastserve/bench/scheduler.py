@@ -7,7 +7,6 @@ Must not know: torch.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import sys
@@ -28,7 +27,7 @@ from fastserve.core.output import ExecutorOutput, Sample, SchedulerOutput, StepD
 from fastserve.core.request import SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.process import quiet_garbage_collector
-from fastserve.provenance import output_path, provenance
+from fastserve.provenance import output_path, provenance, write_result
 
 PROMPT_TOKENS = (16, 256)
 OUTPUT_TOKENS = (16, 1024)
@@ -168,4 +167,4 @@ def write_rows(config: SchedulerBenchConfig, rows: Sequence[Row], path: Path) ->
         "steps": config.steps,
         "rows": [row._asdict() for row in rows],
     }
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_result(path, result)

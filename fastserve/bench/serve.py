@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import math
 import os
 import random
+import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -23,15 +25,16 @@ from urllib.parse import urlsplit
 import httpx
 import uvloop
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
+from fastserve.bench.meter import Meter
 from fastserve.bench.requests import Planned, body_of, plan_requests, renewed
 from fastserve.bench.serve_config import METRICS, ServeBenchConfig
 from fastserve.bench.serve_report import Run, Sent, details, figures
-from fastserve.bench.stream_client import Answer, Endpoint, LostRequestError, ask
+from fastserve.bench.stream_client import Answer, Endpoint, LostRequestError, ask, message_of
+from fastserve.http_client import open_client
 from fastserve.options import ConfigError
-from fastserve.provenance import output_path, provenance
+from fastserve.provenance import output_path, provenance, write_result
 
 HELLO_S = 10.0  # for the server to say which models it has
 PATHS = {False: "/v1/completions", True: "/v1/chat/completions"}
@@ -43,67 +46,97 @@ class Target:
     def __init__(self, config: ServeBenchConfig) -> None:
         self.config = config
         key = config.api_key or os.environ.get("OPENAI_API_KEY")
+        if key and not (key.isascii() and key.isprintable()):
+            raise ConfigError("--api-key: a key is plain ASCII")
         headers = (("Authorization", f"Bearer {key}"),) if key else ()
-        base = config.base_url or f"http://{config.host}:{config.port}"
-        parts = urlsplit(base)
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        base = config.base_url or f"http://{host}:{config.port}"
+        try:
+            parts = urlsplit(base)
+            port = parts.port
+        except ValueError as error:
+            raise ConfigError(f"--base-url: {base!r}: {error}") from error
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"--base-url: {base!r} is not an http:// or https:// address")
         is_tls = parts.scheme == "https"
         self.base_url = base.rstrip("/")
         self.endpoint = Endpoint(
             parts.hostname,
-            parts.port or (443 if is_tls else 80),
+            port or (443 if is_tls else 80),
             parts.path.rstrip("/") + (config.endpoint or PATHS[config.is_chat]),
             is_tls,
             headers,
         )
-        self.model = self._greet(config.model)
+        self.model, self.window = self._greet()
 
-    def _greet(self, model: str | None) -> str:
-        """Return the model asked for, else the server's first.
+    def _greet(self) -> tuple[str, int | None]:
+        """Return the model asked for, else the server's first, and its window where it says so.
 
-        Raises ConfigError when the server cannot be reached or does not say which it has.
+        Raises ConfigError when the server cannot be reached, refuses the key, has another model or
+        is not ready.
         """
-        url = f"{self.base_url}/v1/models"
+        url, model = f"{self.base_url}/v1/models", self.config.model
+        headers = dict(self.endpoint.headers)
         try:
-            answer = httpx.get(url, headers=dict(self.endpoint.headers), timeout=HELLO_S)
+            # Directly, as requests go.
+            with open_client(url, timeout_s=HELLO_S, is_direct=True) as client:
+                answer = client.get(url, headers=headers)
         except httpx.HTTPError as error:
-            raise ConfigError(f"{url}: {error or type(error).__name__}") from error
-        if model is not None:
-            return model
+            raise ConfigError(f"{url}: {str(error) or type(error).__name__}") from error
+        said = f"{url}: {answer.status_code}: {message_of(answer.content)}"
+        if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise ConfigError(f"{said} (--api-key, or the variable OPENAI_API_KEY)")
         try:
-            return str(answer.json()["data"][0]["id"])
-        except (ValueError, LookupError, TypeError) as error:
-            raise ConfigError(f"{url}: {answer.status_code} {answer.text}; no --model") from error
+            cards = {str(card["id"]): card for card in answer.json()["data"]}
+            model = model or next(iter(cards))
+        except (ValueError, LookupError, TypeError, StopIteration) as error:
+            if model is not None:
+                return model, None
+            raise ConfigError(f"{said}; name one with --model") from error
+        if model not in cards:
+            raise ConfigError(f"--model: {url} has no {model!r}; it has: {', '.join(cards)}")
+        window = cards[model].get("max_model_len")
+        if window is None and cards[model].get("owned_by") == "fastserve":
+            raise ConfigError(f"{self.base_url}: {model} is still loading")
+        return model, window
 
-    async def ask(self, request: Planned) -> Answer:
+    async def ask(self, request: Planned, on_piece: Callable[[], None]) -> Answer:
         """Send one request."""
-        return await ask(self.endpoint, body_of(request, self.config, self.model))
+        return await ask(self.endpoint, body_of(request, self.config, self.model), on_piece)
 
 
 def measure_serving(config: ServeBenchConfig) -> int:
     """Run the workload, print the figures and write them; 1 when no request was answered."""
-    requests = plan_requests(config)
     now = datetime.now()
     path = result_path(config, now)
     target = Target(config)
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, console=console, refresh_per_second=1, disable=config.disable_tqdm
-    ) as progress:
-        run = uvloop.run(run_all(target, requests, progress))
+    requests = plan_requests(config, target.window)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{described(requests)} to {target.model} at {target.base_url}")
+    with Meter(Console(stderr=True), is_shown=not config.disable_tqdm) as meter:
+        run = uvloop.run(run_all(target, requests, meter))
     result = {**heading(target, requests, now), **figures(run, config)}
-    for error in sorted({one.error for one in run.sent if one.error is not None})[:5]:
-        console.print(f"[red]lost:[/] {error}", highlight=False)
-    if has_no_stream(run):
-        console.print("[yellow]every answer came in one piece[/]: TTFT and ITL say nothing")
-    Console().print(as_table(result, config.percentiles()))
     if path is not None:
-        if config.save_detailed:
-            result |= details(run)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return 0 if result["completed"] else 1
+        write_result(path, {**result, **(details(run) if config.save_detailed else {})})
+    errors = [one.error for one in run.sent if one.error is not None]
+    if not result["completed"]:
+        console.print(f"fastserve: error: all {len(errors)} requests were lost: {errors[0]}")
+        return 1
+    for error, count in Counter(errors).most_common(5):
+        console.print(f"{count} lost: {error}", style="red")
+    if has_no_stream(run):
+        console.print("every answer came in one piece: TTFT and ITL say nothing", style="yellow")
+    Console().print(as_table(result, config.percentiles()))
+    return 0
+
+
+def described(requests: Sequence[Planned]) -> str:
+    """Say in a line what is sent: how many requests, their mean lengths, over what time."""
+    inputs = statistics.fmean(len(request.prompt_token_ids) for request in requests)
+    outputs = statistics.fmean(request.num_output_tokens for request in requests)
+    count = f"{len(requests):,} request" + "s" * (len(requests) > 1)
+    over = f"over {requests[-1].due_s:,.1f} s" if requests[-1].due_s else "at once"
+    return f"{count} of {inputs:,.0f} + {outputs:,.0f} tokens {over}"
 
 
 def result_path(config: ServeBenchConfig, now: datetime) -> Path | None:
@@ -112,13 +145,14 @@ def result_path(config: ServeBenchConfig, now: datetime) -> Path | None:
         return output_path(config.output)
     if not config.save_result:
         return None
+    flag = "--result-dir" if config.result_filename is None else "--result-filename"
     name = config.result_filename
     if name is None:
         concurrency = "" if config.max_concurrency is None else f"-{config.max_concurrency}"
         model = (config.model or "model").rstrip("/").rpartition("/")[2]
         label = config.label or config.backend
         name = f"{label}-{config.request_rate:g}qps{concurrency}-{model}-{now:%Y%m%d-%H%M%S}.json"
-    return output_path(str(Path(config.result_dir or ".") / name))
+    return output_path(str(Path(config.result_dir or ".") / name), flag)
 
 
 def heading(target: Target, requests: Sequence[Planned], now: datetime) -> dict[str, Any]:
@@ -139,7 +173,7 @@ def heading(target: Target, requests: Sequence[Planned], now: datetime) -> dict[
     }
 
 
-async def run_all(target: Target, requests: Sequence[Planned], progress: Progress) -> Run:
+async def run_all(target: Target, requests: Sequence[Planned], meter: Meter) -> Run:
     """Warm up, send every request when it is due, then some of them alone.
 
     Raises ConfigError when a request to warm up is lost: so would all others be.
@@ -149,28 +183,32 @@ async def run_all(target: Target, requests: Sequence[Planned], progress: Progres
     extra = [requests[index % len(requests)] for index in range(config.num_warmups)]
     warmups = [renewed(request, config, rng)._replace(due_s=0.0) for request in extra]
     if warmups:
-        task = progress.add_task("warming up", total=len(warmups))
-        lost = [s for s in await send(target, warmups, lambda: progress.advance(task)) if s.error]
+        with meter.following("warming up", warmups):
+            answers = await send(target, warmups, meter.count_done, meter.count_piece)
+        lost = [one.error for one in answers if one.error]
         if lost:
-            raise ConfigError(f"{target.base_url}: {lost[0].error}")
-    task = progress.add_task("requests", total=len(requests))
-    started, cpu = time.perf_counter(), time.process_time()
-    sent = await send(target, requests, lambda: progress.advance(task))
-    seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu
+            raise ConfigError(f"{target.base_url}: {lost[0]}")
+    with meter.following("requests", requests):
+        started, cpu = time.perf_counter(), time.process_time()
+        sent = await send(target, requests, meter.count_done, meter.count_piece)
+        seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu
     whole = [index for index, one in enumerate(sent) if one.answer is not None]
     chosen = evenly(whole, config.measure_alone)
-    task = progress.add_task("alone", total=len(chosen), visible=bool(chosen))
+    again = [renewed(requests[index], config, rng)._replace(due_s=0.0) for index in chosen]
     slowdowns = []
-    for index in chosen:
-        request = renewed(requests[index], config, rng)._replace(due_s=0.0)
-        [alone] = await send(target, [request], lambda: progress.advance(task))
-        if alone.answer is not None:
-            slowdowns.append(sent[index].jct / alone.jct)
+    with meter.following("alone", again):
+        for index, request in zip(chosen, again, strict=True):
+            [alone] = await send(target, [request], meter.count_done, meter.count_piece)
+            if alone.answer is not None:
+                slowdowns.append(sent[index].jct / alone.jct)
     return Run(sent, seconds, cpu_s, slowdowns)
 
 
 async def send(
-    target: Target, requests: Sequence[Planned], on_done: Callable[[], None]
+    target: Target,
+    requests: Sequence[Planned],
+    on_done: Callable[[], None] = lambda: None,
+    on_piece: Callable[[], None] = lambda: None,
 ) -> list[Sent]:
     """Send every request when it is due and wait for every answer."""
     limit = target.config.max_concurrency
@@ -183,11 +221,11 @@ async def send(
             if limit is not None:
                 due = max(due, time.perf_counter())
             try:
-                return Sent(due, await target.ask(request))
+                sent = Sent(due, await target.ask(request, on_piece))
             except (LostRequestError, OSError) as error:
-                return Sent(due, None, str(error) or type(error).__name__)
-            finally:
-                on_done()
+                sent = Sent(due, None, str(error) or type(error).__name__)
+            on_done()
+            return sent
 
     start = time.perf_counter()
     tasks = []
@@ -226,10 +264,16 @@ def as_table(result: Mapping[str, Any], percents: Sequence[float]) -> Table:
     rows += [("normalized", "norm_latency_ms"), ("JCT, s", "jct_s"), ("slowdown", "slowdown")]
     kinds = [f"p{percent:g}" for percent in percents]
     for heading in ("ms", "mean", "median", *kinds):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for title, name in rows:
         median = result.get(f"median_{name}", result.get(f"p50_{name}"))
         cells = [result[f"mean_{name}"], median, *(result.get(f"{kind}_{name}") for kind in kinds)]
         if any(cell is not None for cell in cells):
-            table.add_row(title, *("" if cell is None else f"{cell:,.3f}" for cell in cells))
+            table.add_row(title, *("" if cell is None else readable(cell) for cell in cells))
     return table
+
+
+def readable(value: float) -> str:
+    """Write four digits of a figure, or all before the point."""
+    decimals = max(0, min(3, 3 - math.floor(math.log10(value)))) if value > 0 else 0
+    return f"{value:,.{decimals}f}"

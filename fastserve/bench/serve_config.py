@@ -35,9 +35,23 @@ class ServeBenchConfig:
     api_key: str | None = option(None, "bearer token (the variable OPENAI_API_KEY)")
 
     dataset_name: str = option("random", "where prompts come from", choices=("random",))
-    num_prompts: int | None = option(None, "requests to send (1000; all of a trace)", minimum=1)
-    random_input_len: int = option(1024, "tokens of a prompt", aliases=("--input-len",), minimum=1)
-    random_output_len: int = option(128, "tokens to ask for", aliases=("--output-len",), minimum=1)
+    num_prompts: int | None = option(
+        None,
+        "requests to send (1000; 100 where the window is below 8192; all of a trace)",
+        minimum=1,
+    )
+    random_input_len: int | None = option(
+        None,
+        "tokens of a prompt (1024; a 16th of a window below 8192)",
+        aliases=("--input-len",),
+        minimum=1,
+    )
+    random_output_len: int | None = option(
+        None,
+        "tokens to ask for (128; a 32nd of a window below 8192)",
+        aliases=("--output-len",),
+        minimum=1,
+    )
     random_range_ratio: float = option(
         0.0, "lengths are drawn from length × (1 ± ratio)", minimum=0.0, maximum=0.999
     )

@@ -109,6 +109,14 @@ async def ask(
     return answer
 
 
+def message_of(body: bytes) -> str:
+    """Return what an error's body says to people: OpenAI's message, else all of it."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return body.decode(errors="replace")
+
+
 def http_request(endpoint: Endpoint, fields: Mapping[str, Any]) -> bytes:
     """Return the bytes of a POST after which the connection closes."""
     body = json.dumps(fields, separators=(",", ":")).encode()
@@ -186,7 +194,7 @@ class _Stream(asyncio.Protocol):
         if self.done.done():
             return
         if self._status not in (0, 200):
-            text = f"{self._status}: {b''.join(self._bodies).decode(errors='replace')}"
+            text = f"{self._status}: {message_of(b''.join(self._bodies))}"
         elif self._is_complete:
             text = "the stream ended without [DONE]"
         else:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import statistics
 
 import pytest
 
-from fastserve.bench.requests import Planned, body_of, plan_requests
+from fastserve.bench.requests import Planned, body_of, plan_requests, shape_of
 from fastserve.bench.serve_config import ServeBenchConfig
 from fastserve.options import ConfigError
 from fastserve.sim.workload import HASH_ID_TOKENS
@@ -28,6 +29,33 @@ def test_lengths_are_drawn_around_those_asked_for():
     exact = plan_requests(ServeBenchConfig(num_prompts=3, random_input_len=20))
     assert {len(request.prompt_token_ids) for request in exact} == {20}
     assert {request.due_s for request in exact} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("window", "flags", "expected"),
+    [
+        (None, {}, (1000, 1024, 128)),
+        (131072, {}, (1000, 1024, 128)),
+        (8192, {}, (1000, 1024, 128)),
+        (4096, {}, (100, 256, 128)),
+        (2048, {}, (100, 128, 64)),
+        (16, {}, (100, 1, 1)),
+        (2048, {"num_prompts": 7}, (7, 128, 64)),
+        (2048, {"random_input_len": 1024, "random_output_len": 128}, (100, 1024, 128)),
+    ],
+)
+def test_requests_suit_the_window_where_nothing_is_asked_for(window, flags, expected):
+    """vLLM's lengths where they are small beside it; what is asked for always counts."""
+    assert shape_of(ServeBenchConfig(**flags), window) == expected
+
+
+def test_lengths_beyond_the_window_are_refused():
+    """With the longest that may be drawn; an answer that may end early needs one token."""
+    config = ServeBenchConfig(random_input_len=90, random_output_len=11)
+    assert shape_of(config, 101).output_len == 11
+    with pytest.raises(ConfigError, match=r"90 \+ 11 tokens exceed the model's window of 100"):
+        plan_requests(config, 100)
+    assert shape_of(dataclasses.replace(config, ignore_eos=False), 91).output_len == 11
 
 
 def test_prompts_share_the_prefix_asked_for_and_no_more():

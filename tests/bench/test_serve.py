@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from rich.console import Console
 
 from fastserve import cli
 from fastserve.bench.requests import Planned
-from fastserve.bench.serve import Target, as_table, send
+from fastserve.bench.serve import Target, as_table, readable, send
 from fastserve.bench.serve_config import ServeBenchConfig
 from fastserve.bench.serve_report import figures
 from fastserve.bench.stream_client import Answer, LostRequestError
 from tests.bench.test_serve_report import RUN
 from tests.server.conftest import API_KEY, serving
+from tests.test_top import server_that_says
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +98,117 @@ def test_chats(url, tmp_path):
 
 @pytest.mark.processes
 def test_lost_requests_are_counted_and_named(url, tmp_path, capsys):
-    """A prompt beyond the window is refused by the server; nothing answered is exit code 1."""
+    """An id that the model lacks is refused by the server; the first reason is the last line."""
     path = tmp_path / "result.json"
-    argv = ["bench", "serve", "--base-url", url, "--api-key", API_KEY, "--disable-tqdm"]
-    argv += ["--num-prompts", "2", "--output", str(path)]
-    assert cli.main([*argv, "--random-input-len", "100000"]) == 1
-    assert "lost: 400" in capsys.readouterr().err
+    argv = ["bench", "serve", "--base-url", url, "--api-key", API_KEY]
+    argv += ["--num-prompts", "2", "--output", str(path), "--random-vocab-size", "100000"]
+    assert cli.main(argv) == 1
+    said = capsys.readouterr()
+    last = said.err.splitlines()[-1]
+    assert last.startswith("fastserve: error: all 2 requests were lost: 400: ")
+    assert "{" not in last
+    assert said.out == ""
     found = json.loads(path.read_text())
     assert (found["completed"], found["failed"], found["mean_ttft_ms"]) == (0, 2, None)
-    assert cli.main([*argv, "--random-input-len", "100000", "--num-warmups", "1"]) == 2
+    assert cli.main([*argv, "--num-warmups", "1"]) == 2
     assert "400" in capsys.readouterr().err
-    assert cli.main([*argv, "--api-key", "wrong"]) == 2
-    assert "401" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--api-key", "wrong"], "401: Incorrect API key provided. (--api-key"),
+        (["--api-key", "wrong", "--model", "demo"], "401"),
+        (["--api-key", "schlüssel"], "--api-key: a key is plain ASCII"),
+        (["--model", "gpt-9"], "has no 'gpt-9'; it has: demo"),
+        (["--random-input-len", "2000"], "2000 + 64 tokens exceed the model's window of 2048"),
+        (["--random-prefix-len", "1900"], "2028 + 64 tokens exceed"),
+        (["--random-range-ratio", "0.5", "--input-len", "1400"], "2100 + 96 tokens exceed"),
+    ],
+)
+def test_what_would_lose_every_request_is_said_before_the_first(url, capsys, flags, words):
+    """One line and exit code 2, and nothing is sent."""
+    argv = ["bench", "serve", "--base-url", url, "--api-key", API_KEY]
+    assert cli.main([*argv, *flags]) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.processes
+def test_the_defaults_suit_the_demo(url, monkeypatch, capsys):
+    """A bare command sends short requests and ends; in a pipe it draws no bar."""
+    monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
+    port = url.rpartition(":")[2]
+    assert cli.main(["bench", "serve", "--port", port, "--num-prompts", "3"]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"3 requests of 128 + 64 tokens at once to demo at http://127.0.0.1:{port}\n"
+    assert "3 requests in" in said.out
+    assert "\x1b" not in said.out
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_the_table_keeps_its_numbers_in_a_narrow_terminal(width):
+    """A figure that is cut off is worse than none."""
+    config = ServeBenchConfig()
+    console = Console(width=width)
+    with console.capture() as capture:
+        table = as_table({"model_id": "m", **figures(RUN, config)}, config.percentiles())
+        console.print(table)
+    assert "…" not in capture.get()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.01234, "0.012"), (1.23456, "1.235"), (99.96, "99.96"), (123.45, "123.5"),
+     (12345.6, "12,346")],
+)  # fmt: skip
+def test_figures_have_four_digits(value, text):
+    """Enough to compare, few enough to read."""
+    assert readable(value) == text
+
+
+@pytest.mark.parametrize(
+    ("card", "words"),
+    [
+        ({"id": "m", "owned_by": "fastserve", "max_model_len": None}, "m is still loading"),
+        ({"name": "m"}, "name one with --model"),
+        ([], "name one with --model"),
+    ],
+)
+def test_a_server_that_is_not_ready_or_not_known(capsys, card, words):
+    """Which it is, in one line."""
+    text = json.dumps({"data": [card] if card else []})
+    with server_that_says(text) as url:
+        assert cli.main(["bench", "serve", "--base-url", url]) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--output", "/proc/none/x.json"], "--output /proc/none/x.json: "),
+        (["--save-result", "--result-dir", "/proc/none"], "--result-dir /proc/none/"),
+        (
+            ["--save-result", "--result-filename", "/proc/none/x"],
+            "--result-filename /proc/none/x: ",
+        ),
+        (["--request-rate", "0"], "--request-rate"),
+        (["--num-prompts", "0"], "--num-prompts"),
+        (["--base-url", "http://127.0.0.1:99999"], "--base-url"),
+        (["--base-url", "http://[::1"], "--base-url"),
+        (["--host", "::1", "--port", "1"], "http://[::1]:1/v1/models: "),
+    ],
+)
+def test_settings_that_cannot_be_honoured(capsys, flags, words):
+    """The flag is named before a server is asked, not after an hour of measuring."""
+    assert cli.main(["bench", "serve", *flags]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"fastserve: error: {words}")
+    assert said.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -135,7 +236,7 @@ class Counting:
         self.config = ServeBenchConfig(max_concurrency=max_concurrency)
         self.num_here = self.most = self.num_asked = 0
 
-    async def ask(self, request: Planned) -> Answer:
+    async def ask(self, request: Planned, on_piece: Callable[[], None]) -> Answer:
         """Stay for three turns of the loop."""
         self.num_asked += 1
         self.num_here += 1
