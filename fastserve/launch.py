@@ -31,7 +31,8 @@ from fastserve.tokenizer import Tokenizer
 # last from one operation of a step to the next, some tens of microseconds. Without the policy,
 # libgomp takes a tenth of them as soon as a second thread of the process has used torch.
 WAITING = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"  # a request's line fits 80 columns
+LOG_TIME = "%Y-%m-%d %H:%M:%S"
 
 
 def open_engine(
@@ -120,13 +121,18 @@ def open_tokenizer(config: EngineConfig, chat_template: str | None = None) -> To
     return Tokenizer.load(directory, chat_template)
 
 
+def log_from(level: str) -> None:
+    """Write messages of this level and above to stderr."""
+    logging.basicConfig(level=level, format=LOG_FORMAT, datefmt=LOG_TIME, stream=sys.stderr)
+
+
 def serve(config: EngineConfig, server_config: ServerConfig) -> int:
     """Serve over HTTP until a signal; return the exit status."""
     from fastserve import listen
     from fastserve.server.app import create_app
 
     level = server_config.log_level.upper()
-    logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
+    log_from(level)
     tokenizer = open_tokenizer(config, server_config.chat_template)
     with listen.bind(server_config.host, server_config.port) as listener:
         listen.warn_if_exposed(listener, server_config)
@@ -144,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastserve.launch")
     parser.add_argument("--engine-fd", type=int, required=True, help="inherited socket to serve")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format=LOG_FORMAT, datefmt=LOG_TIME, stream=sys.stderr
+    )
     # One core is the API process': text, HTTP and the other end of the socket.
     num_threads = max(1, num_cores() - 1)
     return process.run(

@@ -9,6 +9,7 @@ Must not know: routes, bodies, the engine.
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import time
 import uuid
@@ -22,6 +23,7 @@ from fastserve.server.errors import ApiError, error_response
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
+OUR_ID = re.compile("[0-9a-f]{32}")
 MAX_REQUEST_ID = 128  # characters of a client's own
 
 
@@ -73,7 +75,7 @@ class Gate:
                 spent_ms = 1e3 * (time.monotonic() - began)
                 logger.info(
                     "%s %s %d %.1f ms %s",
-                    scope["method"], scope["path"], status, spent_ms, request_id,
+                    scope["method"], shown_path(scope), status, spent_ms, shown_id(request_id),
                 )  # fmt: skip
 
     def _check(self, path: str, headers: Headers) -> None:
@@ -123,6 +125,20 @@ def chosen_id(given: str | None) -> str:
     if given and len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable():
         return given
     return uuid.uuid4().hex
+
+
+def shown_id(request_id: str) -> str:
+    """Return an id as a line of the log shows it.
+
+    Eight of our digits tell requests apart and fit the line; a client's own is what it looks for.
+    """
+    return request_id[:8] if OUR_ID.fullmatch(request_id) else request_id
+
+
+def shown_path(scope: Scope) -> str:
+    """Return the path as it was sent: decoded, it could hold the end of the line."""
+    sent: bytes = scope.get("raw_path") or scope["path"].encode()
+    return sent.decode("ascii", errors="backslashreplace")
 
 
 def request_id_of(scope: Scope) -> str:

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from fastserve import launch
 from tests.server.scripted import ScriptedEngine, call, make_app
 
 BODY = {"prompt": "x"}
@@ -110,3 +111,26 @@ def test_a_line_per_request(caplog, is_off):
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == (0 if is_off else 1)
     assert all("POST /v1/completions 200" in line and "secret" not in line for line in lines)
+
+
+@pytest.mark.parametrize("given", [None, "0123456789abcdef" * 2, "req-2024-000017"])
+def test_a_line_of_the_log_fits_a_terminal(caplog, given):
+    """It shows the beginning of our 32 digits, which the header has in full, and any other id."""
+    headers = {} if given is None else {"X-Request-Id": given}
+    app = make_app(ScriptedEngine())
+    with caplog.at_level(logging.INFO, logger="fastserve.server.gate"):
+        answer = call(app, "POST", "/v1/chat/completions", json={}, headers=headers)
+    [record] = caplog.records
+    line = logging.Formatter(launch.LOG_FORMAT, launch.LOG_TIME).format(record)
+    assert len(line) <= 80
+    echoed = answer.headers["x-request-id"]
+    assert line.endswith(f" ms {given if given == 'req-2024-000017' else echoed[:8]}")
+    assert len(echoed) == len(given or "0" * 32)
+
+
+def test_a_path_cannot_write_lines_into_the_log(caplog):
+    """It stands there as it was sent."""
+    with caplog.at_level(logging.INFO, logger="fastserve.server.gate"):
+        call(make_app(ScriptedEngine()), "GET", "/a%0A%1b[31mINFO")
+    [record] = caplog.records
+    assert "GET /a%0A%1b[31mINFO 404" in record.getMessage()
