@@ -28,6 +28,7 @@ class TokenNames:
 
     def __init__(self, tokenizer: Tokenizer | None, as_ids: bool) -> None:
         self._tokenizer = None if as_ids else tokenizer
+        self._decoder = tokenizer
 
     def name(self, token_id: int) -> str:
         """Return a token's text, or its bytes, or its id, whichever says what it is."""
@@ -51,8 +52,8 @@ class TokenNames:
         return list(self._tokenizer.token_bytes(token_id))
 
     def decoded(self, token_id: int) -> str | None:
-        """Return a token's text where there is a tokenizer."""
-        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
+        """Return a token's text where there is a tokenizer, however tokens are named."""
+        return None if self._decoder is None else self._decoder.token_text(token_id)
 
 
 def scored(
@@ -68,10 +69,14 @@ def completion_logprobs(
     offsets: Sequence[int],
     num_top: int,
 ) -> CompletionLogprobs:
-    """Return the four lists of a completion; the chosen token is always among the top ones."""
+    """Return the four lists of a completion; the chosen token is always among the top ones.
+
+    Of tokens with one name the best counts: the chosen one is greedy if none of `top` is above it.
+    """
     logprobs = CompletionLogprobs([], [], [], list(offsets))
     for token_id, entry in tokens:
-        logprobs.tokens.append(names.name(token_id))
+        name = names.name(token_id)
+        logprobs.tokens.append(name)
         if entry is None:
             logprobs.token_logprobs.append(None)
             logprobs.top_logprobs.append(None)
@@ -81,7 +86,7 @@ def completion_logprobs(
         top: dict[str, float] = {}
         for top_id, value in top_of(entry, num_top):
             top.setdefault(names.name(top_id), value)
-        top[names.name(token_id)] = chosen
+        top[name] = max(chosen, top.get(name, chosen))
         logprobs.top_logprobs.append(top)
     return logprobs
 
