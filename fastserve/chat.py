@@ -120,4 +120,6 @@ def take_turn(llm: LLM, params: SamplingParams, history: list[Message], text: st
 
 def num_tokens(llm: LLM, history: list[Message]) -> int:
     """Return the size of a conversation as the model sees it."""
-    return len(llm.get_tokenizer().encode_chat(history))
+    tokenizer = llm.get_tokenizer()
+    ids = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=False)
+    return len(ids)

@@ -20,7 +20,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-CONTINUE_MARK = "\ue000continue\ue001"  # private-use characters: in no one's message
+# Private-use characters, which no message has. The space at the end tells, by being gone, that the
+# template trims.
+CONTINUE_MARK = "\ue000continue\ue001 "
 
 
 class ChatTemplateError(ValueError):
@@ -101,7 +103,8 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
+            self.roles_named = roles_named(environment.parse(source))
+        except (TemplateError, RecursionError) as error:
             raise ChatTemplateError(f"The chat template cannot be compiled: {error}") from error
 
     def render(
@@ -120,9 +123,9 @@ class ChatTemplate:
                 raise ChatTemplateError(
                     "add_generation_prompt and continue_final_message exclude each other."
                 )
-            if not chat or not isinstance(chat[-1].get("content"), str):
-                raise ChatTemplateError("There is no text in a final message to be continued.")
-            chat[-1]["content"] += CONTINUE_MARK
+            if not chat:
+                raise ChatTemplateError("There is no final message to be continued.")
+            chat[-1]["content"] = marked(chat[-1].get("content"))
         values = {
             "tools": None,
             "documents": None,
@@ -137,7 +140,36 @@ class ChatTemplate:
             raise ChatTemplateError(f"The chat template failed: {error}") from error
         if not continue_final_message:
             return text
-        head, mark, _ = text.rpartition(CONTINUE_MARK)
+        head, mark, tail = text.rpartition(CONTINUE_MARK.strip())
         if not mark:
             raise ChatTemplateError("The chat template leaves out the message to be continued.")
-        return head
+        return head if tail.startswith(" ") else head.rstrip()
+
+
+def marked(content: Any) -> Any:
+    """Return a message's content with the mark at the end of its last text."""
+    if isinstance(content, str):
+        return content + CONTINUE_MARK
+    if isinstance(content, list) and content and isinstance(content[-1].get("text"), str):
+        return [*content[:-1], {**content[-1], "text": content[-1]["text"] + CONTINUE_MARK}]
+    raise ChatTemplateError("There is no text in the final message to be continued.")
+
+
+def roles_named(tree: nodes.Template) -> frozenset[str]:
+    """Return the strings that a template compares roles with."""
+    names: set[object] = set()
+    for comparison in tree.find_all(nodes.Compare):
+        reads = comparison.find_all((nodes.Name, nodes.Getattr, nodes.Getitem))
+        if any(reads_role(node) for node in reads):
+            names.update(node.value for node in comparison.find_all(nodes.Const))
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+def reads_role(node: nodes.Node) -> bool:
+    """Whether an expression is a variable, an attribute or an item called `role`."""
+    match node:
+        case nodes.Name(name="role") | nodes.Getattr(attr="role"):
+            return True
+        case nodes.Getitem(arg=nodes.Const(value="role")):
+            return True
+    return False

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from fastserve.config import EngineConfig
 from fastserve.core.output import RequestUpdate
 from fastserve.core.request import SamplingParams
+from fastserve.hf_tokenizer import HFTokenizer
 from fastserve.launch import open_engine, open_tokenizer
 from fastserve.llm_output import (
     Choice,
@@ -28,6 +29,7 @@ from fastserve.llm_output import (
     logprob_table,
 )
 from fastserve.options import from_mapping
+from fastserve.template_reading import ContentFormat
 from fastserve.tokenizer import TextStream, Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]
@@ -52,6 +54,7 @@ class LLM:
     def __init__(self, model: str = "demo", **flags: Any) -> None:
         self.config = from_mapping(EngineConfig, {"model": model, **flags}, source="LLM")
         self._tokenizer = open_tokenizer(self.config)
+        self._hf_tokenizer: HFTokenizer | None = None
         console = Console(stderr=True)
         with console.status("loading", spinner="dots") as status:
             self._engine, self.info = open_engine(
@@ -78,11 +81,13 @@ class LLM:
         """Stop the engine and free its memory."""
         self._engine.close()
 
-    def get_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer; ValueError when the model has none."""
-        if self._tokenizer is None:
-            raise ValueError("This model has no tokenizer; prompts must be token ids.")
-        return self._tokenizer
+    def get_tokenizer(self) -> HFTokenizer:
+        """Return the tokenizer, with transformers' names; ValueError when the model has none."""
+        if self._hf_tokenizer is None:
+            self._hf_tokenizer = HFTokenizer(
+                self._require_tokenizer(), self.config.model, self.info.max_model_len
+            )
+        return self._hf_tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the model's own sampling, as its generation_config.json has it."""
@@ -106,22 +111,35 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
-        *,
+        lora_request: None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: ContentFormat = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or a list of them."""
-        is_one = not messages or isinstance(messages[0], Mapping)
-        conversations = cast("Sequence[Sequence[Message]]", [messages] if is_one else messages)
+        """Answer one conversation, or a list of them. Messages are judged as over HTTP.
+
+        `chat_template` is a template that replaces the model's own. What there is only for vLLM's
+        sake (adapters, other media) may be given as None or empty.
+        """
+        refuse_what_is_given(
+            lora_request=lora_request,
+            tokenization_kwargs=tokenization_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
+        )
+        conversations = messages if is_list_of_conversations(messages) else [messages]
         prompts = [
-            self._encode_chat(
+            self._require_tokenizer().encode_chat(
                 conversation,
+                template=chat_template,
+                content_format=chat_template_content_format,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **({"tools": tools} if tools else {}),
-                **(chat_template_kwargs or {}),
+                variables={**(chat_template_kwargs or {}), **({"tools": tools} if tools else {})},
             )
             for conversation in conversations
         ]
@@ -132,13 +150,13 @@ class LLM:
     ) -> Iterator[str]:
         """Yield the answer to a prompt, or to a conversation, piece by piece."""
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            text, ids = self._encode_chat(cast("Sequence[Message]", prompt))
+            encoded: tuple[str | None, list[int]] = self._require_tokenizer().encode_chat(prompt)
         else:
-            text, ids = self._encode(cast("Prompt", prompt))
+            encoded = self._encode(cast("Prompt", prompt))
         params = sampling_params or self.get_default_sampling_params()
         if params.n != 1:
             raise ValueError(f"n must be 1 in a stream, got {params.n}.")
-        job = self._start(text, ids, params, 0)
+        job = self._start(*encoded, params, 0)
         choice = job.choices[0]
         try:
             while choice.finish_reason is None:
@@ -160,15 +178,13 @@ class LLM:
                 raise ValueError('A prompt mapping needs "prompt" or "prompt_token_ids".')
             prompt = str(prompt["prompt"])
         if isinstance(prompt, str):
-            return prompt, self.get_tokenizer().encode(prompt)
+            return prompt, self._require_tokenizer().encode(prompt)
         return None, list(prompt)
 
-    def _encode_chat(
-        self, messages: Sequence[Message], **variables: Any
-    ) -> tuple[str | None, list[int]]:
-        tokenizer = self.get_tokenizer()
-        text = tokenizer.apply_chat_template(messages, **variables)
-        return text, tokenizer.encode(text, add_special_tokens=False)
+    def _require_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ValueError("This model has no tokenizer; prompts must be token ids.")
+        return self._tokenizer
 
     # ── running ──────────────────────────────────────────────────────────────────────────────
 
@@ -283,3 +299,16 @@ def is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
     if isinstance(prompts, str | Mapping):
         return True
     return bool(prompts) and all(isinstance(entry, int) for entry in prompts)
+
+
+def is_list_of_conversations(messages: Any) -> bool:
+    """Whether these are conversations rather than the messages of one."""
+    is_list = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
+    return is_list and bool(messages) and not isinstance(messages[0], Mapping | str | bytes)
+
+
+def refuse_what_is_given(**arguments: Any) -> None:
+    """Raise ValueError for arguments that cannot be honoured and do ask for something."""
+    for name, value in arguments.items():
+        if value:
+            raise ValueError(f"{name} is not supported.")

@@ -9,18 +9,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as Backend
 
 from fastserve import byte_level_bpe
-from fastserve.chat_template import ChatTemplate, ChatTemplateError
+from fastserve.chat_renderer import ChatRenderer
+from fastserve.chat_template import ChatTemplateError
 from fastserve.config import ConfigError
 from fastserve.text_stream import TextDelta, TextStream
 
-__all__ = ["TextDelta", "TextStream", "Tokenizer"]
+__all__ = ["ChatPrompt", "TextDelta", "TextStream", "Tokenizer"]
 
 LONG_TEXT = 4096  # characters from which encoding lets other threads run
+
+
+class ChatPrompt(NamedTuple):
+    """A conversation as a prompt."""
+
+    text: str
+    token_ids: list[int]
 
 
 class Tokenizer:
@@ -29,8 +37,8 @@ class Tokenizer:
     def __init__(
         self, backend: Backend, special_tokens: Mapping[str, str], template: str | None
     ) -> None:
-        self._backend = backend
-        self._special_tokens = dict(special_tokens)
+        self.backend = backend
+        self.special_tokens = dict(special_tokens)  # by name: "eos_token" → "</s>"
         backend.no_truncation()
         backend.no_padding()
         known = [text for text in special_tokens.values() if backend.token_to_id(text) is not None]
@@ -38,7 +46,7 @@ class Tokenizer:
         self._added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        self._template = ChatTemplate(template, special_tokens) if template is not None else None
+        self._chat = ChatRenderer(template, special_tokens) if template is not None else None
         decoder = b"" if backend.decoder is None else backend.decoder.__getstate__()
         self._byte_of_char = byte_alphabet() if b'"ByteLevel"' in decoder else None
         self._has_byte_tokens = b'"ByteFallback"' in decoder
@@ -104,11 +112,14 @@ class Tokenizer:
         return self._named_id("eos_token")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of `text`."""
-        if len(text) < LONG_TEXT:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        # Of the library's calls, only those for batches release the interpreter lock.
-        return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        """Return the ids of `text`; ValueError for what is no Unicode text."""
+        try:
+            if len(text) < LONG_TEXT:
+                return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # Of the library's calls, only those for batches release the interpreter lock.
+            return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        except TypeError as error:
+            raise ValueError("A text must be Unicode; this one has lone surrogates.") from error
 
     def encode_spans(
         self, text: str, add_special_tokens: bool = True
@@ -120,26 +131,45 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; an id the tokenizer does not know has none."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], /, **variables: Any
-    ) -> str:
-        """Return the prompt text for chat messages; raises ChatTemplateError."""
-        if self._template is None:
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template."""
+        return None if self._chat is None else self._chat.source
+
+    def chat_renderer(self, template: str | None = None) -> ChatRenderer:
+        """Return what makes prompts of messages, by a given template or by the model's own."""
+        if template is not None:
+            return ChatRenderer(template, self.special_tokens)
+        if self._chat is None:
             raise ChatTemplateError(
                 "This model has no chat template; --chat-template names one, completions need none."
             )
-        return self._template.render(messages, **variables)
+        return self._chat
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> list[int]:
-        """Return the prompt ids for chat messages; the template writes the special tokens."""
-        text = self.apply_chat_template(messages, **variables)
-        return self.encode(text, add_special_tokens=False)
+    def encode_chat(
+        self,
+        messages: Any,
+        /,
+        *,
+        template: str | None = None,
+        add_special_tokens: bool = False,
+        **options: Any,
+    ) -> ChatPrompt:
+        """Return the prompt for chat messages in OpenAI's shape; ValueError where there is none.
+
+        The template writes the special tokens; `options` are those of ChatRenderer.render.
+        """
+        text = self.chat_renderer(template).render(messages, **options)
+        ids = self.encode(text, add_special_tokens)
+        if not ids:
+            raise ChatTemplateError("The chat template makes no prompt of these messages.")
+        return ChatPrompt(text, ids)
 
     def id_to_token(self, token_id: int) -> str | None:
         """Return the vocabulary's spelling of an id."""
-        return self._backend.id_to_token(token_id)
+        return self.backend.id_to_token(token_id)
 
     def token_text(self, token_id: int) -> str:
         """Return the text of one id as it reads inside a text, its leading space included."""
@@ -166,13 +196,13 @@ class Tokenizer:
         return self.token_text(token_id).encode()
 
     def _named_id(self, name: str) -> int | None:
-        text = self._special_tokens.get(name)
-        return None if text is None else self._backend.token_to_id(text)
+        text = self.special_tokens.get(name)
+        return None if text is None else self.backend.token_to_id(text)
 
     def _find_reference(self) -> int | None:
         """Find an id with plain text, to put before a token whose own text is asked for."""
         for char in "abcdefghijklmnopqrstuvwxyz0123456789":
-            token_id = self._backend.token_to_id(char)
+            token_id = self.backend.token_to_id(char)
             if token_id is not None and self.decode([token_id]) == char:
                 return token_id
         return None

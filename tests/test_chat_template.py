@@ -103,7 +103,7 @@ def test_the_callers_messages_stay_as_they_are():
     ("messages", "adds", "says"),
     [
         (USER, True, "exclude each other"),
-        ([], False, "no text"),
+        ([], False, "no final message"),
         ([{"role": "user"}], False, "no text"),
         (USER, False, "leaves out"),
     ],

@@ -75,7 +75,7 @@ def test_an_output_has_what_vllm_has(llm: LLM) -> None:
     (answer,) = output.outputs
     assert output.finished
     assert answer.index == 0
-    assert answer.text == llm.get_tokenizer().decode(answer.token_ids)
+    assert answer.text == llm.get_tokenizer().decode(answer.token_ids, skip_special_tokens=True)
     assert answer.finish_reason == "length"
     assert answer.stop_reason is None
     assert answer.logprobs is None
@@ -145,7 +145,7 @@ def test_a_stop_token_ends_an_answer(llm: LLM) -> None:
     params = dataclasses.replace(GREEDY, stop_token_ids=[stop])
     answer = llm.generate("x = ", params, use_tqdm=False)[0].outputs[0]
     assert answer.token_ids == tokens[: tokens.index(stop) + 1]
-    assert answer.text == llm.get_tokenizer().decode(answer.token_ids[:-1])
+    assert answer.text == llm.get_tokenizer().decode(answer.token_ids[:-1], True)
     assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
 
 
@@ -153,7 +153,9 @@ def test_a_conversation_is_the_templates_prompt(llm: LLM) -> None:
     """`chat` encodes with the model's template; a list of conversations is a batch."""
     messages = [{"role": "user", "content": "Hello"}]
     (output,) = llm.chat(messages, GREEDY, use_tqdm=False)
-    assert output.prompt_token_ids == llm.get_tokenizer().encode_chat(messages)
+    tokenizer = llm.get_tokenizer()
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert output.prompt_token_ids == expected["input_ids"]
     both = llm.chat([messages, messages], GREEDY, use_tqdm=False)
     assert ids(both) == ids([output, output])
 

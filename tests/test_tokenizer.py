@@ -67,8 +67,7 @@ def test_renders_chats_as_transformers_does(ours, oracle, adds):
     """The same prompt text and ids."""
     text = oracle.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=adds)
     ids = oracle.apply_chat_template(MESSAGES, add_generation_prompt=adds, return_dict=False)
-    assert ours.apply_chat_template(MESSAGES, add_generation_prompt=adds) == text
-    assert ours.encode_chat(MESSAGES, add_generation_prompt=adds) == ids
+    assert ours.encode_chat(MESSAGES, add_generation_prompt=adds) == (text, ids)
 
 
 def test_knows_the_special_tokens(ours, oracle):
@@ -99,6 +98,13 @@ def test_unknown_ids_have_no_text(ours):
     assert ours.token_bytes(10**6) == b""
 
 
+@pytest.mark.parametrize("text", ["\ud800", "x" * 5000 + "\udfff"])
+def test_half_of_a_surrogate_pair_is_a_value_error(ours, text):
+    """It is no Unicode text; short and long ones take different ways."""
+    with pytest.raises(ValueError, match="lone surrogates"):
+        ours.encode(text)
+
+
 def test_a_directory_without_tokenizer_is_a_config_error(tmp_path):
     """In one line that names the file."""
     with pytest.raises(
@@ -126,14 +132,17 @@ def test_a_broken_tokenizer_config_is_a_config_error(tmp_path, content):
 def test_template_of_the_user_wins_then_the_file_then_the_config(tmp_path):
     """--chat-template, chat_template.jinja, tokenizer_config.json, in this order."""
     tiny_tokenizers.save(tiny_tokenizers.byte_level(), tmp_path)
-    message = [{"role": "user", "content": "x"}]
-    assert "<|user|>" in Tokenizer.load(tmp_path).apply_chat_template(message)
+
+    def made(template: str | None = None) -> str:
+        message = [{"role": "user", "content": "x"}]
+        return Tokenizer.load(tmp_path, template).encode_chat(message).text
+
+    assert "<|user|>" in made()
     (tmp_path / "chat_template.jinja").write_text("file")
-    assert Tokenizer.load(tmp_path).apply_chat_template(message) == "file"
+    assert made() == "file"
     (tmp_path / "mine.jinja").write_text("mine")
-    mine = str(tmp_path / "mine.jinja")
-    assert Tokenizer.load(tmp_path, mine).apply_chat_template(message) == "mine"
-    assert Tokenizer.load(tmp_path, "{{ 1 + 1 }}").apply_chat_template(message) == "2"
+    assert made(str(tmp_path / "mine.jinja")) == "mine"
+    assert made("{{ 1 + 1 }}") == "2"
 
 
 def test_a_missing_template_file_is_a_config_error(tmp_path):

@@ -10,17 +10,16 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from fastserve.chat_template import ChatTemplateError
+from fastserve.chat_messages import template_variables
 from fastserve.engine.messages import EngineInfo
 from fastserve.server.context import ServerContext
 from fastserve.server.errors import invalid
-from fastserve.server.protocol import ChatMessage, CompletionRequest, ContentPart
+from fastserve.server.protocol import ChatMessage, CompletionRequest
 from fastserve.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 LONG_TEXT = 4096  # characters from which encoding is worth a thread
-RESERVED_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
 
 
 class Prompt(NamedTuple):
@@ -86,54 +85,32 @@ async def chat_prompt(
 ) -> Prompt:
     """Return the prompt that the chat template makes of messages."""
     tokenizer = context.require_tokenizer("messages")
-    if not messages:
-        raise invalid("messages must not be empty.", "messages")
-    chosen = variables or {}
-    for name in RESERVED_VARIABLES:
-        if name in chosen:
-            raise invalid(f"chat_template_kwargs must not set {name}.", "chat_template_kwargs")
-    values = {str(name): value for name, value in chosen.items()}
-    plain = [plain_message(message) for message in messages]
+    try:
+        template_variables(variables)
+    except ValueError as error:
+        raise invalid(str(error), "chat_template_kwargs") from error
+    plain = [message.model_dump(exclude_unset=True) for message in messages]
 
     def make() -> Prompt:
-        text = tokenizer.apply_chat_template(
+        made = tokenizer.encode_chat(
             plain,
             add_generation_prompt=add_generation_prompt is not False,
             continue_final_message=bool(continue_final_message),
-            **values,
+            add_special_tokens=bool(add_special_tokens),
+            variables=variables,
         )
-        return Prompt(tokenizer.encode(text, bool(add_special_tokens)), text)
+        return Prompt(made.token_ids, made.text)
 
     try:
-        prompt = await off_loop(sum(len(message["content"]) for message in plain), make)
-    except ChatTemplateError as error:
+        return await off_loop(sum(map(num_chars, plain)), make)
+    except ValueError as error:
         raise invalid(str(error), "messages") from error
-    if not prompt.token_ids:
-        raise invalid("The chat template makes no prompt of these messages.", "messages")
-    return prompt
 
 
-def plain_message(message: ChatMessage) -> dict[str, Any]:
-    """Return a message as templates read it: its text parts joined, its other fields kept."""
-    values = message.model_dump(exclude_none=True)
-    content = message.content
-    if content is None:
-        if message.role != "assistant":
-            raise invalid(f"A message of role {message.role!r} must have content.", "messages")
-        content = ""
-    if not isinstance(content, str):
-        content = "\n".join(part_text(part) for part in content)
-    values["content"] = content
-    return values
-
-
-def part_text(part: ContentPart) -> str:
-    """Return the text of a part; 400 for a part that is none."""
-    if part.type not in ("text", "input_text"):
-        raise invalid(
-            f"Content parts of type {part.type!r} are not supported; this model reads text.",
-            "messages",
-        )
-    if part.text is None:
-        raise invalid(f"A content part of type {part.type!r} must have text.", "messages")
-    return part.text
+def num_chars(value: Any) -> int:
+    """Count, roughly, the characters in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(len(name) + num_chars(item) for name, item in value.items())
+    return sum(map(num_chars, value)) if isinstance(value, list) else 1

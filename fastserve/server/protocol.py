@@ -121,11 +121,23 @@ class CompletionRequest(GenerationRequest):
     best_of: Int64 | None = None
 
 
+def kind_of_part(value: Any) -> str:
+    """Tell a bare text from a part."""
+    return "as string" if isinstance(value, str) else "as part"
+
+
 class ContentPart(Body):
-    """One part of a message; text is the only kind that is understood."""
+    """One part of a message; text, and a refusal, are the only kinds that are understood."""
 
     type: StrictStr
     text: StrictStr | None = None
+    refusal: StrictStr | None = None
+
+
+Part = Annotated[
+    Annotated[StrictStr, Tag("as string")] | Annotated[ContentPart, Tag("as part")],
+    Discriminator(kind_of_part),
+]
 
 
 class ChatMessage(Body):
@@ -135,7 +147,7 @@ class ChatMessage(Body):
     content: (
         Annotated[
             Annotated[StrictStr, Tag("as string")]
-            | Annotated[Annotated[list[ContentPart], FirstFault()], Tag("as list")],
+            | Annotated[Annotated[list[Part], FirstFault()], Tag("as list")],
             Discriminator(kind_of_text),
         ]
         | None

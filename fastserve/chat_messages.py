@@ -1,0 +1,190 @@
+"""From the messages of an API's user to the messages that a chat template reads.
+
+Rules: one path for the server and for `LLM`; messages are plain mappings, in OpenAI's shape. What
+cannot be honoured is a ValueError with words for the user, never dropped silently; fields that
+OpenAI does not know reach the template. Must not know: HTTP, ids, torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastserve.template_reading import TemplateReading
+
+logger = logging.getLogger(__name__)
+
+# Type of a content part → the field with its text.
+TEXT_FIELDS: Mapping[str, str] = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+}
+# Roles that OpenAI has two names for; templates often know only the one on the right.
+ROLE_ALIASES: Mapping[str, str] = {"developer": "system", "function": "tool"}
+REASONING_FIELDS = ("reasoning", "reasoning_content")
+RESERVED_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
+
+
+def template_messages(messages: Any, reading: TemplateReading) -> list[dict[str, Any]]:
+    """Return the messages as a template reads them; ValueError for what cannot be honoured."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise ValueError("messages: Input should be a valid list.")
+    if not messages:
+        raise ValueError("messages must not be empty.")
+    return [
+        template_message(message, f"messages[{index}]", reading)
+        for index, message in enumerate(messages)
+    ]
+
+
+def template_variables(chosen: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return `chat_template_kwargs`; ValueError for names that are not the user's to set."""
+    for name in RESERVED_VARIABLES:
+        if chosen and name in chosen:
+            raise ValueError(f"chat_template_kwargs must not set {name}.")
+    return {str(name): value for name, value in (chosen or {}).items()}
+
+
+def template_message(message: Any, where: str, reading: TemplateReading) -> dict[str, Any]:
+    """Return one message as a template reads it; null fields are absent."""
+    if not isinstance(message, Mapping):
+        raise ValueError(
+            f"{where}: Input should be a valid dictionary or object to extract fields from."
+        )
+    if "role" not in message:
+        raise ValueError(f"{where}.role: Field required.")
+    role = message["role"]
+    if not isinstance(role, str):
+        raise ValueError(f"{where}.role: Input should be a valid string.")
+    values = {str(name): value for name, value in message.items() if value is not None}
+    if role not in reading.roles_named:
+        values["role"] = ROLE_ALIASES.get(role, role)
+    content = message.get("content")
+    if content is None and role != "assistant":
+        raise ValueError(f"A message of role {role!r} must have content.")
+    if role == "assistant":
+        add_tool_calls(values, where, reading.arguments_as_text)
+        add_reasoning(values)
+    if content is None and "tool_calls" in values and reading.no_content_is_none:
+        values["content"] = None
+    else:
+        texts = content_texts(content, f"{where}.content")
+        values["content"] = template_content(texts, values["role"], reading)
+    return values
+
+
+def template_content(texts: str | list[str], role: str, reading: TemplateReading) -> Any:
+    """Return a content in the form that the template reads of this role."""
+    form = reading.content(role)
+    if not isinstance(texts, str):
+        if form.num_parts == 2 and texts:
+            return [text_part(text) for text in texts]
+        texts = "\n".join(texts)
+    if form.text or not form.num_parts:
+        return texts
+    return [text_part(texts)]
+
+
+def text_part(text: str) -> dict[str, str]:
+    """Return a content part."""
+    return {"type": "text", "text": text}
+
+
+def content_texts(content: Any, where: str) -> str | list[str]:
+    """Return a content's text, or those of its parts; none is an empty text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise ValueError(f"{where}: Input should be a valid string.")
+    return [part_text(part, f"{where}[{index}]") for index, part in enumerate(content)]
+
+
+def part_text(part: Any, where: str) -> str:
+    """Return the text of a part; ValueError for a part that is none."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise ValueError(
+            f"{where}: Input should be a valid dictionary or object to extract fields from."
+        )
+    if "type" not in part:
+        raise ValueError(f"{where}.type: Field required.")
+    kind = part["type"]
+    if not isinstance(kind, str):
+        raise ValueError(f"{where}.type: Input should be a valid string.")
+    if kind not in TEXT_FIELDS:
+        raise ValueError(
+            f"Content parts of type {kind!r} are not supported; this model reads text."
+        )
+    name = TEXT_FIELDS[kind]
+    text = part.get(name)
+    if text is None:
+        raise ValueError(f"A content part of type {kind!r} must have {name}.")
+    if not isinstance(text, str):
+        raise ValueError(f"{where}.{name}: Input should be a valid string.")
+    return text
+
+
+def add_reasoning(values: dict[str, Any]) -> None:
+    """Give an assistant's reasoning both names that templates have for it."""
+    given = [values[name] for name in REASONING_FIELDS if name in values]
+    if given:
+        for name in REASONING_FIELDS:
+            values.setdefault(name, given[0])
+
+
+def add_tool_calls(values: dict[str, Any], where: str, as_text: bool) -> None:
+    """Bring an assistant's tool calls, or its one call of the older API, into one form."""
+    calls = values.pop("tool_calls", None)
+    if not calls and "function_call" in values:
+        calls = [{"type": "function", "function": values.pop("function_call")}]
+        where = f"{where}.function_call"
+    else:
+        where = f"{where}.tool_calls"
+    if not calls:
+        return
+    if not isinstance(calls, Sequence) or isinstance(calls, str | bytes):
+        raise ValueError(f"{where}: Input should be a valid list.")
+    values["tool_calls"] = [template_call(call, where, as_text) for call in calls]
+
+
+def template_call(call: Any, where: str, as_text: bool) -> dict[str, Any]:
+    """Return a tool call whose arguments are an object, or text where the template reads that.
+
+    The function's name and arguments may also stand in the call itself.
+    """
+    if not isinstance(call, Mapping) or call.get("type", "function") != "function":
+        raise ValueError(f"{where}: only calls of type 'function' are supported.")
+    if "function" not in call and "name" in call:
+        return {**call, "arguments": arguments_of(call, as_text)}
+    function = call.get("function")
+    if not isinstance(function, Mapping):
+        raise ValueError(f"{where}: a call must have a function with its name and arguments.")
+    return {**call, "function": {**function, "arguments": arguments_of(function, as_text)}}
+
+
+def arguments_of(function: Mapping[str, Any], as_text: bool) -> Any:
+    """Return a call's arguments; {} for those that are no JSON object.
+
+    A model wrote them, and they stay in the conversation: refusing them would end it for good.
+    """
+    given = function.get("arguments") or {}
+    parsed = given
+    if isinstance(given, str):
+        try:
+            parsed = json.loads(given)
+        except (ValueError, RecursionError):
+            parsed = None
+    if not isinstance(parsed, Mapping):
+        logger.warning(
+            "the arguments of a call of %r are no JSON object; the template gets an empty one",
+            str(function.get("name"))[:64],
+        )
+        given = parsed = {}
+    if not as_text:
+        return parsed
+    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
