@@ -67,9 +67,9 @@ def template_message(message: Any, where: str, reading: TemplateReading) -> dict
     if content is None and role != "assistant":
         raise ValueError(f"A message of role {role!r} must have content.")
     if role == "assistant":
-        add_tool_calls(values, where, reading.arguments_as_text)
+        add_tool_calls(values, where, reading.calls.arguments_as_text)
         add_reasoning(values)
-    if content is None and "tool_calls" in values and reading.no_content_is_none:
+    if content is None and "tool_calls" in values and reading.calls.no_content_is_none:
         values["content"] = None
     else:
         texts = content_texts(content, f"{where}.content")
@@ -139,17 +139,15 @@ def add_reasoning(values: dict[str, Any]) -> None:
 
 def add_tool_calls(values: dict[str, Any], where: str, as_text: bool) -> None:
     """Bring an assistant's tool calls, or its one call of the older API, into one form."""
-    calls = values.pop("tool_calls", None)
-    if not calls and "function_call" in values:
-        calls = [{"type": "function", "function": values.pop("function_call")}]
-        where = f"{where}.function_call"
-    else:
-        where = f"{where}.tool_calls"
-    if not calls:
-        return
+    calls = values.pop("tool_calls", None) or []
     if not isinstance(calls, Sequence) or isinstance(calls, str | bytes):
-        raise ValueError(f"{where}: Input should be a valid list.")
-    values["tool_calls"] = [template_call(call, where, as_text) for call in calls]
+        raise ValueError(f"{where}.tool_calls: Input should be a valid list.")
+    named = [(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
+    if not named and "function_call" in values:
+        old = {"type": "function", "function": values.pop("function_call")}
+        named = [(old, f"{where}.function_call")]
+    if named:
+        values["tool_calls"] = [template_call(call, name, as_text) for call, name in named]
 
 
 def template_call(call: Any, where: str, as_text: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Must not know: real messages, ids, HTTP.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,9 @@ CONTENT_FORMATS: tuple[ContentFormat, ...] = ("auto", "string", "openai")
 FIRST = "qzfirstqz"
 SECOND = "qzsecondqz"
 KEY = "qzkeyqz"  # of a part: shown only by templates that print a part as it stands
-ARGUMENTS = {FIRST: SECOND}
+CALLED = "qzcalledqz"
+NAME = "qznameqz"
+ARGUMENTS = {NAME: "qzvalueqz"}
 FILLER = "qzfillerqz"
 
 
@@ -38,14 +41,21 @@ PARTS = ContentReading(text=False, num_parts=2)
 
 
 @dataclass(frozen=True, slots=True)
+class CallReading:
+    """How tool calls are read."""
+
+    arguments_as_text: bool = False  # and not as an object
+    no_content_is_none: bool = False  # what stands beside them; otherwise an empty string
+
+
+@dataclass(frozen=True, slots=True)
 class TemplateReading:
     """How a template reads messages."""
 
     contents: Mapping[str, ContentReading] = field(default_factory=dict)  # by role
     default: ContentReading = STRINGS  # of every other role
     roles_named: frozenset[str] = frozenset()
-    arguments_as_text: bool = False  # a tool call's, and not as an object
-    no_content_is_none: bool = False  # beside tool calls; otherwise it is an empty string
+    calls: CallReading = CallReading()
 
     def content(self, role: str) -> ContentReading:
         """Return how the content of a role's messages is read."""
@@ -58,29 +68,22 @@ def probe_template(
     """Find out how a template reads messages; `content_format` forces one form of content."""
     user = probe_content(template, [], {"role": "user"})
     asked = {"role": "user", "content": filler(user)}
-    arguments_as_text = reads_arguments_as_text(template, asked)
-    called = tool_call_message(arguments_as_text)
+    calls = probe_calls(template, asked)
     contents = {
         "user": user,
         "system": probe_content(template, [], {"role": "system"}, [asked]),
         "assistant": probe_content(template, [asked], {"role": "assistant"}),
         "tool": probe_content(
             template,
-            [asked, called],
-            {"role": "tool", "tool_call_id": "abcdefghi", "name": FIRST},
+            [asked, tool_call_message(calls)],
+            {"role": "tool", "tool_call_id": "abcdefghi", "name": CALLED},
         ),
     }
     default = user
     if content_format != "auto":
         default = STRINGS if content_format == "string" else PARTS
         contents = {}
-    return TemplateReading(
-        contents,
-        default,
-        template.roles_named,
-        arguments_as_text,
-        is_call_lost_beside_text(template, asked, called),
-    )
+    return TemplateReading(contents, default, template.roles_named, calls)
 
 
 def probe_content(
@@ -107,31 +110,25 @@ def filler(reading: ContentReading) -> Any:
     return FILLER if reading.text else [{"type": "text", "text": FILLER}]
 
 
-def tool_call_message(arguments_as_text: bool, content: str | None = "") -> dict[str, Any]:
+def tool_call_message(calls: CallReading) -> dict[str, Any]:
     """Return an assistant's message that is a tool call."""
-    arguments = json.dumps(ARGUMENTS) if arguments_as_text else ARGUMENTS
-    function = {"name": KEY, "arguments": arguments}
+    arguments = json.dumps(ARGUMENTS) if calls.arguments_as_text else ARGUMENTS
+    function = {"name": CALLED, "arguments": arguments}
     call = {"id": "abcdefghi", "type": "function", "function": function}  # Mistral's ids have 9
+    content = None if calls.no_content_is_none else ""
     return {"role": "assistant", "content": content, "tool_calls": [call]}
 
 
-def reads_arguments_as_text(template: ChatTemplate, asked: dict[str, Any]) -> bool:
-    """Whether arguments are shown well as a string, and as an object not at all or as Python."""
-    as_object = rendered(template, [asked, tool_call_message(arguments_as_text=False)])
-    if FIRST in as_object and str(ARGUMENTS) not in as_object:
-        return False
-    as_text = rendered(template, [asked, tool_call_message(arguments_as_text=True)])
-    return json.dumps(ARGUMENTS) in as_text
-
-
-def is_call_lost_beside_text(
-    template: ChatTemplate, asked: dict[str, Any], called: dict[str, Any]
-) -> bool:
-    """Whether a tool call is shown beside content that is none, and not beside an empty one."""
-    if KEY in rendered(template, [asked, called]):
-        return False
-    text = rendered(template, [asked, {**called, "content": None}])
-    return KEY in text and "None" not in text
+def probe_calls(template: ChatTemplate, asked: dict[str, Any]) -> CallReading:
+    """Try tool calls in the four forms; the first that is shown as JSON, or piece by piece."""
+    for no_content_is_none, arguments_as_text in itertools.product((False, True), repeat=2):
+        calls = CallReading(arguments_as_text, no_content_is_none)
+        text = rendered(template, [asked, tool_call_message(calls)])
+        is_python = str(ARGUMENTS) in text or (no_content_is_none and "None" in text)
+        is_whole = json.dumps(ARGUMENTS) in text or not arguments_as_text
+        if NAME in text and is_whole and not is_python:
+            return calls
+    return CallReading()
 
 
 def rendered(template: ChatTemplate, messages: list[dict[str, Any]]) -> str:
