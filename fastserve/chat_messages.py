@@ -52,9 +52,7 @@ def template_variables(chosen: Mapping[str, Any] | None) -> dict[str, Any]:
 def template_message(message: Any, where: str, reading: TemplateReading) -> dict[str, Any]:
     """Return one message as a template reads it; null fields are absent."""
     if not isinstance(message, Mapping):
-        raise ValueError(
-            f"{where}: Input should be a valid dictionary or object to extract fields from."
-        )
+        raise ValueError(f"{where}: Input should be an object.")
     if "role" not in message:
         raise ValueError(f"{where}.role: Field required.")
     role = message["role"]
@@ -108,9 +106,7 @@ def part_text(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        raise ValueError(
-            f"{where}: Input should be a valid dictionary or object to extract fields from."
-        )
+        raise ValueError(f"{where}: Input should be an object.")
     if "type" not in part:
         raise ValueError(f"{where}.type: Field required.")
     kind = part["type"]

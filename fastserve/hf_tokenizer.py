@@ -237,10 +237,9 @@ class HFTokenizer:
 
         A BatchEncoding; only its ids with `return_dict=False`; text with `tokenize=False`.
         """
-        chosen = self.chat_template if chat_template is None else chat_template
-        if chosen == self._tokenizer.chat_template:
-            chosen = None
-        renderer = self._tokenizer.chat_renderer(chosen)
+        chosen = self.get_chat_template(chat_template)
+        is_own = chosen == self._tokenizer.chat_template
+        renderer = self._tokenizer.chat_renderer(None if is_own else chosen)
         is_batch = bool(conversation) and isinstance(conversation[0], list | tuple)
         texts = [
             renderer.render(

@@ -248,6 +248,7 @@ def test_other_fields_reach_the_template_and_nulls_do_not():
     [
         ([], "messages must not be empty."),
         ("hello", "messages: Input should be a valid list."),
+        ([user("a"), 5], "messages[1]: Input should be an object."),
         ([{}], "messages[0].role: Field required."),
         ([user("a"), user(None)], "A message of role 'user' must have content."),
         ([{"role": "tool"}], "A message of role 'tool' must have content."),
@@ -255,7 +256,7 @@ def test_other_fields_reach_the_template_and_nulls_do_not():
         ([user([{"type": "text"}])], "A content part of type 'text' must have text."),
         ([user([{"type": "refusal", "text": "a"}])], "must have refusal."),
         ([user([{"text": "a"}])], "messages[0].content[0].type: Field required."),
-        ([user(["a", 5])], "messages[0].content[1]: Input should be a valid dictionary"),
+        ([user(["a", 5])], "messages[0].content[1]: Input should be an object."),
         ([user([{"type": "image_url", "image_url": {"url": "x"}}])], "'image_url' are not supp"),
         ([user([{"type": "input_audio"}])], "'input_audio' are not supported"),
         ([user([*TWO, {"type": "file"}])], "'file' are not supported"),
