@@ -29,6 +29,13 @@ REASONING_FIELDS = ("reasoning", "reasoning_content")
 RESERVED_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
 
 
+def conversation_list(messages: Any) -> list[Any]:
+    """Return conversations: those of a list of them, or the one that a list of messages is."""
+    is_list = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
+    is_one = not is_list or not messages or isinstance(messages[0], Mapping | str | bytes)
+    return [messages] if is_one else list(messages)
+
+
 def template_messages(messages: Any, reading: TemplateReading) -> list[dict[str, Any]]:
     """Return the messages as a template reads them; ValueError for what cannot be honoured."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):

@@ -16,6 +16,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.progress import Progress
 
+from fastserve.chat_messages import conversation_list
 from fastserve.config import EngineConfig
 from fastserve.core.output import RequestUpdate
 from fastserve.core.request import SamplingParams
@@ -126,12 +127,13 @@ class LLM:
         `chat_template` is a template that replaces the model's own. What there is only for vLLM's
         sake (adapters, other media) may be given as None or empty.
         """
-        refuse_what_is_given(
-            lora_request=lora_request,
-            tokenization_kwargs=tokenization_kwargs,
-            mm_processor_kwargs=mm_processor_kwargs,
-        )
-        conversations = messages if is_list_of_conversations(messages) else [messages]
+        for name, given in (
+            ("lora_request", lora_request),
+            ("tokenization_kwargs", tokenization_kwargs),
+            ("mm_processor_kwargs", mm_processor_kwargs),
+        ):
+            if given:
+                raise ValueError(f"{name} is not supported.")
         prompts = [
             self._require_tokenizer().encode_chat(
                 conversation,
@@ -141,7 +143,7 @@ class LLM:
                 continue_final_message=continue_final_message,
                 variables={**(chat_template_kwargs or {}), **({"tools": tools} if tools else {})},
             )
-            for conversation in conversations
+            for conversation in conversation_list(messages)
         ]
         return self._run(prompts, sampling_params, use_tqdm)
 
@@ -299,16 +301,3 @@ def is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
     if isinstance(prompts, str | Mapping):
         return True
     return bool(prompts) and all(isinstance(entry, int) for entry in prompts)
-
-
-def is_list_of_conversations(messages: Any) -> bool:
-    """Whether these are conversations rather than the messages of one."""
-    is_list = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
-    return is_list and bool(messages) and not isinstance(messages[0], Mapping | str | bytes)
-
-
-def refuse_what_is_given(**arguments: Any) -> None:
-    """Raise ValueError for arguments that cannot be honoured and do ask for something."""
-    for name, value in arguments.items():
-        if value:
-            raise ValueError(f"{name} is not supported.")

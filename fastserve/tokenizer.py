@@ -125,7 +125,7 @@ class Tokenizer:
         self, text: str, add_special_tokens: bool = True
     ) -> list[tuple[int, int] | None]:
         """Return which characters of `text` each id of `encode` stands for; None: it was added."""
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         pairs = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
         return [None if is_added else span for span, is_added in pairs]
 
