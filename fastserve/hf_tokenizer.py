@@ -20,7 +20,7 @@ from fastserve.batch_encoding import (
     plain_ids,
     rectangle,
 )
-from fastserve.tokenizer import Tokenizer
+from fastserve.tokenizer import NO_TEMPLATE, Tokenizer
 
 Padding = bool | Literal["longest", "max_length", "do_not_pad"]
 NAMED_TOKENS = (
@@ -267,7 +267,7 @@ class HFTokenizer:
         """Return a given template, or the model's; ValueError where there is none."""
         chosen = self.chat_template if chat_template is None else chat_template
         if chosen is None:
-            raise ValueError("This model has no chat template.")
+            raise ValueError(NO_TEMPLATE)
         return chosen
 
     # ── parts of a call ──────────────────────────────────────────────────────────────────────

@@ -21,6 +21,7 @@ from fastserve.text_stream import TextDelta, TextStream
 
 __all__ = ["ChatPrompt", "TextDelta", "TextStream", "Tokenizer"]
 
+NO_TEMPLATE = "This model has no chat template; --chat-template names one, completions need none."
 LONG_TEXT = 4096  # characters from which encoding lets other threads run
 
 
@@ -143,9 +144,7 @@ class Tokenizer:
         if template is not None:
             return ChatRenderer(template, self.special_tokens)
         if self._chat is None:
-            raise ChatTemplateError(
-                "This model has no chat template; --chat-template names one, completions need none."
-            )
+            raise ChatTemplateError(NO_TEMPLATE)
         return self._chat
 
     def encode_chat(

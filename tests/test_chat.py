@@ -11,7 +11,7 @@ import pytest
 
 from fastserve import cli
 from fastserve.chat import ROOM_FOR_A_TURN, converse, num_tokens
-from fastserve.chat_template import ChatTemplate
+from fastserve.chat_renderer import ChatRenderer
 from fastserve.llm import LLM
 from fastserve.verb_config import TextConfig
 
@@ -125,8 +125,9 @@ def test_a_system_message_that_is_no_text_is_refused(say):
 
 def refusing(llm, monkeypatch, template):
     """Give a model's tokenizer another template."""
-    compiled = None if template is None else ChatTemplate(template, {})
-    monkeypatch.setattr(llm.get_tokenizer(), "_template", compiled)
+    renderer = None if template is None else ChatRenderer(template, {})
+    monkeypatch.setattr(llm._tokenizer, "_chat", renderer)
+    monkeypatch.setattr(llm.get_tokenizer(), "chat_template", template)
 
 
 def test_a_model_that_cannot_chat_says_so_at_once(say, monkeypatch, llm):

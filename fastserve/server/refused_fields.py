@@ -191,6 +191,9 @@ REFUSED: Mapping[type[Body], Refusals] = {
     TokenizeRequest: {**TEMPLATE, "truncate_prompt_tokens": ()},
 }
 
+# What may be called → the field by which a client says that none of it is to be.
+CHOICES: Mapping[str, str] = {"tools": "tool_choice", "functions": "function_call"}
+
 INSTEAD: Mapping[str, str] = {
     "n_predict": "max_tokens",
     "max_new_tokens": "max_tokens",
@@ -255,11 +258,10 @@ class UnreadFields:
         """Raise 400 for the first field that cannot be honoured; log the unknown ones."""
         refused = REFUSED.get(type(body), {})
         extra = body.model_extra or {}
-        is_without_tools = extra.get("tool_choice") == "none"
         for name, value in extra.items():
             if name not in refused:
                 self._note(name)
-            elif name == "tools" and is_without_tools:
+            elif name in CHOICES and extra.get(CHOICES[name]) == "none":
                 continue
             elif not asks_for_nothing(value, refused[name]):
                 known = INSTEAD.get(name)
