@@ -7,7 +7,7 @@ that can go wrong is a ConfigError of one line. Must not know: torch, weights, t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 
 from fastserve.config import ConfigError
 from fastserve.core.request import SamplingParams
+from fastserve.model.config_defaults import DEFAULTS
 
 BUNDLED = Path(__file__).parent / "demo"
 FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
@@ -68,18 +69,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def eos_token_ids(directory: Path) -> frozenset[int]:
-    """Return the ids that end a text: generation_config.json's, else config.json's."""
-    for name in ("generation_config.json", "config.json"):
-        path = directory / name
-        value = read_json(path).get("eos_token_id")
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
-            raise ConfigError(f"{path}: eos_token_id must be an id or a list of ids, got {value!r}")
-        return frozenset(ids)
-    return frozenset()
+def eos_token_ids(directory: Path, of_tokenizer: int | None = None) -> frozenset[int]:
+    """Return the ids that end a text, by either of those who tell: the model and its tokenizer.
+
+    The model's are generation_config.json's, else config.json's, else those of its family. An id
+    beyond the vocabulary can never be drawn, and is left out.
+    """
+    config = read_json(directory / "config.json")
+    config = {**DEFAULTS.get(str(config.get("model_type")), {}), **config}
+    ids = _ids(directory / "generation_config.json") or _ids(directory / "config.json", config)
+    if of_tokenizer is not None:
+        ids = [*ids, of_tokenizer]
+    vocab_size = config.get("vocab_size")
+    return frozenset(i for i in ids if not isinstance(vocab_size, int) or i < vocab_size)
+
+
+def _ids(path: Path, content: Mapping[str, Any] | None = None) -> list[int]:
+    """Return the ids that a file names as ends of a text: one, several or none."""
+    value = (read_json(path) if content is None else content).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise ConfigError(f"{path}: eos_token_id must be an id or a list of ids, got {value!r}")
+    return ids
 
 
 def sampling_defaults(directory: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from fastserve.tokenizer import Tokenizer
 WAITING = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"  # a request's line fits 80 columns
 LOG_TIME = "%Y-%m-%d %H:%M:%S"
+logger = logging.getLogger(__name__)
 
 
 def open_engine(
@@ -50,7 +51,9 @@ def open_engine(
     from fastserve.executor.local import LocalExecutor
 
     directory = checkpoint.locate(config.model, config.revision)
-    eos_token_ids = checkpoint.eos_token_ids(directory)
+    eos_token_ids = checkpoint.eos_token_ids(
+        directory, of_tokenizer=Tokenizer.find_eos(_tokenizer_dir(config))
+    )
     sampling_defaults = (
         checkpoint.sampling_defaults(directory) if config.generation_config == "auto" else {}
     )
@@ -112,13 +115,17 @@ def open_async_engine(config: EngineConfig, model_name: str | None = None) -> As
 
 def open_tokenizer(config: EngineConfig, chat_template: str | None = None) -> Tokenizer | None:
     """Load the tokenizer; None when the model has none and no other is named."""
-    if config.tokenizer is not None:
-        directory = checkpoint.locate(config.tokenizer, holds=("tokenizer.json", "vocab.json"))
-    else:
-        directory = checkpoint.locate(config.model, config.revision)
-        if not Tokenizer.is_in(directory):
-            return None
+    directory = _tokenizer_dir(config)
+    if config.tokenizer is None and not Tokenizer.is_in(directory):
+        logger.warning(Tokenizer.why_none(directory))
+        return None
     return Tokenizer.load(directory, chat_template)
+
+
+def _tokenizer_dir(config: EngineConfig) -> Path:
+    if config.tokenizer is None:
+        return checkpoint.locate(config.model, config.revision)
+    return checkpoint.locate(config.tokenizer, holds=("tokenizer.json", "vocab.json"))
 
 
 def log_from(level: str) -> None:

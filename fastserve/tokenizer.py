@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as Backend
 
-from fastserve import byte_level_bpe
+from fastserve import byte_level_bpe, special_tokens
 from fastserve.chat_renderer import ChatRenderer
 from fastserve.chat_template import ChatTemplateError
 from fastserve.config import ConfigError
@@ -22,6 +22,7 @@ from fastserve.text_stream import TextDelta, TextStream
 __all__ = ["ChatPrompt", "TextDelta", "TextStream", "Tokenizer"]
 
 NO_TEMPLATE = "This model has no chat template; --chat-template names one, completions need none."
+OTHER_FORMATS = ("tokenizer.model", "*.model", "tekken.json", "*.tiktoken", "vocab.txt")
 LONG_TEXT = 4096  # characters from which encoding lets other threads run
 
 
@@ -42,8 +43,11 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)  # by name: "eos_token" → "</s>"
         backend.no_truncation()
         backend.no_padding()
+        # Those that are special already would lose their flags.
+        added = backend.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special}
         known = [text for text in special_tokens.values() if backend.token_to_id(text) is not None]
-        backend.add_special_tokens(known)
+        backend.add_special_tokens([text for text in known if text not in special])
         self._added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
@@ -62,6 +66,17 @@ class Tokenizer:
             (model_dir / name).is_file() for name in names
         )
 
+    @staticmethod
+    def why_none(model_dir: Path) -> str:
+        """Say what a directory without a tokenizer has in its place, and the way out."""
+        others = [name for name in OTHER_FORMATS if any(model_dir.glob(name))]
+        has = f"{others[0].removeprefix('*')} is not read, and " if others else ""
+        return (
+            f"{model_dir}: {has}there is neither tokenizer.json nor {byte_level_bpe.NAMES}, so "
+            "only token ids can be prompts; --tokenizer names another directory, and transformers "
+            "writes tokenizer.json: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+
     @classmethod
     def load(cls, model_dir: Path, chat_template: str | None = None) -> Tokenizer:
         """Read a model directory; `chat_template` (a file, or a template) replaces its own.
@@ -69,28 +84,19 @@ class Tokenizer:
         Raises ConfigError with one line when there is no usable tokenizer.
         """
         if not cls.is_in(model_dir):
-            raise ConfigError(
-                f"{model_dir}: neither tokenizer.json nor {byte_level_bpe.NAMES}, "
-                "so only token ids can be prompts"
-            )
-        settings = read_json(model_dir / "special_tokens_map.json")
-        settings.update(read_json(model_dir / "tokenizer_config.json"))
+            raise ConfigError(cls.why_none(model_dir))
+        settings = read_settings(model_dir)
+        added = read_json(model_dir / "added_tokens.json")
         path = model_dir / "tokenizer.json"
         if path.is_file():
-            named: Mapping[str, Any] = settings
             try:
                 backend = Backend.from_file(str(path))
             except Exception as error:  # the library raises plain Exception
                 raise ConfigError(f"{path}: not a tokenizer: {error}") from error
+            special_tokens.complete(backend, settings, added, model_dir)
         else:
-            added = read_json(model_dir / "added_tokens.json")
             backend = byte_level_bpe.build(model_dir, settings, added)
-            named = {**settings, **byte_level_bpe.named_tokens(settings)}
-        special_tokens = {
-            name: text
-            for name, value in named.items()
-            if name.endswith("_token") and (text := token_text(value)) is not None
-        }
+        names = special_tokens.named_tokens(settings)
         if chat_template is not None:
             template: str | None = read_template(chat_template)
         elif (model_dir / "chat_template.jinja").is_file():
@@ -98,9 +104,23 @@ class Tokenizer:
         else:
             template = default_template(settings.get("chat_template"))
         try:
-            return cls(backend, special_tokens, template)
+            return cls(backend, names, template)
         except ChatTemplateError as error:
             raise ConfigError(f"{model_dir}: {error}") from error
+
+    @classmethod
+    def find_eos(cls, model_dir: Path) -> int | None:
+        """Return the id that ends a text by a directory's tokenizer; None: it has none of either.
+
+        The vocabulary is only loaded where the id does not stand beside it.
+        """
+        if not cls.is_in(model_dir):
+            return None
+        settings = read_settings(model_dir)
+        path = model_dir / "tokenizer.json"
+        found = special_tokens.written_id(path, settings, "eos_token")
+        is_named = special_tokens.token_text(settings.get("eos_token")) is not None
+        return cls.load(model_dir).eos_token_id if found is None and is_named else found
 
     @property
     def bos_token_id(self) -> int | None:
@@ -237,11 +257,13 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
-def token_text(value: object) -> str | None:
-    """Return a special token's text, which files give as a string or as an object."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
+def read_settings(model_dir: Path) -> dict[str, Any]:
+    """Return tokenizer_config.json's settings, and GPT-2's where its files are all there is."""
+    settings = read_json(model_dir / "special_tokens_map.json")
+    settings.update(read_json(model_dir / "tokenizer_config.json"))
+    if (model_dir / "tokenizer.json").is_file():
+        return settings
+    return {**settings, **byte_level_bpe.named_values(settings)}
 
 
 def default_template(value: object) -> str | None:

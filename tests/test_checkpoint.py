@@ -80,6 +80,37 @@ def test_ids_that_end_a_text(files: dict[str, Any], expected: set[int], tmp_path
     assert eos_token_ids(write(tmp_path, **files)) == expected
 
 
+@pytest.mark.parametrize(
+    ("files", "of_tokenizer", "expected"),
+    [
+        ({"config": {"eos_token_id": 2}, "generation_config": {"eos_token_id": 3}}, 4, {3, 4}),
+        ({"config": {"eos_token_id": 2}, "generation_config": {"eos_token_id": [3, 4]}}, 4, {3, 4}),
+        ({"config": {"eos_token_id": [2, 3]}}, 7, {2, 3, 7}),
+        ({"config": {}}, 7, {7}),
+        ({"config": {"eos_token_id": None}}, None, set()),
+    ],
+)
+def test_either_end_ends_a_text(files, of_tokenizer, expected, tmp_path) -> None:
+    """The model's files and its tokenizer may name different ids."""
+    assert eos_token_ids(write(tmp_path, **files), of_tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "opt"}, {2}),
+        ({"model_type": "gpt2"}, {50256}),
+        ({"model_type": "gpt2", "vocab_size": 199}, set()),
+        ({"model_type": "qwen2"}, set()),
+        ({"model_type": "llama", "eos_token_id": None}, set()),
+        ({"model_type": "llama", "eos_token_id": [2, 500], "vocab_size": 400}, {2}),
+    ],
+)
+def test_ends_that_no_file_names(config, expected, tmp_path) -> None:
+    """The family's where config.json leaves them out; never one that cannot be drawn."""
+    assert eos_token_ids(write(tmp_path, config=config)) == expected
+
+
 @pytest.mark.parametrize("value", ["</s>", [1, "x"], -1, True])
 def test_ids_that_are_none_are_refused(value: object, tmp_path: Path) -> None:
     """What is not an id is named with its file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from fastserve.core.request import FinishReason, SamplingParams
 from fastserve.engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
 from fastserve.engine.engine import Engine
 from fastserve.launch import open_async_engine, open_engine, open_tokenizer
+from tests import tiny_tokenizers
+from tests.checkpoints import make_checkpoint
 
 T = TypeVar("T")
 SMALL = EngineConfig(model="demo", num_device_blocks=32, num_threads=1)
@@ -72,6 +75,32 @@ def test_info_is_what_was_measured() -> None:
     assert info.device == "cpu"
     assert info.eos_token_ids
     assert info.sampling_defaults["temperature"] > 0
+
+
+def test_the_tokenizers_end_ends_a_text_too(tmp_path: Path) -> None:
+    """Another id than the model's files name, of the model's tokenizer or of one named."""
+    model, other = tmp_path / "model", tmp_path / "other"
+    make_checkpoint(model, "llama")  # ends by 1
+    other.mkdir()
+    settings = {"eos_token": "<|user|>"}
+    tiny_tokenizers.save(tiny_tokenizers.byte_level(), other)
+    (other / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    config = dataclasses.replace(SMALL, model=str(model), max_num_seqs=2)
+    for tokenizer, expected in ((None, {1}), (str(other), {1, 2})):
+        engine, info = open_engine(dataclasses.replace(config, tokenizer=tokenizer))
+        engine.close()
+        assert info.eos_token_ids == expected
+
+
+def test_a_tokenizer_of_another_format_is_told_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """tokenizer.model alone: the model is served for token ids, and a line says why."""
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    assert open_tokenizer(dataclasses.replace(SMALL, model=str(tmp_path))) is None
+    assert "tokenizer.model is not read" in caplog.text
+    assert "only token ids can be prompts" in caplog.text
 
 
 def test_generation_config_can_be_left_out() -> None:
