@@ -104,6 +104,7 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "max_tokens": {"minimum": 1},
     "max_completion_tokens": {"minimum": 1},
     "min_tokens": {"minimum": 0},
+    "messages": {"minItems": 1},
     "stop": {"minLength": 1, "maxLength": MAX_STOP_CHARS, "maxItems": MAX_STOP_STRINGS},
     "logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
     "top_logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
@@ -171,6 +172,7 @@ TYPES_OF_BOUNDS: Mapping[str, tuple[str, ...]] = {
     "maximum": NUMBERS,
     "minLength": ("string",),
     "maxLength": ("string",),
+    "minItems": ("array",),
     "maxItems": ("array",),
     "additionalProperties": ("object",),
 }
@@ -184,8 +186,7 @@ def answers(route: Route, is_guarded: bool) -> dict[str, Any]:
     elif route.media_type != JSON:
         told["200"]["content"] = {route.media_type: {"schema": {"type": "string"}}}
     if route.events is not None:
-        text = f"With `stream`: server-sent events; each is a {route.events.__name__}, then [DONE]."
-        told["200"]["content"][EVENTS] = {"schema": {"type": "string", "description": text}}
+        told["200"]["content"][EVENTS] = {"itemSchema": event(route.events.__name__)}
     for status in sorted({*route.errors, *((401,) if is_guarded else ())}):
         told[str(status)] = {"description": ERRORS[status], "content": content("ErrorBody")}
     return told
@@ -194,3 +195,11 @@ def answers(route: Route, is_guarded: bool) -> dict[str, Any]:
 def content(name: str) -> dict[str, Any]:
     """Return the JSON content of that type."""
     return {JSON: {"schema": {"$ref": SCHEMAS + name}}}
+
+
+def event(name: str) -> dict[str, Any]:
+    """Return the schema of one server-sent event: a JSON text, an error's perhaps, or the end."""
+    bodies = {"anyOf": [{"$ref": SCHEMAS + name}, {"$ref": SCHEMAS + "ErrorBody"}]}
+    text = {"type": "string", "contentMediaType": JSON, "contentSchema": bodies}
+    data = {"anyOf": [text, {"const": "[DONE]"}]}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
