@@ -204,7 +204,7 @@ def test_a_killed_engine_goes_on_with_the_same_tokens() -> None:
                 num_scores += len(update.prompt_logprobs)
                 reason = update.finish_reason
             assert num_scores == len(PROMPT) - 1  # none is lost, none comes twice
-            assert 'engine_restarts_total{model_name="demo"} 1.0' in text_of(served)
+            assert 'engine_restarts_total{engine="0",model_name="demo"} 1.0' in text_of(served)
             return stream.output_token_ids, reason
         finally:
             await served.close()

@@ -18,6 +18,7 @@ from fastserve import cli
 from fastserve.core.output import SchedulerStats
 from fastserve.engine.messages import EngineInfo, EngineStats
 from fastserve.engine.metrics import EngineMetrics
+from fastserve.engine.step_sizes import StepSizes
 from fastserve.top import Snapshot, picture, rate, read_snapshot
 
 STATS = SchedulerStats(
@@ -66,6 +67,8 @@ def exposition(num_generated=0, *, is_loaded=True, **changes):
         EngineStats(
             scheduler=dataclasses.replace(STATS, **changes),
             num_requests=8,
+            steps_by_tokens=StepSizes().counts,
+            step_tokens=0,
             scheduler_s=0.5,
             device_s=1.0,
             at=0.0,

@@ -368,6 +368,7 @@ class AsyncEngine:
             len(stream.output_token_ids),
             time.monotonic() - stream.arrived_at,
             update.metrics if update is not None else None,
+            stream.params,
         )
 
 

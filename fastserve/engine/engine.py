@@ -19,6 +19,7 @@ from fastserve.core.request import SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.interfaces import Clock, Executor, Observer
 from fastserve.engine.messages import EngineStats
+from fastserve.engine.step_sizes import StepSizes
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Engine:
         self._on_close = on_close or executor.close
         self.scheduler_s = 0.0  # in deciding: schedule and update
         self.device_s = 0.0  # in steps, as the executor reports them
+        self.step_sizes = StepSizes()
         self.steps_in_flight: deque[SchedulerOutput] = deque()
 
     def step(self, until: float = math.inf) -> list[RequestUpdate]:
@@ -74,7 +76,7 @@ class Engine:
         self.scheduler_s += self.clock.now() - now
         self.device_s += sum(step.device_s for step in done.steps)
         for _ in done.steps:  # they end in the order they began
-            self.steps_in_flight.popleft()
+            self.step_sizes.add(self.steps_in_flight.popleft().num_tokens)
         self._notify(lambda observer: observer.updated(done, updates, now))
         return updates
 
@@ -132,6 +134,8 @@ class Engine:
             num_requests=self.num_requests,
             scheduler_s=self.scheduler_s,
             device_s=self.device_s,
+            steps_by_tokens=self.step_sizes.counts,
+            step_tokens=self.step_sizes.total,
             at=now,
         )
 

@@ -44,6 +44,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_requests: int
     scheduler_s: float  # spent in deciding: schedule and update
     device_s: float  # spent by the executor in steps
+    steps_by_tokens: Sequence[int]  # those done, in the buckets of STEP_TOKENS
+    step_tokens: int  # computed in all of those
     at: float
 
 

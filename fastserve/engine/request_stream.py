@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from fastserve.core.output import RequestUpdate
+from fastserve.core.request import SamplingParams
 from fastserve.engine.messages import Abort, Add, Finish
 
 
@@ -48,6 +49,11 @@ class RequestStream:
     def prompt_token_ids(self) -> Sequence[int]:
         """The prompt."""
         return self._add.prompt_token_ids
+
+    @property
+    def params(self) -> SamplingParams:
+        """How its tokens are drawn."""
+        return self._add.params
 
     @property
     def arrived_at(self) -> float:

@@ -93,6 +93,8 @@ def start(
         priority=body.priority or 0,
         client=body.user or "",
     )
+    for _ in prompts:
+        context.engine.metrics.asked(body.n or 1)
     names = TokenNames(context.tokenizer, bool(body.return_tokens_as_token_ids))
     tally = Tally(
         body, prompts, choices, answer_id=answer_id, model=context.model_name, names=names

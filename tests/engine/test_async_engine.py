@@ -146,8 +146,8 @@ def test_a_killed_engine_is_restarted_and_streams_go_on() -> None:
             assert engine.process is not first_process
             assert not engine.is_dead
             text = engine.metrics.render()[0].decode()
-            assert 'fastserve:engine_restarts_total{model_name="paced"} 1.0' in text
-            assert 'fastserve:generation_tokens_total{model_name="paced"} 1200.0' in text
+            assert 'fastserve:engine_restarts_total{engine="0",model_name="paced"} 1.0' in text
+            assert 'fastserve:generation_tokens_total{engine="0",model_name="paced"} 1200.0' in text
 
     run(body)
 
@@ -199,7 +199,7 @@ def test_a_request_that_kills_the_engine_ends_alone(model: str, reason: str) -> 
             assert not engine.is_dead
             assert engine.num_requests == 0
             text = engine.metrics.render()[0].decode()
-            assert 'request_success_total{finished_reason="error",' in text
+            assert 'request_success_total{engine="0",finished_reason="error",' in text
 
     run(body)
 
@@ -285,7 +285,10 @@ def test_an_aborted_request_frees_its_blocks() -> None:
             await until_idle(engine, aborted_at)
             assert engine.num_requests == 0
             text = engine.metrics.render()[0].decode()
-            assert 'request_success_total{finished_reason="abort",model_name="paced"} 1.0' in text
+            aborted = (
+                'request_success_total{engine="0",finished_reason="abort",model_name="paced"} 1.0'
+            )
+            assert aborted in text
 
     run(body)
 

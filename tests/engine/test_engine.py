@@ -61,6 +61,17 @@ def test_every_request_gets_its_ids_and_one_end(num_slots: int, lookahead: int) 
         assert ends == [FinishReason.LENGTH]
 
 
+def test_the_sizes_of_steps_are_counted() -> None:
+    """Every step once, with all its tokens: a prompt in two pieces, then a token a step."""
+    engine = make_engine()
+    engine.add(range(20), SamplingParams(seed=1, max_tokens=5))
+    run_all(engine)
+    stats = engine.stats()
+    assert stats.step_tokens == 20 + 4
+    assert list(stats.steps_by_tokens[:3]) == [4, 1, 1]  # up to 1, 8 and 16 tokens
+    assert sum(stats.steps_by_tokens) == stats.scheduler.num_steps
+
+
 def test_a_step_waits_no_longer_than_asked() -> None:
     """`until` bounds the wait; the step in flight is reported by a later call."""
     engine = make_engine()

@@ -59,6 +59,16 @@ def test_the_whole_answer():
     }  # fmt: skip
 
 
+def test_choices_are_counted_once_a_prompt():
+    """As they were asked for."""
+    engine = ScriptedEngine()
+    assert post(engine, PATH, {"prompt": ["a", "b"], "n": 3}).status_code == 200
+    exposition = engine.metrics.render()[0].decode()
+    labels = '{engine="0",model_name="tiny"}'
+    assert f"vllm:request_params_n_sum{labels} 6.0" in exposition
+    assert f"vllm:request_params_n_count{labels} 2.0" in exposition
+
+
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
