@@ -69,6 +69,8 @@ def template_message(message: Any, where: str, reading: TemplateReading) -> dict
     if role not in reading.roles_named:
         values["role"] = ROLE_ALIASES.get(role, role)
     content = message.get("content")
+    if content is None and role == "assistant":
+        content = message.get("refusal")  # what was said instead
     if content is None and role != "assistant":
         raise ValueError(f"A message of role {role!r} must have content.")
     if role == "assistant":

@@ -100,6 +100,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = strftime_now
         environment.globals["namespace"] = SafeNamespace
+        self._source = source
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
@@ -125,7 +126,8 @@ class ChatTemplate:
                 )
             if not chat:
                 raise ChatTemplateError("There is no final message to be continued.")
-            chat[-1]["content"] = marked(chat[-1].get("content"))
+            begun = last_text(chat[-1].get("content"))
+            chat[-1]["content"] = marked(chat[-1]["content"])
         values = {
             "tools": None,
             "documents": None,
@@ -143,16 +145,31 @@ class ChatTemplate:
         head, mark, tail = text.rpartition(CONTINUE_MARK.strip())
         if not mark:
             raise ChatTemplateError("The chat template leaves out the message to be continued.")
-        return head if tail.startswith(" ") else head.rstrip()
+        if tail.startswith(" "):
+            return head
+        # The mark has kept the spaces before it, which the template would have trimmed.
+        num_spaces = len(begun) - len(begun.rstrip()) if begun.strip() else 0
+        return head[: len(head) - num_spaces]
+
+    def __reduce__(self) -> tuple[type[ChatTemplate], tuple[str, dict[str, str]]]:
+        return ChatTemplate, (self._source, self._special_tokens)
+
+
+def last_text(content: Any) -> str:
+    """Return the last text of a message's content, which is a string or parts."""
+    text = content
+    if isinstance(content, list) and content and isinstance(content[-1], Mapping):
+        text = content[-1].get("text")
+    if not isinstance(text, str):
+        raise ChatTemplateError("There is no text in the final message to be continued.")
+    return text
 
 
 def marked(content: Any) -> Any:
     """Return a message's content with the mark at the end of its last text."""
     if isinstance(content, str):
         return content + CONTINUE_MARK
-    if isinstance(content, list) and content and isinstance(content[-1].get("text"), str):
-        return [*content[:-1], {**content[-1], "text": content[-1]["text"] + CONTINUE_MARK}]
-    raise ChatTemplateError("There is no text in the final message to be continued.")
+    return [*content[:-1], {**content[-1], "text": content[-1]["text"] + CONTINUE_MARK}]
 
 
 def roles_named(tree: nodes.Template) -> frozenset[str]:

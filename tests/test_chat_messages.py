@@ -93,6 +93,14 @@ def test_an_assistant_without_content_has_an_empty_one(name, message):
     assert text == "<user>a<assistant>"
 
 
+def test_a_refusal_is_what_an_assistant_said():
+    """Where there is no content beside it."""
+    refused = {"role": "assistant", "content": None, "refusal": "No."}
+    assert render(templates.STRING, user("a"), refused) == "<user>a<assistant>No."
+    refused |= {"content": "Yes.", "refusal": None}
+    assert render(templates.STRING, user("a"), refused) == "<user>a<assistant>Yes."
+
+
 @pytest.mark.parametrize("name", [*STRINGS_ONLY, *PARTS_TOO, *PARTS_ONLY])
 @pytest.mark.parametrize("content", ["On", TWO])
 def test_the_last_message_can_be_continued_in_every_form(name, content):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from datetime import datetime
 from typing import Any
@@ -112,3 +114,35 @@ def test_what_cannot_be_continued_is_refused(messages, adds, says):
     """Each with its reason."""
     with pytest.raises(ChatTemplateError, match=re.escape(says)):
         render("x", messages, add_generation_prompt=adds, continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "kept", "trimmed"),
+    [
+        ("Once ", "Once ", "Once"),
+        ("Once \n", "Once \n", "Once"),
+        ("", "", ""),
+        (" ", " ", ""),
+        ("a\nb", "a\nb", "a\nb"),
+    ],
+)
+def test_a_continued_message_ends_as_the_template_leaves_it(content, kept, trimmed):
+    """Spaces at its end stay unless the template trims; those before it stay in any case."""
+    for source, end in (
+        ("{{ messages[0].content }}", kept),
+        ("{{ messages[0].content | trim }}", trimmed),
+    ):
+        messages = [{"role": "assistant", "content": content}]
+        text = render(
+            "<assistant>\n\n" + source + "</s>",
+            messages,
+            add_generation_prompt=False,
+            continue_final_message=True,
+        )
+        assert text == "<assistant>\n\n" + end
+
+
+def test_a_template_can_be_copied():
+    """Tokenizers are sent to other processes."""
+    template = pickle.loads(pickle.dumps(ChatTemplate("{{ bos_token }}x", {"bos_token": "<s>"})))
+    assert copy.deepcopy(template).render(USER) == "<s>x"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,12 @@ def test_a_tokenizer_without_template_says_so(ours):
     ours.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         ours.apply_chat_template(CHATS[0])
+
+
+def test_a_tokenizer_can_be_sent_to_another_process(ours):
+    """As data sets do with the function that reads them; also after its template was used."""
+    before = ours.apply_chat_template(CHATS[1])
+    ours.pad_token = "</s>"
+    received = pickle.loads(pickle.dumps(ours))
+    assert received.apply_chat_template(CHATS[1]) == before
+    assert received.pad_token == "</s>"
