@@ -130,8 +130,9 @@ class HFTokenizer:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """The special tokens, each once."""
-        return list(dict.fromkeys(self.special_tokens_map.values()))
+        """The special tokens, each once: first those that have a name."""
+        named = self.special_tokens_map.values()
+        return list(dict.fromkeys([*named, *self._tokenizer.other_special_tokens]))
 
     @property
     def all_special_ids(self) -> Any:
@@ -239,7 +240,7 @@ class HFTokenizer:
         """
         chosen = self.get_chat_template(chat_template)
         is_own = chosen == self._tokenizer.chat_template
-        renderer = self._tokenizer.chat_renderer(None if is_own else chosen)
+        renderer = self._tokenizer.chat_renderer(None if is_own else chosen, has_tools=bool(tools))
         is_batch = bool(conversation) and isinstance(conversation[0], list | tuple)
         texts = [
             renderer.render(

@@ -45,6 +45,13 @@ def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name in named if (text := token_text(named[name])) is not None}
 
 
+def listed_tokens(settings: Mapping[str, Any]) -> list[str]:
+    """Return the texts of the special tokens that are in a list and have no name."""
+    lists = (settings.get(name) for name in LISTS)
+    values = (value for entries in lists if isinstance(entries, list) for value in entries)
+    return [text for value in values if (text := token_text(value)) is not None]
+
+
 def complete(
     backend: Tokenizer, settings: Mapping[str, Any], added: Mapping[str, Any], source: Path
 ) -> None:

@@ -17,6 +17,13 @@ from fastserve import byte_level_bpe, special_tokens
 from fastserve.chat_renderer import ChatRenderer
 from fastserve.chat_template import ChatTemplateError
 from fastserve.config import ConfigError
+from fastserve.template_files import (
+    DEFAULT,
+    WITH_TOOLS,
+    read_template,
+    read_templates,
+    read_text,
+)
 from fastserve.text_stream import TextDelta, TextStream
 
 __all__ = ["ChatPrompt", "TextDelta", "TextStream", "Tokenizer"]
@@ -37,10 +44,17 @@ class Tokenizer:
     """A Hugging Face fast tokenizer with its special tokens and chat template."""
 
     def __init__(
-        self, backend: Backend, special_tokens: Mapping[str, str], template: str | None
+        self,
+        backend: Backend,
+        special_tokens: Mapping[str, str],
+        template: str | None,
+        *,
+        tool_template: str | None = None,
+        other_special_tokens: Sequence[str] = (),
     ) -> None:
         self.backend = backend
         self.special_tokens = dict(special_tokens)  # by name: "eos_token" → "</s>"
+        self.other_special_tokens = tuple(other_special_tokens)  # that have no name
         backend.no_truncation()
         backend.no_padding()
         # Those that are special already would lose their flags.
@@ -52,6 +66,9 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self._chat = ChatRenderer(template, special_tokens) if template is not None else None
+        self._tool_chat = self._chat
+        if tool_template is not None:
+            self._tool_chat = ChatRenderer(tool_template, special_tokens)
         decoder = b"" if backend.decoder is None else backend.decoder.__getstate__()
         self._byte_of_char = byte_alphabet() if b'"ByteLevel"' in decoder else None
         self._has_byte_tokens = b'"ByteFallback"' in decoder
@@ -97,14 +114,15 @@ class Tokenizer:
         else:
             backend = byte_level_bpe.build(model_dir, settings, added)
         names = special_tokens.named_tokens(settings)
-        if chat_template is not None:
-            template: str | None = read_template(chat_template)
-        elif (model_dir / "chat_template.jinja").is_file():
-            template = read_text(model_dir / "chat_template.jinja")
-        else:
-            template = default_template(settings.get("chat_template"))
+        templates = read_templates(model_dir, settings, chat_template)
         try:
-            return cls(backend, names, template)
+            return cls(
+                backend,
+                names,
+                templates.get(DEFAULT),
+                tool_template=templates.get(WITH_TOOLS),
+                other_special_tokens=special_tokens.listed_tokens(settings),
+            )
         except ChatTemplateError as error:
             raise ConfigError(f"{model_dir}: {error}") from error
 
@@ -159,13 +177,16 @@ class Tokenizer:
         """The source of the model's chat template."""
         return None if self._chat is None else self._chat.source
 
-    def chat_renderer(self, template: str | None = None) -> ChatRenderer:
+    def chat_renderer(
+        self, template: str | None = None, *, has_tools: bool = False
+    ) -> ChatRenderer:
         """Return what makes prompts of messages, by a given template or by the model's own."""
         if template is not None:
             return ChatRenderer(template, self.special_tokens)
-        if self._chat is None:
+        chat = self._tool_chat if has_tools else self._chat
+        if chat is None:
             raise ChatTemplateError(NO_TEMPLATE)
-        return self._chat
+        return chat
 
     def encode_chat(
         self,
@@ -174,13 +195,17 @@ class Tokenizer:
         *,
         template: str | None = None,
         add_special_tokens: bool = False,
+        variables: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ChatPrompt:
         """Return the prompt for chat messages in OpenAI's shape; ValueError where there is none.
 
-        The template writes the special tokens; `options` are those of ChatRenderer.render.
+        The template writes the special tokens; `template` is one, or a file with one; `options`
+        are those of ChatRenderer.render.
         """
-        text = self.chat_renderer(template).render(messages, **options)
+        chosen = None if template is None else read_template(template)
+        renderer = self.chat_renderer(chosen, has_tools=bool(variables and variables.get("tools")))
+        text = renderer.render(messages, variables=variables, **options)
         ids = self.encode(text, add_special_tokens)
         if not ids:
             raise ChatTemplateError("The chat template makes no prompt of these messages.")
@@ -249,14 +274,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-
-
 def read_settings(model_dir: Path) -> dict[str, Any]:
     """Return tokenizer_config.json's settings, and GPT-2's where its files are all there is."""
     settings = read_json(model_dir / "special_tokens_map.json")
@@ -264,21 +281,3 @@ def read_settings(model_dir: Path) -> dict[str, Any]:
     if (model_dir / "tokenizer.json").is_file():
         return settings
     return {**settings, **byte_level_bpe.named_values(settings)}
-
-
-def default_template(value: object) -> str | None:
-    """Return a tokenizer_config.json's template, or of several named ones the default."""
-    if isinstance(value, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in value}
-        value = by_name.get("default")
-    return value if isinstance(value, str) else None
-
-
-def read_template(source: str) -> str:
-    """Return the template in a file, or `source` itself where it reads as one."""
-    path = Path(source)
-    if "{" not in source and "\n" not in source:
-        if not path.is_file():
-            raise ConfigError(f"--chat-template: no such file: {source}")
-        return read_text(path)
-    return source

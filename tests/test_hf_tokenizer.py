@@ -39,7 +39,12 @@ def model_dir(request, tmp_path_factory) -> Path:
     backend.add_tokens(["dogs"])
     tiny_tokenizers.save(backend, directory)
     path = directory / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) | {"pad_token": "<pad>", "unk_token": "<s>"}
+    settings = json.loads(path.read_text()) | {
+        "pad_token": "<pad>",
+        "unk_token": "<s>",
+        "additional_special_tokens": ["<|user|>", "</s>"],
+        "extra_special_tokens": {"image_token": "<|assistant|>"},
+    }
     path.write_text(json.dumps(settings))
     return directory
 
@@ -73,6 +78,7 @@ def test_attributes(ours, oracle):
         "eos_token_id", "pad_token_id", "unk_token_id", "all_special_tokens", "all_special_ids",
         "special_tokens_map", "vocab_size", "vocab", "chat_template", "is_fast", "padding_side",
         "truncation_side", "name_or_path",
+        *(name for name in ("image_token", "image_token_id") if hasattr(oracle, name)),
     )  # fmt: skip
     for name in names:
         assert getattr(ours, name) == getattr(oracle, name), name

@@ -117,6 +117,15 @@ def test_tools_reach_the_template(llm):
         assert text in output.prompt
 
 
+def test_a_template_may_be_a_file(llm, tmp_path):
+    """A name that is no template is never taken for one."""
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}!")
+    (output,) = llm.chat([USER], ONE, False, chat_template=str(tmp_path / "mine.jinja"))
+    assert output.prompt == "hi!"
+    with pytest.raises(ValueError, match="no such file"):
+        llm.chat([USER], ONE, False, chat_template="mine.jinja")
+
+
 def test_chat_takes_what_vllms_takes_in_its_order(llm):
     """Also by position; what asks for nothing passes, and what cannot be honoured is named."""
     names = list(inspect.signature(LLM.chat).parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,30 @@ def test_template_of_the_user_wins_then_the_file_then_the_config(tmp_path):
     (tmp_path / "mine.jinja").write_text("mine")
     assert made(str(tmp_path / "mine.jinja")) == "mine"
     assert made("{{ 1 + 1 }}") == "2"
+
+
+@pytest.mark.parametrize("has_files", [True, False])
+def test_a_model_may_have_a_template_for_tools(tmp_path, has_files):
+    """As files, or as a list of named templates; without one the default is for tools too."""
+    tiny_tokenizers.save(tiny_tokenizers.byte_level(), tmp_path)
+    others = tmp_path / "additional_chat_templates"
+    listed = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "tools"},
+        5,
+    ]
+    if has_files:
+        others.mkdir()
+        (others / "tool_use.jinja").write_text("tools")
+        (tmp_path / "chat_template.jinja").write_text("plain")
+    else:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+    tokenizer = Tokenizer.load(tmp_path)
+    message = [{"role": "user", "content": "x"}]
+    for tools, text in (([{"type": "function"}], "tools"), ([], "plain"), (None, "plain")):
+        assert tokenizer.encode_chat(message, variables={"tools": tools}).text == text
+    mine = Tokenizer.load(tmp_path, "{{ 'mine' }}")
+    assert mine.encode_chat(message, variables={"tools": [{}]}).text == "mine"
 
 
 def test_a_missing_template_file_is_a_config_error(tmp_path):
