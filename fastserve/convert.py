@@ -73,7 +73,7 @@ def run_apart(model_dir: Path, shard_bytes: int | None, console: Console) -> lis
     sender.close()  # the child's is the last one, so that its end is the end of the messages
     columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console) as progress:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task("", total=None)
 
             def on_progress(written: int, total: int) -> None:

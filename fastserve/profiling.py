@@ -50,9 +50,11 @@ def profile_model(config: EngineConfig, output: str | None) -> int:
             eos_token_ids=checkpoint.eos_token_ids(directory),
             on_progress=on_progress,
         )
+        fingerprint = profiler.make_fingerprint(worker, num_threads)
+        if path is None:
+            kept = profiler.cache_path(worker, fingerprint)
+            path = output_path(str(kept), "without --output:")
         measurements = profiler.measure(worker, on_progress)
-    fingerprint = profiler.make_fingerprint(worker, num_threads)
-    path = path or profiler.cache_path(worker, fingerprint)
     cost_model = profiler.write_profile(path, fingerprint, measurements)
     Console().print(as_table(config.model, cost_model))
     fit_error = json.loads(path.read_text(encoding="utf-8"))["fit_error"]

@@ -34,10 +34,13 @@ def output_path(name: str, flag: str = "--output") -> Path:
     path = Path(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        if is_new or path.is_file() or path.is_dir():  # a pipe would wait for its reader
+            path.open("ab").close()  # permissions alone do not tell: the file system may refuse
+        if is_new:
+            path.unlink()
     except OSError as error:
-        raise ConfigError(f"{flag} {name}: {error.strerror}") from error
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"{flag} {name}: cannot be written")
+        raise ConfigError(f"{flag} {name}: cannot be written: {error.strerror}") from error
     return path
 
 

@@ -49,9 +49,13 @@ def replay(path: Path) -> int:
     tally = Tally()
     try:
         with path.open(encoding="utf-8") as file:
-            replay_lines(_parsed(file, path), tally)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+            replay_lines(_parsed(file), tally)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file: is this a journal?") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except DifferenceError as difference:
         console.print(f"{path}: {difference}", markup=False)
         return 1
@@ -62,17 +66,17 @@ def replay(path: Path) -> int:
     return 0
 
 
-def _parsed(file: Iterator[str], path: Path) -> Iterator[tuple[int, list[Any]]]:
+def _parsed(file: Iterator[str]) -> Iterator[tuple[int, list[Any]]]:
     """Yield (line number, values); the last line of a run that was killed may be cut off."""
     for number, text in enumerate(file, start=1):
         try:
             values = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             if not text.endswith("\n"):
                 return
-            raise ConfigError(f"{path}: line {number} is not JSON: is this a journal?") from None
+            raise ConfigError(f"line {number} is not JSON: is this a journal?") from None
         if not isinstance(values, list) or len(values) < 2:
-            raise ConfigError(f"{path}: line {number} is not a line of a journal")
+            raise ConfigError(f"line {number}: not a line of a journal")
         yield number, values
 
 
@@ -91,12 +95,13 @@ def replay_lines(lines: Iterator[tuple[int, list[Any]]], tally: Tally) -> None:
                 raise ConfigError("the journal does not begin with what the scheduler was built of")
             written.clear()
             _APPLY[kind](scheduler, now, fields)
+            replayed = written[0]
         except ConfigError as error:
             raise ConfigError(f"line {number}: {error}") from None
-        except (KeyError, TypeError, IndexError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise ConfigError(f"line {number}: not a line of a journal: {error!r}") from error
-        if json.loads(written[0]) != values:
-            raise DifferenceError(_difference(number, now, values, written[0]))
+        if json.loads(replayed) != values:
+            raise DifferenceError(_difference(number, now, values, replayed))
         tally.num_plans += kind == "schedule" and fields[1] is not None
         tally.num_requests += kind == "add"
     if scheduler is None:

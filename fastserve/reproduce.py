@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,10 @@ def reproduce(
         Console().print(as_table(files))
         return 0
     chosen = [choose(name, files) for name in names]
+    if workers < 1:
+        raise ConfigError(f"--workers: {workers} is below the minimum of 1")
+    if output is not None:
+        writable_folder(output)
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     harness: Any = importlib.import_module("experiments.harness")
@@ -49,6 +54,16 @@ def reproduce(
         )
         importlib.import_module(f"experiments.{name}").run(lab)
     return 0
+
+
+def writable_folder(name: str) -> None:
+    """Make the folder of the results; ConfigError if none can be written there."""
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {name}: {error.strerror}") from error
+    if not os.access(name, os.W_OK):
+        raise ConfigError(f"--output {name}: cannot be written")
 
 
 def find(folder: Path) -> dict[str, Path]:

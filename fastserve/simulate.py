@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fastserve.config import ConfigError, SchedulerConfig
 from fastserve.machine import num_cores
 from fastserve.provenance import output_path, provenance, write_result
 from fastserve.sim.config import SIMULATED_POLICIES, SimulateConfig
-from fastserve.sim.generators import arrivals, jittered
+from fastserve.sim.generators import EXAMPLE_MEDIAN, EXAMPLE_RATE, arrivals, example, jittered
 from fastserve.sim.hardware import HardwareFit, resolve_cost_model
 from fastserve.sim.job import Job, JobResult, run_job, run_side_by_side
 from fastserve.sim.plot import plot_runs
@@ -50,6 +50,7 @@ COUNTS = (
     ("tokens recomputed", "recomputed_tokens"),
     ("most requests with KV", "peak_live_requests"),
 )
+NUM_EXAMPLES = 500
 NOT_SETTINGS = ("compare", "scheduling_policy", "output", "plot", "trace_events", "journal")
 
 
@@ -59,16 +60,19 @@ def simulate(config: SimulateConfig) -> int:
     output = _path("--output", config.output)
     plot = _path("--plot", config.plot)
     jobs = make_jobs(config, policies)
-    results = run_all(jobs)
+    _print_sources(config, jobs[0])
+    try:
+        results = run_all(jobs)
+    except OSError as error:  # of a journal or of trace events, which are written as it runs
+        raise ConfigError(f"the files of the run cannot be written: {error}") from error
     Console().print(as_table(config, results))
-    _print_source(jobs[0])
     if output is not None:
         reports = [result.report for result in results]
         write_result(output, reports if config.compare else reports[0])
     if plot is not None:
         runs = {policy: (result.outcome, result.timeline)
                 for policy, result in zip(policies, results, strict=True)}  # fmt: skip
-        title = f"{config.model} on {config.hardware}, {Path(config.trace or '').name}, "
+        title = f"{config.model} on {config.hardware}, {Path(trace_name(config)).name}, "
         title += f"rate × {config.rate_scale:g}, {config.preemption_mode}"
         plot_runs(plot, runs, title, jobs[0].machine.num_device_blocks)
     return 0
@@ -115,8 +119,6 @@ def make_jobs(config: SimulateConfig, policies: Sequence[str]) -> list[Job]:
 
 def resolve_hardware(config: SimulateConfig) -> HardwareFit:
     """Return the costs and the KV pool of the machine."""
-    if config.hardware is None:
-        raise ConfigError("--hardware: name a device, or a file written by `fastserve profile`")
     fit = resolve_cost_model(
         config.model,
         config.hardware,
@@ -171,18 +173,20 @@ def resolve_scheduler_config(config: SimulateConfig, fit: HardwareFit) -> Schedu
 
 
 def resolve_workload(config: SimulateConfig, window: int) -> Workload:
-    """Read the trace and change it as asked."""
+    """Read the trace, or make requests up, and change them as asked."""
+    rng = np.random.default_rng(config.seed)
     if config.trace is None:
-        raise ConfigError("--trace: name a trace file")
-    workload = read_trace(Path(config.trace), config.num_requests)
+        workload = example(rng, config.num_requests or NUM_EXAMPLES)
+    else:
+        workload = read_trace(Path(config.trace), config.num_requests)
+    source = trace_name(config)
     if config.closed_loop and workload.session_id is None:
-        raise ConfigError(f"--closed-loop: {config.trace} has no session_id")
+        raise ConfigError(f"--closed-loop: no session_id in {source}")
     if workload.hash_ids is not None and HASH_ID_TOKENS % config.block_size:
         raise ConfigError(
             f"--block-size: hash_ids of {HASH_ID_TOKENS} tokens do not divide into "
             f"{config.block_size}"
         )
-    rng = np.random.default_rng(config.seed)
     if config.arrival_cv is not None:
         times = arrivals(rng, len(workload), workload.rate, config.arrival_cv)
         workload = workload.arriving(times)
@@ -191,10 +195,15 @@ def resolve_workload(config: SimulateConfig, window: int) -> Workload:
     try:
         workload = workload.faster(config.rate_scale).fitted(window, config.oversize)
     except ConfigError as error:
-        raise ConfigError(f"{config.trace}: {error}") from None
+        raise ConfigError(f"{source}: {error}") from None
     if not len(workload):
-        raise ConfigError(f"{config.trace}: no row fits the window of {window} tokens")
+        raise ConfigError(f"{source}: no row fits the window of {window} tokens")
     return workload
+
+
+def trace_name(config: SimulateConfig) -> str:
+    """Return what messages call the requests."""
+    return "made-up requests" if config.trace is None else config.trace
 
 
 def describe(
@@ -225,7 +234,13 @@ def run_all(jobs: Sequence[Job]) -> list[JobResult]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn())  # fmt: skip
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as progress:
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+        disable=not console.is_terminal,
+    ) as progress:
         tasks = [
             progress.add_task(job.config.scheduling_policy, total=len(job.workload)) for job in jobs
         ]
@@ -263,10 +278,17 @@ def as_table(config: SimulateConfig, results: Sequence[JobResult]) -> Table:
     return table
 
 
-def _print_source(job: Job) -> None:
-    settings: Mapping[str, Any] = job.settings
-    say = Console(stderr=True, highlight=False, soft_wrap=True).print
-    say(f"costs: {settings['cost_source']}; {job.machine.num_device_blocks:,} KV blocks")
+def _print_sources(config: SimulateConfig, job: Job) -> None:
+    """Say on stderr where the requests and the costs come from."""
+    say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
+    if config.trace is None:
+        rate, median = EXAMPLE_RATE * config.rate_scale, EXAMPLE_MEDIAN
+        say(f"no --trace: {len(job.workload):,} made-up requests, {rate:g} a second, ", end="")
+        say(f"prompts and answers of {median:g} tokens in the median")
+        if config.compare is None:
+            say("policies side by side: --compare fcfs,skip-join-mlfq")
+    source = job.settings["cost_source"]
+    say(f"costs: {source}; {job.machine.num_device_blocks:,} KV blocks")
 
 
 def _path(

@@ -25,7 +25,7 @@ def test_refused_converted_and_served(tmp_path, capfd):
     assert cli.main(["convert", str(tmp_path)]) == 0
     said = capfd.readouterr()
     assert said.out == ""
-    assert "converting" in said.err
+    assert "converting" not in said.err  # the bar is for a terminal
     assert "model.safetensors" in said.err
     assert (tmp_path / "pytorch_model.bin").is_file()
     ours = logits_in_chunks(tmp_path, random_ids(20), [])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from fastserve import cli
 from fastserve.config import ConfigError
 from fastserve.llm import LLM
-from fastserve.provenance import output_path
+from fastserve.provenance import output_path, write_result
 
 SMALL = ("--max-model-len", "64", "--max-num-seqs", "2", "--num-threads", "1")
 
@@ -43,3 +44,29 @@ def test_an_output_that_cannot_be_written_is_refused_first(tmp_path, capsys):
         output_path(str(tmp_path / "file" / "below.json"))
     assert cli.main(["profile", "--output", str(tmp_path)]) == 2
     assert "cannot be written" in capsys.readouterr().err
+    assert cli.main(["profile", "--output", "/proc/profile.json"]) == 2
+    assert "--output /proc/profile.json: cannot be written" in capsys.readouterr().err
+
+
+def test_asking_whether_a_file_can_be_written_leaves_none(tmp_path):
+    """And keeps what is in one that exists."""
+    kept = tmp_path / "kept.json"
+    kept.write_text("before")
+    output_path(str(kept))
+    assert kept.read_text() == "before"
+    output_path(str(tmp_path / "new.json"))
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch, capsys):
+    """Without --output the profile goes there."""
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cli.main(["profile", *SMALL]) == 2
+    assert "error: without --output: " in capsys.readouterr().err
+
+
+def test_a_result_that_cannot_be_written_is_one_line():
+    """A disk may fill up meanwhile."""
+    with pytest.raises(ConfigError, match="/dev/full: No space left"):
+        write_result(Path("/dev/full"), {})

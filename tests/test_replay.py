@@ -104,22 +104,44 @@ def test_another_scheduler_gives_other_plans(live_journal, tmp_path, capsys):
         ("[1]\n", "not a line of a journal"),
         ('["add","0x0.0p+0"]\n', "does not begin"),
         ('["open","0x0.0p+0",{},{},1,0]\n', "line 1: not a line of a journal"),
+        ('["open","0x0.0p+0",[],{},1,0]\n', "line 1: not a line of a journal"),
+        ('["open","noon",{},{},1,0]\n', "line 1: not a line of a journal"),
+        ('["open",12.5,{},{},1,0]\n', "line 1: not a line of a journal"),
+        ('["open","0x1p+99999",{},{},1,0]\n', "line 1: not a line of a journal"),
+        ('{"object":"error"}\n', "line 1: not a line of a journal"),
+        ("[" * 100_000 + "\n", "line 1 is not JSON"),
+        ("\0\n", "line 1 is not JSON"),
+        ("\udcff\udcfe\n", "not a text file"),
     ],
 )
 def test_what_is_no_journal_is_refused(tmp_path, capsys, text, words):
     """One line, exit code 2."""
     path = tmp_path / "j.jsonl"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     assert cli.main(["replay", str(path)]) == 2
     said = capsys.readouterr().err
+    assert said.startswith(f"fastserve: error: {path}: ")
     assert words in said
     assert said.count("\n") == 1
 
 
-def test_a_missing_file(capsys):
-    """It is named."""
-    assert cli.main(["replay", "/no/such/journal"]) == 2
-    assert "/no/such/journal" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["missing", ""])
+def test_a_missing_file_or_a_folder(tmp_path, capsys, name):
+    """It is named, in one line."""
+    assert cli.main(["replay", str(tmp_path / name)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"fastserve: error: {tmp_path / name}: ")
+    assert said.count("\n") == 1
+
+
+def test_a_journal_cut_off_anywhere(live_journal, tmp_path):
+    """What is whole of it is replayed; a cut in the first line leaves nothing."""
+    text = live_journal.read_text()
+    path = tmp_path / "cut.jsonl"
+    first = text.index("\n")
+    for length in (1, first // 2, first + 1, first + 40, len(text) // 3, len(text) - 1):
+        path.write_text(text[:length])
+        assert cli.main(["replay", str(path)]) == (2 if length < first else 0)
 
 
 @pytest.mark.parametrize("kind", ["unknown", "broken"])

@@ -12,6 +12,8 @@ import pytest
 from fastserve import cli
 from fastserve.config import EngineConfig, SchedulerConfig
 from fastserve.sim.config import SimulateConfig
+from fastserve.sim.job import run_job
+from fastserve.simulate import make_jobs
 from tests.sim.test_report import KEYS
 
 HEADER = "arrived_at,prompt_tokens,output_tokens,source"
@@ -149,7 +151,11 @@ def test_a_hash_seed_changes_nothing(trace, tmp_path):
         (("--oversize", "drop", "--max-model-len", "8"), "no row fits"),
         (("--rate-scale", "0"), "--rate-scale"),
         (("--output", "/proc/none/out.json"), "--output /proc/none/out.json"),
+        (("--output", "/proc/out.json"), "--output /proc/out.json: cannot be written"),
+        (("--plot", "/proc/x.png"), "--plot /proc/x.png: cannot be written"),
         (("--oversize", "drop", "--journal", "/proc/none/j"), "--journal /proc/none/j"),
+        (("--oversize", "drop", "--trace-events", "/dev/full"), "No space left"),
+        (("--oversize", "drop", "--journal", "/dev/full"), "No space left"),
         (("--profile", "x"), "unrecognized"),  # has no effect here: refused
     ],
 )
@@ -162,20 +168,42 @@ def test_complaints_are_one_line_and_exit_2(trace, capsys, more, words):
         code = error.code
     said = capsys.readouterr()
     assert code == 2
-    assert said.err.startswith("fastserve: error: ")
-    assert said.err.count("\n") == 1
-    assert words in said.err
+    *costs, complaint = said.err.splitlines()
+    assert complaint.startswith("fastserve: error: ")
+    assert [line.partition(":")[0] for line in costs] in ([], ["costs"])
+    assert words in complaint
+
+
+def test_a_bare_command_shows_what_it_does(tmp_path, capsys):
+    """It runs, and says which requests it made up, on which machine; the pipe gets no bar."""
+    output = tmp_path / "out.json"
+    assert cli.main(["simulate", "--num-requests", "30", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert (result["requests"], result["completed"]) == (30, 30)
+    said = capsys.readouterr()
+    assert "opt-13b on a100-40g, 30 requests" in said.out
+    made_up, hint, costs = said.err.splitlines()
+    assert made_up.startswith("no --trace: 30 made-up requests, 8 a second")
+    assert "--compare" in hint
+    assert costs.startswith("costs: opt-13b on a100-40g")
+
+
+def test_made_up_requests_fill_the_default_machine():
+    """So many that requests lose their place and policies differ."""
+    [job] = make_jobs(SimulateConfig(), ["skip-join-mlfq"])
+    assert len(job.workload) == 500
+    assert run_job(job).report["preemptions"] > 0
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--model", "opt-13b", "--hardware", "h100"], "--trace: name"),
-        (["--model", "opt-13b", "--trace", "t.csv"], "--hardware: name"),
+        (["--closed-loop"], "--closed-loop: no session_id in made-up requests"),
+        (["--max-model-len", "100"], "made-up requests: row "),
     ],
 )
-def test_hardware_and_trace_are_needed(capsys, flags, words):
-    """They have no default."""
+def test_made_up_requests_are_named_in_complaints(capsys, flags, words):
+    """As a file would be."""
     assert cli.main(["simulate", *flags]) == 2
     assert words in capsys.readouterr().err
 

@@ -124,7 +124,12 @@ def measure_offline(bench: OfflineBenchConfig, config: EngineConfig) -> int:
         check_fits(bench, info)
         quiet_garbage_collector()  # as the engine process does
         offline, floors = Offline(engine, info, config.seed), Floors(info.dtype, info.device)
-        with Progress(console=console, transient=True, refresh_per_second=1) as progress:
+        with Progress(
+            console=console,
+            transient=True,
+            refresh_per_second=1,
+            disable=not console.is_terminal,
+        ) as progress:
             parts = len(bench.batch_sizes()) + 1
             task = progress.add_task("measuring", total=(1 + ROUNDS) * parts)
             rounds = [

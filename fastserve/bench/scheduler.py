@@ -133,7 +133,13 @@ def measure_scheduler(config: SchedulerBenchConfig) -> int:
         for waiting in sorted({0, config.waiting // 10, config.waiting})
     ]
     rows = []
-    with Progress(console=Console(stderr=True), transient=True, refresh_per_second=2) as progress:
+    console = Console(stderr=True)
+    with Progress(
+        console=console,
+        transient=True,
+        refresh_per_second=2,
+        disable=not console.is_terminal,
+    ) as progress:
         for waiting, running in progress.track(cases, description="measuring"):
             rows.append(measure_row(config, waiting, running))
     Console().print(as_table(config.scheduling_policy, rows))

@@ -22,8 +22,12 @@ class SimulateConfig(EngineConfig):
     What the engine cannot do yet, but virtual time can, is declared anew.
     """
 
-    hardware: str | None = option(
-        None, "name of a device (a100-40g, a100-80g, h100, h200), or FILE of `fastserve profile`"
+    model: str = option(
+        "opt-13b", "name of a model, or directory with a config.json", positional=True
+    )
+    hardware: str = option(
+        "a100-40g",
+        "name of a device (a100-40g, a100-80g, h100, h200), or FILE of `fastserve profile`",
     )
     engine: str | None = option(None, "overheads of another engine (vllm-2023)")
     step_overhead: str | None = option(
@@ -34,9 +38,13 @@ class SimulateConfig(EngineConfig):
     lookahead: int = option(0, "steps submitted behind an unfinished one", choices=(0, 1))
 
     trace: str | None = option(
-        None, "FILE.csv, .csv.gz, .jsonl or .jsonl.gz with arrived_at, prompt_tokens, output_tokens"
+        None,
+        "FILE.csv, .csv.gz, .jsonl or .jsonl.gz with arrived_at, prompt_tokens, output_tokens "
+        "(made-up requests)",
     )
-    num_requests: int | None = option(None, "first rows of the trace to run (all)", minimum=1)
+    num_requests: int | None = option(
+        None, "first rows of the trace to run (all; 500 made-up ones)", minimum=1
+    )
     rate_scale: float = option(1.0, "times as many arrivals a second", minimum=1e-6)
     arrival_cv: float | None = option(
         None, "redraw the gaps, Gamma with this coefficient of variation (1: Poisson)", minimum=0.0
@@ -48,7 +56,7 @@ class SimulateConfig(EngineConfig):
         False, "a session's next turn comes think_s after the answer, not when the trace says"
     )
     oversize: str = option("error", "rows beyond the window", choices=("error", "drop", "clip"))
-    seed: int = option(0, "of redrawn arrivals", minimum=0)
+    seed: int = option(0, "of redrawn arrivals and made-up requests", minimum=0)
 
     scheduling_policy: str = option(
         "skip-join-mlfq", "order in which requests run", choices=SIMULATED_POLICIES

@@ -17,6 +17,9 @@ from fastserve.sim.workload import Floats, Ints, Workload
 
 Rng = np.random.Generator
 
+EXAMPLE_RATE = 8.0
+EXAMPLE_MEDIAN = 100.0
+
 
 def arrivals(rng: Rng, num_requests: int, rate: float, cv: float = 1.0) -> Floats:
     """Return times of arrival whose gaps are Gamma with this mean rate and coefficient of
@@ -96,6 +99,14 @@ def generate(
         prompt_tokens=prompt.draw(rng, num_requests),
         output_tokens=output.draw(rng, num_requests),
     )
+
+
+def example(rng: Rng, num_requests: int) -> Workload:
+    """Return requests for a first look: chats of mixed lengths, as many as the default machine
+    (opt-13b on one a100-40g) can just answer, so that its memory is full and policies differ.
+    """
+    lengths = Lognormal(EXAMPLE_MEDIAN, 1.0, 1, 1024)
+    return generate(rng, num_requests, EXAMPLE_RATE, lengths, lengths)
 
 
 def resample(rng: Rng, observed: Workload, num_requests: int, rate: float, cv: float) -> Workload:

@@ -53,6 +53,23 @@ def test_e2_runs_quickly_without_traces(tmp_path: Path, monkeypatch: pytest.Monk
     assert 0 < low < high
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--output", "/proc/x"], "--output /proc/x: "),
+        (["--workers", "0"], "--workers: 0 is below"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    """Before anything runs."""
+    assert main(["reproduce", "e1", "--quick", *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"fastserve: error: {words}")
+    assert said.count("\n") == 1
+
+
 def test_nothing_named_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     """Every experiment is listed with what it is."""
     assert main(["reproduce"]) == 0
