@@ -41,6 +41,7 @@ class Packing:
         self._policy = policy
         self._now = now
         self._block_size = cache.block_size
+        self._window = config.max_model_len
         self._is_chunked = config.enable_chunked_prefill
         slots = config.num_slots
         # Steps of disjoint requests are in flight: each takes its share, so that they fill evenly.
@@ -170,7 +171,8 @@ class Packing:
     def _num_first_blocks(self, request: Request, end: int) -> int:
         """Return the blocks that a request must hold to begin with a share up to `end`."""
         lost = min(request.num_lost_tokens + 1, request.num_tokens)
-        return self._cache.num_blocks(max(end, lost, self._policy.reserve_tokens(request)))
+        reserved = min(self._policy.reserve_tokens(request), self._window)
+        return self._cache.num_blocks(max(end, lost, reserved))
 
     def _share(self, num_unscheduled: int) -> int:
         """Return the tokens of a request's next share under the token budget."""

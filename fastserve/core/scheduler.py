@@ -106,7 +106,9 @@ class Scheduler:
         max_output_tokens = params.max_tokens or window - num_prompt_tokens
         if num_prompt_tokens < 1:
             raise ValueError("The prompt is empty.")
-        if max_output_tokens < 1 or num_prompt_tokens + max_output_tokens > window:
+        # One token may follow a prompt that fills the window: its KV is never needed.
+        num_positions = num_prompt_tokens + max_output_tokens - (max_output_tokens == 1)
+        if max_output_tokens < 1 or num_positions > window:
             raise ValueError(
                 f"The prompt of {num_prompt_tokens} tokens and {max_output_tokens} output tokens "
                 f"exceed the {window} tokens that fit."

@@ -56,11 +56,27 @@ def test_how_a_request_ends(
     assert (expected.last.finish_reason, expected.last.stop_reason) == (reason, stop_reason)
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "orca", "static", "skip-join-mlfq"])
+@pytest.mark.parametrize("is_chunked", [True, False])
+def test_one_token_follows_a_prompt_that_fills_the_window(policy: str, is_chunked: bool) -> None:
+    """In a pool of just the window: the token's own KV is never needed."""
+    config = small_config(
+        scheduling_policy=policy,
+        enable_chunked_prefill=is_chunked,
+        max_num_batched_tokens=16 if is_chunked else 64,
+    )
+    harness = Harness(config, 16)
+    harness.add(range(64), 1, prompt_logprobs=0)
+    harness.add(range(64), 1)
+    harness.drain()
+
+
 @pytest.mark.parametrize(
     ("num_prompt", "params", "earlier", "message"),
     [
         (0, {}, 0, "empty"),
-        (64, {"max_tokens": 1}, 0, "exceed"),
+        (64, {"max_tokens": 2}, 0, "exceed"),
+        (65, {"max_tokens": 1}, 0, "exceed"),
         (60, {"max_tokens": 5}, 0, "exceed"),
         (64, {"max_tokens": None}, 0, "exceed"),
         (5, {"max_tokens": 3}, 3, "already"),
