@@ -44,7 +44,9 @@ class EngineConfig:
     tokenizer: str | None = option(None, "directory or hub id of the tokenizer (the model's own)")
     revision: str | None = option(None, "hub revision of the model")
     dtype: str = option(
-        "auto", "weights and KV", choices=("auto", "float32", "bfloat16", "float16")
+        "auto",
+        "weights and KV",
+        choices=("auto", "float32", "bfloat16", "float16", "float", "half"),
     )
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     load_format: str = option(

@@ -1,6 +1,7 @@
 """What the flags leave open: device, dtype, window, the parts of the network, CUDA graphs.
 
-Rules: a flag that would have no effect here is refused in one line, not ignored.
+Rules: a flag that would have no effect here is refused in one line, not ignored, but for
+`--enforce-eager`: what it asks for is what happens without CUDA.
 Dtype `auto`: on CUDA the checkpoint's; on a CPU float32, except for bfloat16 checkpoints of some
 size: from a hidden size of 384 where the processor multiplies bfloat16 (half the time of a step,
 docs/performance.md; below, too little is gained to give up exactness), from 1024 elsewhere, where
@@ -30,6 +31,7 @@ from fastserve.model.torch_ops import TorchOps
 
 logger = logging.getLogger(__name__)
 
+DTYPE_SYNONYMS = {"half": "float16", "float": "float32"}
 BFLOAT16_HIDDEN_SIZE = 384
 BFLOAT16_HIDDEN_SIZE_EMULATED = 1024
 
@@ -51,7 +53,7 @@ def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.
             config.dtype == "bfloat16" and config.hidden_size >= _least_bfloat16_size()
         )
         name = config.dtype if is_kept else "float32"
-    dtype: torch.dtype = getattr(torch, name)
+    dtype: torch.dtype = getattr(torch, DTYPE_SYNONYMS.get(name, name))
     return dtype
 
 
@@ -97,8 +99,6 @@ def choose_ops(
 def choose_capture(enforce_eager: bool, config: ModelConfig, device: torch.device) -> bool:
     """Whether decodes become CUDA graphs: plain attention and routing to experts ask the host."""
     if device.type != "cuda":
-        if enforce_eager:
-            raise ConfigError(f"--enforce-eager: nothing is captured, the device is {device.type}")
         return False
     has_experts = isinstance(config, LlamaConfig) and config.experts is not None
     return has_triton() and not has_experts and not enforce_eager

@@ -142,7 +142,7 @@ def make_fingerprint(worker: Worker, num_threads: int) -> dict[str, Any]:
         "num_threads": num_threads,
         "block_size": worker.config.block_size,
         "cpu_kernels": worker.cpu_kernels,
-        "enforce_eager": worker.config.enforce_eager,
+        "enforce_eager": worker.config.enforce_eager and worker.device.type == "cuda",
         "deterministic": worker.config.deterministic,
         "torch": torch.__version__,
     }
