@@ -16,6 +16,9 @@ from torch import Tensor
 from fastserve.core.output import NewRequest, Work
 from fastserve.core.request import SamplingParams
 
+# From here on every id is as likely as any other; a banned id's -inf over more would be no number.
+MAX_TEMPERATURE = 1e30
+
 
 class RequestState:
     """One request in one epoch; `token_ids` are all ids it knows, the last sample included.
@@ -95,7 +98,7 @@ class RequestTable:
             or params.frequency_penalty != 0.0
         )
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self.temperature[row] = params.temperature
+        self.temperature[row] = min(params.temperature, MAX_TEMPERATURE)
         self.top_k[row] = params.top_k
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p

@@ -98,7 +98,8 @@ class Worker:
             device=self.device,
             is_poisoned=is_poisoned,
         )
-        self.table = RequestTable(eos_token_ids)
+        vocab_size = self.model_config.vocab_size
+        self.table = RequestTable(frozenset(i for i in eos_token_ids if i < vocab_size))
         self._lost: dict[int, int] = {}  # handle → epoch whose state went with a failed step
         self.is_async = self.device.type == "cuda" if is_async is None else is_async
         self.runner = self._make_runner(max_model_len, on_progress)
