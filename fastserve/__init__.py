@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastserve.config import EngineConfig
-    from fastserve.core.request import SamplingParams
     from fastserve.llm import LLM
+    from fastserve.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "EngineConfig", "SamplingParams", "__version__"]
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
 
         return LLM
     if name == "SamplingParams":
-        from fastserve.core.request import SamplingParams
+        from fastserve.sampling_params import SamplingParams
 
         return SamplingParams
     if name == "EngineConfig":

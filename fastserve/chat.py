@@ -13,8 +13,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastserve.core.request import SamplingParams
     from fastserve.llm import LLM
+    from fastserve.sampling_params import SamplingParams
 
 HINT = "/reset starts over, /quit ends, /help tells more."
 HELP = """\

@@ -26,8 +26,8 @@ from fastserve.sim.config import SimulateConfig
 from fastserve.verb_config import TextConfig, TopConfig
 
 if TYPE_CHECKING:
-    from fastserve.core.request import SamplingParams
     from fastserve.llm import LLM
+    from fastserve.sampling_params import SamplingParams
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130

@@ -1,8 +1,9 @@
 """LLM: offline use in this process, with vLLM's names. Text in, text out, no HTTP.
 
-Rules: n > 1 is n requests with the seeds seed, seed + 1, …; whatever ends a call early (an error,
-an interrupt, a generator that is closed) aborts its requests. One thread uses an LLM at a time.
-Must not know: how requests are scheduled or run.
+Rules: everything a call was given is judged before anything of it runs (request_checks.py), as the
+server does; n > 1 is n requests with the seeds seed, seed + 1, …; whatever ends a call early (an
+error, an interrupt, a generator that is closed) aborts its requests. One thread uses an LLM at a
+time. Must not know: how requests are scheduled or run.
 """
 
 from __future__ import annotations
@@ -16,12 +17,21 @@ from typing import Any, cast
 from rich.console import Console
 from rich.progress import Progress
 
+from fastserve.answer import shifted_seed
 from fastserve.chat_messages import conversation_list
-from fastserve.config import EngineConfig
+from fastserve.core import request
 from fastserve.core.output import RequestUpdate
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import FinishReason
+from fastserve.engine.interfaces import RequestFailedError
 from fastserve.hf_tokenizer import HFTokenizer
 from fastserve.launch import open_engine, open_tokenizer
+from fastserve.llm_inputs import (
+    Prompt,
+    engine_config,
+    prompt_list,
+    read_prompt,
+    refuse_lora,
+)
 from fastserve.llm_output import (
     Choice,
     CompletionOutput,
@@ -29,31 +39,32 @@ from fastserve.llm_output import (
     RequestOutput,
     logprob_table,
 )
-from fastserve.options import from_mapping
+from fastserve.request_checks import check_params, check_prompt, fitted
+from fastserve.sampling_params import SamplingParams, integer
 from fastserve.template_reading import ContentFormat
 from fastserve.tokenizer import TextStream, Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Job:
-    """One prompt of a call."""
+    """One prompt of a call, judged; `choices` are those of its requests that have begun."""
 
     prompt: str | None
     prompt_token_ids: list[int]
-    params: SamplingParams
-    choices: list[Choice]
+    params: request.SamplingParams
+    priority: int
+    choices: list[Choice] = dataclasses.field(default_factory=list)
 
 
 class LLM:
     """A model in this process. The flags are those of `fastserve serve`, with underscores."""
 
     def __init__(self, model: str = "demo", **flags: Any) -> None:
-        self.config = from_mapping(EngineConfig, {"model": model, **flags}, source="LLM")
+        self.config = engine_config(model, flags)
         self._tokenizer = open_tokenizer(self.config)
         self._hf_tokenizer: HFTokenizer | None = None
         console = Console(stderr=True)
@@ -99,12 +110,15 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
-        *,
+        lora_request: None = None,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Complete prompts: text, ids, or {"prompt_token_ids": ids}; one or a list of them."""
-        batch = cast("list[Prompt]", [prompts] if is_one_prompt(prompts) else list(prompts))
-        encoded = [self._encode(prompt) for prompt in batch]
+        """Complete prompts: text, ids, or {"prompt_token_ids": ids}; one or a list of them.
+
+        ValueError names what cannot be run of any of them, and then none of them is.
+        """
+        refuse_lora(lora_request)
+        encoded = [self._encode(prompt) for prompt in prompt_list(prompts)]
         return self._run(encoded, sampling_params, use_tqdm, priority)
 
     def chat(
@@ -127,8 +141,8 @@ class LLM:
         `chat_template` is a template that replaces the model's own. What there is only for vLLM's
         sake (adapters, other media) may be given as None or empty.
         """
+        refuse_lora(lora_request)
         for name, given in (
-            ("lora_request", lora_request),
             ("tokenization_kwargs", tokenization_kwargs),
             ("mm_processor_kwargs", mm_processor_kwargs),
         ):
@@ -155,33 +169,32 @@ class LLM:
             encoded: tuple[str | None, list[int]] = self._require_tokenizer().encode_chat(prompt)
         else:
             encoded = self._encode(cast("Prompt", prompt))
-        params = sampling_params or self.get_default_sampling_params()
+        params = self._frozen(sampling_params or self.get_default_sampling_params())
         if params.n != 1:
             raise ValueError(f"n must be 1 in a stream, got {params.n}.")
-        job = self._start(*encoded, params, 0)
-        choice = job.choices[0]
+        job = self._judge(*encoded, params, 0)
         try:
-            while choice.finish_reason is None:
+            self._start(job)
+            choice = job.choices[0]
+            while not choice.is_finished:
                 self._turn()
                 if piece := choice.take_text():
                     yield piece
             if piece := choice.take_text():  # another stream's turn brought the end
                 yield piece
+            if choice.answer.finish_reason is FinishReason.ERROR:
+                raise RequestFailedError(choice.answer.error)
         finally:
             self._abandon([job])
 
     # ── from prompts to ids ──────────────────────────────────────────────────────────────────
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
-            if not isinstance(prompt.get("prompt"), str):
-                raise ValueError('A prompt mapping needs "prompt" or "prompt_token_ids".')
-            prompt = str(prompt["prompt"])
-        if isinstance(prompt, str):
-            return prompt, self._require_tokenizer().encode(prompt)
-        return None, list(prompt)
+        text, ids = read_prompt(prompt)
+        if ids is None:
+            assert text is not None
+            ids = self._require_tokenizer().encode(text)
+        return text, ids
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -199,23 +212,28 @@ class LLM:
     ) -> list[RequestOutput]:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
-        if isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params] * len(prompts)
-        priorities = priority or [0] * len(prompts)
-        if not len(prompts) == len(sampling_params) == len(priorities):
+        if isinstance(sampling_params, Sequence):
+            all_params = [self._frozen(params) for params in sampling_params]
+        else:
+            all_params = [self._frozen(sampling_params)] * len(prompts)
+        priorities = [0] * len(prompts) if priority is None else list(priority)
+        if not len(prompts) == len(all_params) == len(priorities):
             raise ValueError(
-                f"{len(prompts)} prompts, {len(sampling_params)} sampling params and "
+                f"{len(prompts)} prompts, {len(all_params)} sampling params and "
                 f"{len(priorities)} priorities do not match."
             )
-        jobs: list[_Job] = []
+        jobs = [
+            self._judge(text, ids, params, integer("priority", rank))
+            for (text, ids), params, rank in zip(prompts, all_params, priorities, strict=True)
+        ]
         try:
-            for (text, ids), params, rank in zip(prompts, sampling_params, priorities, strict=True):
-                jobs.append(self._start(text, ids, params, rank))
+            for job in jobs:
+                self._start(job)
             with Progress(console=Console(stderr=True), disable=not use_tqdm) as progress:
                 choices = [choice for job in jobs for choice in job.choices]
                 task = progress.add_task("Answers", total=len(choices))
                 for choice in choices:
-                    while choice.finish_reason is None:
+                    while not choice.is_finished:
                         self._turn()
                         progress.update(task, completed=len(choices) - len(self._live))
                 progress.update(task, completed=len(choices))
@@ -223,29 +241,37 @@ class LLM:
             self._abandon(jobs)
         return [self._output(job) for job in jobs]
 
-    def _start(
-        self, prompt: str | None, ids: list[int], params: SamplingParams, priority: int
+    def _frozen(self, params: SamplingParams) -> request.SamplingParams:
+        """Return parameters as the engine takes them; ValueError naming what it cannot do."""
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"Sampling parameters are SamplingParams, not {type(params).__name__}.")
+        frozen = params.frozen()
+        check_params(frozen, self.info, has_tokenizer=self._tokenizer is not None)
+        return frozen
+
+    def _judge(
+        self, prompt: str | None, ids: list[int], params: request.SamplingParams, priority: int
     ) -> _Job:
+        """Return a job that can run; ValueError naming what cannot."""
+        check_prompt(ids, self.info)
+        return _Job(prompt, ids, fitted(params, len(ids), self.info), priority)
+
+    def _start(self, job: _Job) -> None:
         """Add the n requests of one prompt."""
+        params, ids = job.params, job.prompt_token_ids
         seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
-        job = _Job(prompt, ids, params, [])
-        try:
-            for index in range(params.n):
-                own = dataclasses.replace(
-                    params,
-                    n=1,
-                    seed=(seed + index + 2**63) % 2**64 - 2**63,
-                    prompt_logprobs=params.prompt_logprobs if index == 0 else None,
-                )
-                text = TextStream(self._tokenizer, ids, own, self.info.eos_token_ids)
-                choice = Choice(text, self._token_text)
-                handle = self._engine.add(ids, own, priority=priority)
-                self._live[handle] = choice
-                job.choices.append(choice)
-        except ValueError:
-            self._abandon([job])
-            raise
-        return job
+        for index in range(params.n):
+            own = dataclasses.replace(
+                params,
+                n=1,
+                seed=shifted_seed(seed, index),
+                prompt_logprobs=params.prompt_logprobs if index == 0 else None,
+            )
+            text = TextStream(self._tokenizer, ids, own, self.info.eos_token_ids)
+            choice = Choice(text, self._token_text)
+            handle = self._engine.add(ids, own, priority=job.priority)
+            self._live[handle] = choice
+            job.choices.append(choice)
 
     def _turn(self) -> None:
         """Run one step and hand out its news."""
@@ -256,11 +282,11 @@ class LLM:
         choice = self._live.get(update.request)
         if choice is None:
             return
-        matched_at = choice.push(update)
-        if update.finish_reason is not None:
+        choice.push(update)
+        if choice.is_finished:
             del self._live[update.request]
-        elif matched_at is not None:
-            ended = self._engine.finish(update.request, matched_at)
+        elif choice.answer.finish_at is not None:
+            ended = self._engine.finish(update.request, choice.answer.finish_at)
             if ended is not None:
                 self._deliver(ended)
 
@@ -274,7 +300,7 @@ class LLM:
     def _output(self, job: _Job) -> RequestOutput:
         self._num_requests += 1
         has_logprobs = job.params.logprobs is not None
-        first = job.choices[0]
+        first = job.choices[0].answer
         prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         if job.params.prompt_logprobs is not None:
             scored = zip(job.prompt_token_ids[1:], first.prompt_logprobs, strict=False)
@@ -290,14 +316,8 @@ class LLM:
             ],
             finished=True,
             metrics=first.metrics,
+            num_cached_tokens=None if first.metrics is None else first.metrics.cached_tokens,
         )
 
     def _token_text(self, token_id: int) -> str | None:
         return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
-
-
-def is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is a prompt rather than a list of prompts."""
-    if isinstance(prompts, str | Mapping):
-        return True
-    return bool(prompts) and all(isinstance(entry, int) for entry in prompts)

@@ -1,4 +1,4 @@
-"""What an LLM call returns, with vLLM's names, and how an answer is put together.
+"""What an LLM call returns, with vLLM's names.
 
 Rules: results are frozen; `Choice` grows with the engine's news until its terminal update.
 Must not know: the engine, prompts.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from fastserve.answer import Answer, ranked_logprobs
 from fastserve.core.output import RequestMetrics, RequestUpdate, TokenLogprobs
-from fastserve.core.request import FinishReason
 from fastserve.tokenizer import TextStream
 
 
@@ -25,7 +25,7 @@ class Logprob:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One answer."""
+    """One answer. `finish_reason` is stop, length, or error: the step that ran it failed."""
 
     index: int
     text: str
@@ -47,29 +47,30 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics | None
+    num_cached_tokens: int | None = None  # of the prompt, whose KV was there already
 
 
 class Choice:
-    """One answer in the making."""
+    """One answer of a call, in the making."""
 
     def __init__(self, text: TextStream, token_text: Callable[[int], str | None]) -> None:
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: int | str | None = None
-        self.metrics: RequestMetrics | None = None
+        self.answer = Answer(text)
         self.token_ids: list[int] = []
-        self.prompt_logprobs: list[TokenLogprobs] = []
-        self._stream = text
         self._token_text = token_text
         self._pieces: list[str] = []
         self._num_taken = 0
         self._logprobs: list[dict[int, Logprob]] = []
         self._cumulative_logprob = 0.0
 
-    def push(self, update: RequestUpdate) -> int | None:
-        """Take an update in; return the number of ids at which a stop string has just matched."""
-        delta = self._stream.push(update.samples, update.finish_reason, update.stop_reason)
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will come."""
+        return self.answer.finish_reason is not None
+
+    def push(self, update: RequestUpdate) -> None:
+        """Take an update in."""
+        delta = self.answer.take(update)
         self._pieces.append(delta.text)
-        self.prompt_logprobs.extend(update.prompt_logprobs)
         for sample in delta.samples:
             self.token_ids.append(sample.token_id)
             if sample.logprobs is not None:
@@ -77,11 +78,6 @@ class Choice:
                 self._logprobs.append(
                     logprob_table(sample.token_id, sample.logprobs, self._token_text)
                 )
-        if delta.finish_reason is not None:
-            self.finish_reason = delta.finish_reason
-            self.stop_reason = delta.stop_reason
-            self.metrics = update.metrics
-        return delta.num_output_tokens if delta.matched_stop is not None else None
 
     def take_text(self) -> str:
         """Return the text that came since the last call."""
@@ -91,14 +87,15 @@ class Choice:
 
     def output(self, index: int, has_logprobs: bool) -> CompletionOutput:
         """Return the answer as it is now."""
+        reason = self.answer.finish_reason
         return CompletionOutput(
             index=index,
             text="".join(self._pieces),
             token_ids=self.token_ids,
             cumulative_logprob=self._cumulative_logprob if has_logprobs else None,
             logprobs=self._logprobs if has_logprobs else None,
-            finish_reason=self.finish_reason.value if self.finish_reason is not None else None,
-            stop_reason=self.stop_reason,
+            finish_reason=None if reason is None else reason.value,
+            stop_reason=self.answer.stop_reason,
         )
 
 
@@ -106,9 +103,7 @@ def logprob_table(
     token_id: int, entry: TokenLogprobs, token_text: Callable[[int], str | None]
 ) -> dict[int, Logprob]:
     """Return the chosen id and the best ones by id, as vLLM does."""
-    table = {token_id: Logprob(entry.logprob, entry.rank, token_text(token_id))}
-    for rank, (other, logprob) in enumerate(
-        zip(entry.top_ids, entry.top_logprobs, strict=True), start=1
-    ):
-        table.setdefault(other, Logprob(logprob, rank, token_text(other)))
-    return table
+    return {
+        ranked_id: Logprob(logprob, rank, token_text(ranked_id))
+        for ranked_id, (logprob, rank) in ranked_logprobs(token_id, entry).items()
+    }

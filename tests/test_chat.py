@@ -224,9 +224,9 @@ def test_generate_prints_the_answer(capsys):
 
 
 def test_generate_refuses_what_cannot_fit(capsys):
-    """A prompt and an answer beyond the window are one line and exit code 2."""
-    argv = ["generate", "Once upon", "--max-tokens", "64", "--max-model-len", "64"]
+    """A prompt beyond the window is one line and exit code 2."""
+    argv = ["generate", "Once upon " * 64, "--max-tokens", "64", "--max-model-len", "64"]
     assert cli.main(argv) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("fastserve: error: ")
-    assert "64 tokens that fit" in error
+    assert "maximum context length is 64 tokens" in error

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastserve.core.request import SamplingParams
 from fastserve.llm import LLM
 from fastserve.llm_output import RequestOutput
 from fastserve.model.sampler import Draws, sample, score
+from fastserve.sampling_params import SamplingParams
 from tests.bitwise import Case, differing, digest, load
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from fastserve.core.request import SamplingParams
 from fastserve.llm import LLM
 from fastserve.llm_output import RequestOutput
+from fastserve.sampling_params import SamplingParams
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint, write_old_dialect
 
 logger = logging.getLogger(__name__)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from itertools import zip_longest
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from fastserve import LLM, SamplingParams
 from fastserve.config import ConfigError
+from fastserve.core.request import SamplingParams as CoreParams
 from fastserve.llm import RequestOutput
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -178,20 +182,159 @@ def test_a_stream_that_is_left_ends_its_request(llm: LLM) -> None:
     assert llm._engine.num_requests == 0
 
 
-def test_what_cannot_run_is_refused_and_harms_nobody(llm: LLM) -> None:
-    """One impossible prompt of a batch is a ValueError, and the others are not left behind."""
-    too_long = [5] * 5000
-    with pytest.raises(ValueError, match="exceed"):
-        llm.generate([[5, 6], too_long], GREEDY, use_tqdm=False)
-    with pytest.raises(ValueError, match="empty"):
-        llm.generate([[]], GREEDY, use_tqdm=False)
+@pytest.mark.parametrize(
+    ("prompts", "changes", "message"),
+    [
+        ([[5, 6], [5] * 5000], {}, "maximum context length|KV cache"),
+        ([[]], {}, "empty"),
+        ({"prompt_token_ids": [99_999]}, {}, "99999 .* out of vocabulary"),
+        (["fine", [5, 99_999], "fine"], {}, "99999 .* out of vocabulary"),
+        ([[5, -1]], {}, "-1 .* out of vocabulary"),
+        ("a", {"logit_bias": {99_999: 1.0}}, "99999 in logit_bias"),
+        ("a", {"stop_token_ids": [99_999], "min_tokens": 2}, "99999 in stop_token_ids"),
+        ("a", {"stop_token_ids": range(-1, 5)}, "-1 in stop_token_ids"),
+        ("a", {"min_tokens": 1, "stop_token_ids": range(100_000)}, "stop_token_ids"),
+        ("a", {"min_tokens": 12, "max_tokens": 12, "stop_token_ids": "every"}, "min_tokens"),
+        ("a", {"logprobs": 21}, "logprobs"),
+        ("a", {"prompt_logprobs": 21}, "prompt_logprobs"),
+        ("a", {"n": 100_000}, "choices"),
+        ("a", {"stop": ["x"] * 65}, "stop must have at most"),
+        ("a", {"min_tokens": 4000, "max_tokens": 5000}, "min_tokens is 4000"),
+        ({"text": "a"}, {}, "prompt_token_ids"),
+        ({"prompt": "a", "multi_modal_data": {"image": 1}}, {}, "multi_modal_data"),
+        ({"prompt": "a", "cache_salt": "b"}, {}, "cache_salt"),
+        ({"prompt_token_ids": [5], "mood": "bad"}, {}, "mood"),
+        ([["a", 5]], {}, "integers"),
+        ([5, "a"], {}, "position 1 holds 'a'"),
+        (np.array([1.5, 2.0]), {}, "integers"),
+        ([[True]], {}, "integers"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(
+    llm: LLM, prompts: Any, changes: dict[str, Any], message: str
+) -> None:
+    """A ValueError, also for one prompt of many; none of the call runs, and the next one does."""
+    if changes.get("stop_token_ids") == "every":
+        changes = changes | {"stop_token_ids": range(llm.info.vocab_size)}
+    params = dataclasses.replace(GREEDY, **changes)
+    num_steps = llm._engine.stats().scheduler.num_steps
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, params, use_tqdm=False)
+    assert llm._engine.stats().scheduler.num_steps == num_steps
+    assert len(ids(llm.generate("a", GREEDY, use_tqdm=False))[0]) == 12
+
+
+def test_calls_that_make_no_sense_are_refused(llm: LLM) -> None:
+    """By count, by type, by what a stream is; no prompts are no answers."""
     with pytest.raises(ValueError, match="do not match"):
         llm.generate(["a", "b"], [GREEDY], use_tqdm=False)
+    with pytest.raises(ValueError, match="do not match"):
+        llm.generate(["a", "b"], GREEDY, use_tqdm=False, priority=[1])
+    with pytest.raises(ValueError, match="priority"):
+        llm.generate("a", GREEDY, use_tqdm=False, priority=[10**30])
     with pytest.raises(ValueError, match="n must be 1"):
         next(llm.stream("a", dataclasses.replace(GREEDY, n=2)))
-    with pytest.raises(ValueError, match="prompt_token_ids"):
-        llm.generate({"text": "a"}, GREEDY, use_tqdm=False)
+    with pytest.raises(TypeError, match="dict"):
+        llm.generate("a", {"temperature": 0.0}, use_tqdm=False)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="NoneType"):
+        llm.generate(None, GREEDY, use_tqdm=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lora_request"):
+        llm.generate("a", GREEDY, use_tqdm=False, lora_request="x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lora_request"):
+        llm.chat([{"role": "user", "content": "a"}], lora_request="x")  # type: ignore[arg-type]
     assert llm.generate([], GREEDY, use_tqdm=False) == []
+    assert llm.generate("a", GREEDY, use_tqdm=False, lora_request=None)
+
+
+def test_arrays_of_ids_are_prompts(llm: LLM) -> None:
+    """Numpy's and torch's, bare, in a mapping, in a list; two dimensions are several prompts."""
+    plain = ids(llm.generate([5, 6, 7], GREEDY, use_tqdm=False))
+    array = np.array([5, 6, 7])
+    for form in (
+        array, torch.tensor([5, 6, 7]), {"prompt_token_ids": array}, [array], list(array),
+        array.astype(np.uint16), np.array([[5, 6, 7]]), iter([[5, 6, 7]]),
+    ):  # fmt: skip
+        assert ids(llm.generate(form, GREEDY, use_tqdm=False)) == plain  # type: ignore[arg-type]
+
+
+def test_max_tokens_is_cut_to_the_room_there_is(llm: LLM) -> None:
+    """Fixed large values are what agents send: all that fits is generated, also in a batch."""
+    room = llm.info.max_request_tokens
+    prompts = [[5] * (room - 3), [5, 6]]
+    params = [dataclasses.replace(GREEDY, max_tokens=count) for count in (4096, 2)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [len(tokens) for tokens in ids(outputs)] == [3, 2]
+    assert outputs[0].outputs[0].finish_reason == "length"
+
+
+def test_the_cached_part_of_a_prompt_is_counted(llm: LLM) -> None:
+    """The second time all whole blocks but the last token's are there already."""
+    prompt = [9] * 40
+    llm.generate(prompt, GREEDY, use_tqdm=False)
+    (output,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+    assert output.num_cached_tokens == 32
+
+
+def test_default_params_can_be_changed_and_used(llm: LLM) -> None:
+    """As vLLM's; a bad value that was assigned is named when it is used."""
+    params = llm.get_default_sampling_params()
+    params.max_tokens = 3
+    params.stop = None
+    assert len(ids(llm.generate("a", params, use_tqdm=False))[0]) <= 3
+    params.max_tokens = "many"  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="max_tokens must be an integer, got 'many'"):
+        llm.generate("a", params, use_tqdm=False)
+
+
+def fail_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the real worker's next step raise, after it has changed what a step changes."""
+    worker = llm._engine.executor._worker  # type: ignore[attr-defined]
+    run = worker.runner.run
+
+    def raise_once(*args: Any) -> None:
+        monkeypatch.setattr(worker.runner, "run", run)
+        run(*args)
+        raise FloatingPointError("in the middle of a step")
+
+    monkeypatch.setattr(worker.runner, "run", raise_once)
+
+
+def test_a_step_that_fails_costs_its_requests_and_nothing_else(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They end with an error, which is logged; the LLM goes on with the very same tokens."""
+    prompts = [f"number {i}" for i in range(3)]
+    undisturbed = ids(llm.generate(prompts, GREEDY, use_tqdm=False))
+    fail_once(llm, monkeypatch)
+    lost = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [output.outputs[0].finish_reason for output in lost] == ["error"] * 3
+    assert "in the middle of a step" in caplog.text
+    llm._engine.scheduler.check()
+    assert llm._engine.stats().scheduler.device_blocks_used == 0
+    assert ids(llm.generate(prompts, GREEDY, use_tqdm=False)) == undisturbed
+
+
+def test_a_stream_whose_step_fails_raises(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says why, and the next one comes out whole."""
+    whole = "".join(llm.stream("import os", GREEDY))
+    fail_once(llm, monkeypatch)
+    with pytest.raises(RuntimeError, match="FloatingPointError: in the middle of a step"):
+        list(llm.stream("import os", GREEDY))
+    assert "".join(llm.stream("import os", GREEDY)) == whole
+
+
+def test_a_prompt_that_fills_the_window_is_scored(llm: LLM) -> None:
+    """The engine computes all of it in a pool of just its size, and draws the token behind it."""
+    size = llm.info.max_request_tokens
+    params = CoreParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    handle = llm._engine.add([5 + i % 50 for i in range(size)], params)
+    num_scores, reason = 0, None
+    while reason is None:
+        for update in llm._engine.step():
+            assert update.request == handle
+            num_scores += len(update.prompt_logprobs)
+            reason = update.finish_reason
+    assert (num_scores, reason) == (size - 1, "length")
 
 
 def test_default_sampling_is_the_models(llm: LLM) -> None:

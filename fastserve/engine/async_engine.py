@@ -24,6 +24,7 @@ from fastserve.config import EngineConfig
 from fastserve.core.output import RequestUpdate, Sample
 from fastserve.core.request import FinishReason, SamplingParams
 from fastserve.engine.child import EngineProcess
+from fastserve.engine.interfaces import RequestFailedError
 from fastserve.engine.messages import (
     LENGTH,
     Abort,
@@ -55,10 +56,6 @@ RESTART_WINDOW_S = 60.0
 
 class EngineDeadError(RuntimeError):
     """The engine process is gone and will not be started again; the message is one line."""
-
-
-class RequestFailedError(RuntimeError):
-    """The engine cannot run this one request; the message is one line."""
 
 
 class AsyncEngine:

@@ -1,4 +1,4 @@
-"""The doors of the engine: what does the work, what tells the time, who watches.
+"""The doors of the engine: what does the work, what tells the time, who watches, what may fail.
 
 Rules: an executor fits `Executor` by shape, it does not inherit. Must not know: torch.
 """
@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput
+
+
+class RequestFailedError(RuntimeError):
+    """The engine failed to run this one request; the message is one line."""
 
 
 class Executor(Protocol):

@@ -87,7 +87,7 @@ class Tally:
 
     def usage(self) -> Usage:
         """Count the tokens so far; a prompt counts once however many choices it has."""
-        completion = sum(choice.text.num_output_tokens for choice in self.choices)
+        completion = sum(choice.answer.num_output_tokens for choice in self.choices)
         if not self.counts_output:
             completion = 0
         usage = Usage(self._num_prompt_tokens, completion, self._num_prompt_tokens + completion)

@@ -1,8 +1,7 @@
 """Runs the choices of one HTTP request: their updates become text, merged into one stream of news.
 
 Rules: however it ends (answered, client gone, engine dead) no choice is left running: all are
-aborted on the way out, which harms none that has ended. A stop string is matched here and the
-engine told so. Must not know: the shape of answers.
+aborted on the way out, which harms none that has ended. Must not know: the shape of answers.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from starlette.types import Receive
 
+from fastserve.answer import Answer, shifted_seed
 from fastserve.core.output import RequestMetrics, RequestUpdate, TokenLogprobs
 from fastserve.core.request import FinishReason, SamplingParams
-from fastserve.engine.async_engine import RequestStream
+from fastserve.engine.async_engine import RequestFailedError, RequestStream
 from fastserve.engine.messages import EngineInfo
 from fastserve.server.context import ServerContext
-from fastserve.server.errors import ApiError, invalid
+from fastserve.server.errors import invalid
 from fastserve.server.prompts import Prompt
 from fastserve.tokenizer import TextDelta, TextStream
 
@@ -41,21 +41,26 @@ class Choice:
     prompt: Prompt
     params: SamplingParams
     stream: RequestStream
-    text: TextStream
-    prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
-    metrics: RequestMetrics | None = None
+    answer: Answer
     has_begun: bool = False  # something of it was sent
 
+    @property
+    def prompt_logprobs(self) -> Sequence[TokenLogprobs]:
+        """The scores of the prompt that have come so far."""
+        return self.answer.prompt_logprobs
+
+    @property
+    def metrics(self) -> RequestMetrics | None:
+        """What happened to it, once it has ended."""
+        return self.answer.metrics
+
     def take(self, update: RequestUpdate) -> TextDelta:
-        """Turn one update into what the client may see of it."""
-        if update.finish_reason is FinishReason.ERROR:
-            raise ApiError(500, "The engine failed to run this request.", code="engine_error")
-        self.prompt_logprobs.extend(update.prompt_logprobs)
-        if update.metrics is not None:
-            self.metrics = update.metrics
-        delta = self.text.push(update.samples, update.finish_reason, update.stop_reason)
-        if delta.matched_stop is not None and update.finish_reason is None:
-            self.stream.finish(delta.num_output_tokens)
+        """Turn one update into what the client may see of it; RequestFailedError if it failed."""
+        delta = self.answer.take(update)
+        if self.answer.finish_reason is FinishReason.ERROR:
+            raise RequestFailedError(f"The engine failed to run this request: {update.error}.")
+        if self.answer.finish_at is not None:
+            self.stream.finish(self.answer.finish_at)
         return delta
 
 
@@ -82,23 +87,21 @@ def submit(
     try:
         for prompt_index, (prompt, first) in enumerate(zip(prompts, params, strict=True)):
             for i in range(n):
-                own = dataclasses.replace(first, seed=shifted(first.seed, i))
+                seed = None if first.seed is None else shifted_seed(first.seed, i)
+                own = dataclasses.replace(first, seed=seed)
                 text = TextStream(context.tokenizer, prompt.token_ids, own, info.eos_token_ids)
                 stream = context.engine.submit(
                     prompt.token_ids, own, priority=priority, client=client
                 )
-                choices.append(Choice(len(choices), prompt_index, prompt, own, stream, text))
+                choices.append(
+                    Choice(len(choices), prompt_index, prompt, own, stream, Answer(text))
+                )
     except Exception as error:
         abort_all(choices)
         if isinstance(error, ValueError):
             raise invalid(str(error)) from error
         raise
     return choices
-
-
-def shifted(seed: int | None, i: int) -> int | None:
-    """Return the seed of choice `i`, within 64 bits."""
-    return None if seed is None else (seed + i + 2**63) % 2**64 - 2**63
 
 
 def abort_all(choices: Sequence[Choice]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastserve.answer import ranked_logprobs
 from fastserve.core.output import Sample, TokenLogprobs
 from fastserve.server.responses import (
     ChatLogprobs,
@@ -125,11 +126,10 @@ def prompt_logprobs(
     result: PromptLogprobs = [None]
     for token_id, entry in scored(token_ids[1:], entries):
         assert entry is not None
-        ranked = {
-            str(top_id): RankedLogprob(value, rank, names.decoded(top_id))
-            for rank, (top_id, value) in enumerate(top_of(entry, num_top), start=1)
-        }
-        chosen = RankedLogprob(max(LEAST, entry.logprob), entry.rank, names.decoded(token_id))
-        ranked[str(token_id)] = chosen
-        result.append(ranked)
+        result.append(
+            {
+                str(ranked_id): RankedLogprob(max(LEAST, value), rank, names.decoded(ranked_id))
+                for ranked_id, (value, rank) in ranked_logprobs(token_id, entry, num_top).items()
+            }
+        )
     return result

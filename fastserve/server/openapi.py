@@ -15,8 +15,13 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from fastserve.request_checks import (
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+)
 from fastserve.server import protocol, responses
-from fastserve.server.admission import MAX_CHOICES, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS
 from fastserve.server.errors import ErrorBody
 from fastserve.server.gate import OPEN_PATHS
 

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from fastserve import request_checks
 from fastserve.chat_messages import template_variables
 from fastserve.engine.messages import EngineInfo
 from fastserve.server.context import ServerContext
@@ -49,10 +50,6 @@ async def completion_prompts(
         prompts = [Prompt(await encode(tokenizer, text, adds), text) for text in given]
     else:
         prompts = [Prompt(ids) for ids in given]
-    for prompt in prompts:
-        check_token_ids(prompt.token_ids, info.vocab_size, "prompt")
-        if not prompt.token_ids:
-            raise invalid("prompt must have at least one token.", "prompt")
     return prompts
 
 
@@ -69,9 +66,10 @@ async def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> l
 
 def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
     """Raise 400 for an id outside the vocabulary."""
-    if ids and (max(ids) >= vocab_size or min(ids) < 0):
-        worst = max(ids) if max(ids) >= vocab_size else min(ids)
-        raise invalid(f"Token id {worst} is out of vocabulary (0 to {vocab_size - 1}).", param)
+    try:
+        request_checks.check_token_ids(ids, vocab_size, param)
+    except request_checks.RequestError as error:
+        raise invalid(str(error), param) from error
 
 
 async def chat_prompt(

@@ -20,7 +20,7 @@ from fastserve.server.answers import Shape, Tally, joined
 from fastserve.server.chat import ChatShape
 from fastserve.server.completion import CompletionShape
 from fastserve.server.context import ServerContext
-from fastserve.server.errors import ApiError, error_body, from_failure, invalid
+from fastserve.server.errors import ApiError, error_body, from_failure
 from fastserve.server.gate import request_id_of
 from fastserve.server.generation import (
     Choice,
@@ -81,9 +81,7 @@ def start(
 ) -> tuple[list[Choice], Tally]:
     """Make the parameters, and hand every choice to the engine."""
     info = context.require_engine()  # it may have died while the prompt was read
-    params = sampling_params(body, prompts, info)
-    if context.tokenizer is None and params[0].stop_strings:
-        raise invalid("stop strings need a tokenizer, and this model has none.", "stop")
+    params = sampling_params(body, prompts, info, has_tokenizer=context.tokenizer is not None)
     choices = submit(
         context,
         info,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastserve.config import EngineConfig
-from fastserve.core.request import SamplingParams
 from fastserve.executor.worker import Worker
 from fastserve.llm import LLM
+from fastserve.sampling_params import SamplingParams
 from tests.checkpoints import EOS_TOKEN_ID, VOCAB_SIZE, make_checkpoint
 from tests.executor.driver import Driven, Driver
 from tests.test_exact_resume import MARGIN

@@ -13,6 +13,7 @@ import random
 import pytest
 import torch
 
+import fastserve
 from fastserve.config import EngineConfig
 from fastserve.core.output import NewRequest, SchedulerOutput, StepDone, Work
 from fastserve.core.request import SamplingParams
@@ -222,7 +223,7 @@ def test_preempted_tokens_are_the_reference_s(replays, tmp_path, monkeypatch):
     model = make_checkpoint(tmp_path, "llama")
     monkeypatch.setattr(profiler, "TIME_LIMIT_S", 0.0)
     monkeypatch.setattr(local, "LocalExecutor", functools.partial(LocalExecutor, is_async=True))
-    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    params = fastserve.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     prompts = [PROMPT[:5], PROMPT, PROMPT[3:9]]
     with LLM(
         str(tmp_path),

@@ -133,7 +133,6 @@ def test_max_completion_tokens_comes_before_max_tokens():
         ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "[0, 20]"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
-        ({"max_completion_tokens": 100}, "max_completion_tokens", "maximum context length"),
         ({"continue_final_message": True}, "messages", "exclude"),
     ],
 )  # fmt: skip

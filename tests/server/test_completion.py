@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fastserve.core.output import RequestUpdate
+from fastserve.core.output import RequestUpdate, Sample
 from fastserve.core.request import FinishReason
 from fastserve.tokenizer import Tokenizer
 from tests import tiny_tokenizers
@@ -115,13 +115,48 @@ def test_parameters_reach_the_engine():
         ({}, {"max_tokens": 50}, 50),
         ({}, {"max_tokens": 5000}, 97),
         ({"max_tokens": 97}, {}, 97),
+        ({"max_tokens": 98}, {}, 97),
+        ({"max_tokens": 1_000_000}, {}, 97),
     ],
 )
 def test_the_output_limit(body, defaults, expected):
-    """OpenAI's 16, the model's own default, or all the room there is."""
+    """OpenAI's 16, the model's own default, or all the room there is, and never more."""
     engine = ScriptedEngine(sampling_defaults=defaults)
     assert post(engine, PATH, {"prompt": [5, 6, 7], **body}).status_code == 200
     assert engine.streams[0].params.max_tokens == expected
+
+
+def test_the_output_limit_of_a_pool_smaller_than_the_window():
+    """The same rule: what one request can hold is the room there is."""
+    engine = ScriptedEngine(max_request_tokens=40)
+    assert post(engine, PATH, {"prompt": [5] * 30, "max_tokens": 4096}).status_code == 200
+    assert engine.streams[0].params.max_tokens == 10
+
+
+def test_a_prompt_that_fills_the_window_can_be_scored():
+    """Echo without an output: the engine is asked for the one token it needs, and no KV for it."""
+    engine = ScriptedEngine()
+    body = {"prompt": [5] * 100, "echo": True, "max_tokens": 0, "logprobs": 0}
+    answer = post(engine, PATH, body).json()
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == 100
+    assert engine.streams[0].params.max_tokens == 1
+    assert post(engine, PATH, {**body, "prompt": [5] * 101}).status_code == 400
+    assert post(engine, PATH, {**body, "max_tokens": 1}).status_code == 400
+
+
+def test_a_request_whose_step_failed_is_a_500():
+    """It is told why, whole or streamed: what there was of it is not passed off as an answer."""
+
+    def script(stream):
+        yield RequestUpdate(0, [Sample(40)])
+        yield RequestUpdate(0, (), FinishReason.ERROR, error="ValueError: no")
+
+    response = post(ScriptedEngine(script), PATH, {"prompt": "x"})
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "engine_error"
+    assert "ValueError: no" in response.json()["error"]["message"]
+    events = sse_events(post(ScriptedEngine(script), PATH, {"prompt": "x", "stream": True}))
+    assert events[-1]["error"]["code"] == "engine_error"
 
 
 def test_a_stream():

@@ -76,25 +76,34 @@ def test_bodies_that_are_no_request(content):
     error_of(call(app, "POST", COMPLETIONS, content=content, headers=JSON), 400)
 
 
-def test_more_than_the_window():
-    """vLLM's wording, OpenAI's code; the part that is too long is named."""
-    body = {"prompt": [5] * 90, "max_tokens": 11}
-    error = error_of(post(ScriptedEngine(), COMPLETIONS, body), 400)
-    assert error["message"].startswith(
-        "This model's maximum context length is 100 tokens. However, you requested 101 tokens "
-        "(90 in the prompt, 11 in the completion)."
+@pytest.mark.parametrize("prompt", [[5] * 100, [5] * 150])
+def test_a_prompt_beyond_the_window_is_refused(prompt):
+    """vLLM's wording, OpenAI's code; a prompt that leaves no room for a token is too long."""
+    error = error_of(post(ScriptedEngine(), COMPLETIONS, {"prompt": prompt, "max_tokens": 11}), 400)
+    size = len(prompt)
+    assert error["message"] == (
+        f"This model's maximum context length is 100 tokens. However, you requested {size + 11} "
+        f"tokens ({size} in the prompt, 11 in the completion). "
+        "Please reduce the length of the prompt."
     )
-    assert (error["param"], error["code"]) == ("max_tokens", "context_length_exceeded")
-    error = error_of(post(ScriptedEngine(), COMPLETIONS, {"prompt": [5] * 100}), 400)
-    assert error["param"] == "prompt"
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
 
 
-def test_more_than_the_whole_pool():
+def test_a_prompt_beyond_the_whole_pool_is_refused():
     """A request that no eviction could make room for."""
     engine = ScriptedEngine(max_request_tokens=40)
-    error = error_of(post(engine, COMPLETIONS, {"prompt": [5] * 30, "max_tokens": 11}), 400)
+    error = error_of(post(engine, COMPLETIONS, {"prompt": [5] * 40, "max_tokens": 1}), 400)
     assert "KV cache" in error["message"]
-    assert post(engine, COMPLETIONS, {"prompt": [5] * 30, "max_tokens": 10}).status_code == 200
+    assert error["code"] == "context_length_exceeded"
+    assert post(engine, COMPLETIONS, {"prompt": [5] * 39, "max_tokens": 1}).status_code == 200
+
+
+def test_more_tokens_than_there_is_room_for_cannot_be_the_least():
+    """A limit is cut to the room there is; a promise of so many tokens is refused."""
+    body = {"prompt": [5] * 90, "max_tokens": 50, "min_tokens": 11}
+    error = error_of(post(ScriptedEngine(), COMPLETIONS, body), 400)
+    assert (error["param"], error["code"]) == ("min_tokens", "context_length_exceeded")
+    assert "leaves room for 10" in error["message"]
 
 
 def test_unknown_names():
