@@ -1,7 +1,8 @@
 """Finds a model's directory and reads the small files in it that decide how requests end.
 
 Rules: a directory stays where it is; a hub id becomes its snapshot in the hub's cache. Everything
-that can go wrong is a ConfigError of one line. Must not know: torch, weights, the tokenizer.
+that can go wrong is a ConfigError of one line, which says what was given where that is no model.
+Must not know: torch, weights, the tokenizer.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-
+from fastserve import hub
+from fastserve.checkpoint_kinds import (
+    FILE_SUFFIXES,
+    describe_directory,
+    describe_file,
+    did_you_mean,
+    similar_directory,
+)
 from fastserve.config import ConfigError
 from fastserve.core.request import SamplingParams
 from fastserve.model.config_defaults import DEFAULTS
 
 BUNDLED = Path(__file__).parent / "demo"
-FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -27,33 +32,54 @@ def locate(
     model: str, revision: str | None = None, holds: Sequence[str] = ("config.json",)
 ) -> Path:
     """Return the directory of a model: the bundled `demo`, a directory, or a hub snapshot."""
+    path = _expanded(model)
     if model == "demo":
         directory = BUNDLED
-    elif Path(model).expanduser().is_dir():
-        directory = Path(model).expanduser().resolve()
-    elif model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
-        raise ConfigError(f"model {model!r}: no such directory")
+    elif path.is_dir():
+        directory = path.resolve()
+    elif path.exists():
+        raise ConfigError(f"model {model!r}: {describe_file(path)}")
+    elif _reads_as_path(model):
+        raise ConfigError(f"model {model!r}: no such directory{did_you_mean(path)}")
     else:
-        directory = _download(model, revision)
+        try:
+            directory = hub.fetch(model, revision, has_weights="config.json" in holds)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{did_you_mean(path)}") from error.__cause__
+    if "config.json" in holds and (kind := describe_directory(directory)) is not None:
+        raise ConfigError(f"model {model!r}: {kind}")
     if not any((directory / name).is_file() for name in holds):
         raise ConfigError(f"model {model!r}: {directory} holds no {' or '.join(holds)}")
     return directory
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _expanded(model: str) -> Path:
+    """Return the path that a model's name is, if it is one."""
+    if not model:
+        raise ConfigError("model '': an empty name")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(FILES)))
-    except HFValidationError:
-        raise ConfigError(
-            f"model {model!r} is neither a directory nor a hub id such as org/name"
-        ) from None
-    # The hub's client raises errors of several libraries; all mean that there is no model.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"model {model!r} is no directory and could not be fetched from the hub: "
-            f"{reason[:300] or type(error).__name__}"
-        ) from error
+        path = Path(model).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, or the home of no user
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"model {model[:100]!r}: {reason}") from None
+    return path
+
+
+def _reads_as_path(model: str) -> bool:
+    """Whether a name cannot be meant for the hub, so that its typing error is not taken there."""
+    return bool(
+        model.startswith(("/", ".", "~"))
+        or model.endswith(("/", *FILE_SUFFIXES))
+        or model.count("/") > 1
+        or "\\" in model
+        # It is beside a directory of nearly that name.
+        or (
+            Path(model).parent.name
+            and Path(model).parent.is_dir()
+            and similar_directory(Path(model))
+        )
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastserve.checkpoint_kinds import describe_file, did_you_mean
 from fastserve.config import ConfigError
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -52,8 +53,10 @@ Message = Advanced | Refused | Finished
 def convert(directory: str, *, shard_bytes: int | None = None) -> int:
     """Convert the weights in a directory; returns the exit code."""
     model_dir = Path(directory).expanduser().resolve()
+    if model_dir.is_file():
+        raise ConfigError(f"{directory}: {describe_file(model_dir)}")
     if not model_dir.is_dir():
-        raise ConfigError(f"{directory}: no such directory")
+        raise ConfigError(f"{directory}: no such directory{did_you_mean(Path(directory))}")
     for name in WEIGHTS:
         if (model_dir / name).is_file():
             raise ConfigError(f"{directory}: {name} is there already; nothing to convert")

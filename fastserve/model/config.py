@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from fastserve.checkpoint_kinds import describe_quantization
 from fastserve.config import ConfigError
 from fastserve.model.config_defaults import ARCHITECTURES, with_defaults
 from fastserve.model.config_fields import ModelConfig, Values
@@ -25,6 +26,15 @@ PARSERS: dict[str, Callable[[Values, str, str], ModelConfig]] = {
     "OPTForCausalLM": parse_opt,
     "GPT2LMHeadModel": parse_gpt2,
 }
+
+OTHER_KINDS = {
+    "ForMaskedLM": "an encoder, which generates no text",
+    "Classification": "a classifier, which generates no text",
+    "ForQuestionAnswering": "which marks answers and generates no text",
+    "ForConditionalGeneration": "an encoder-decoder, or one for images or sound",
+    "Model": "a network without a head that generates text",
+}
+"""What names of other architectures end in."""
 
 
 def read_model_config(model_dir: Path) -> ModelConfig:
@@ -44,8 +54,8 @@ def read_model_config(model_dir: Path) -> ModelConfig:
 def parse_model_config(values: Values, *, source: str) -> ModelConfig:
     """Turn the fields of a config.json into the ModelConfig of its family."""
     architecture = _architecture(values, source)
-    if values.get("quantization_config"):
-        raise ConfigError(f"{source}: quantized weights (quantization_config) are not supported")
+    if quantization := describe_quantization(values):
+        raise ConfigError(f"{source}: quantized weights ({quantization}) are not supported")
     try:
         complete = with_defaults(values, ARCHITECTURES[architecture], source)
         config = PARSERS[architecture](complete, source, architecture)
@@ -69,6 +79,7 @@ def _architecture(values: Values, source: str) -> str:
         if name in names or (not names and family == model_type):
             return name
     asked = ", ".join(map(str, names)) or model_type or "none named"
+    kind = next((f", {kind}" for end, kind in OTHER_KINDS.items() if asked.endswith(end)), "")
     raise ConfigError(
-        f"{source}: architecture not supported: {asked} (supported: {', '.join(PARSERS)})"
+        f"{source}: architecture not supported: {asked}{kind} (supported: {', '.join(PARSERS)})"
     )

@@ -21,6 +21,12 @@ from fastserve.model.weight_index import indexed_files
 TABLES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of names under which old checkpoints store tabulated frequencies and GPT-2's masks."""
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Others hold whole numbers or eight bits, whose scales stand elsewhere."""
+
+QUANTIZED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB", ".scales")
+"""Ends of names of GPTQ and AWQ, compressed-tensors, fp8, bitsandbytes and MLX."""
+
 
 class Weights(Protocol):
     """Hands out named tensors of a checkpoint."""
@@ -61,8 +67,14 @@ class SafetensorsWeights:
         """Fit `Weights`."""
         file = self._file_of.get(name)
         if file is None:
+            self._refuse_quantized()
             raise ConfigError(f"{self._dir}: the checkpoint has no weights {name!r}")
         tensor = file.get_tensor(name)
+        if tensor.dtype not in DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"{self._dir}: {name!r} is stored as {kind}: quantized weights are not supported"
+            )
         if tuple(tensor.shape) != shape:
             raise ConfigError(
                 f"{self._dir}: {name!r} has shape {list(tensor.shape)}, "
@@ -70,6 +82,14 @@ class SafetensorsWeights:
             )
         self._unused.discard(name)
         return torch.as_tensor(tensor, device=self._device, dtype=self._dtype)
+
+    def _refuse_quantized(self) -> None:
+        """Raise ConfigError where other names than asked for tell of quantized weights."""
+        for name in sorted(self._file_of):
+            if name.endswith(QUANTIZED):
+                raise ConfigError(
+                    f"{self._dir}: {name!r} is of quantized weights, which are not supported"
+                )
 
     def finish(self) -> None:
         """Raise ConfigError when the checkpoint holds weights that the network has no use for."""
@@ -80,6 +100,7 @@ class SafetensorsWeights:
             if name != "lm_head.weight" and not name.endswith(TABLES)
         )
         if unused:
+            self._refuse_quantized()
             raise ConfigError(
                 f"{self._dir}: {len(unused)} weights do not belong to this architecture, "
                 f"{unused[0]!r} for one"

@@ -132,3 +132,30 @@ def test_dtype(checkpoint):
     """Weights come in the dtype asked for."""
     model = load(checkpoint, dtype=torch.bfloat16)
     assert {model.dtype, model.head.weight.dtype, model.norm.weight.dtype} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("end", ["qweight", "weight_packed", "SCB", "weight_scale_inv", "scales"])
+def test_quantized_weights_are_called_so(checkpoint, end):
+    """An old layout of GPTQ and its kin, which no config.json tells of: known by its names."""
+    name = "model.layers.0.self_attn.q_proj"
+
+    def quantize(tensors) -> None:
+        weight = tensors[f"{name}.weight"]
+        if end in ("qweight", "weight_packed"):
+            del tensors[f"{name}.weight"]
+        tensors[f"{name}.{end}"] = weight.to(torch.int32)
+
+    change(checkpoint, quantize)
+    with pytest.raises(ConfigError, match=f"'{name}.{end}' is of quantized weights") as caught:
+        load(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_weights_of_eight_bits_are_not_taken_for_numbers(checkpoint, dtype):
+    """Their scales stand elsewhere, or nowhere: loaded as they are they would be silently wrong."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    change(checkpoint, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ConfigError, match=f"'{name}' is stored as {kind}: quantized"):
+        load(checkpoint)
