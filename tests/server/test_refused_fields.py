@@ -119,6 +119,23 @@ def test_a_refused_field_may_ask_for_nothing(kind, name, value):
     assert checked(kind, name, value) is None
 
 
+@pytest.mark.parametrize(
+    ("offered", "chooses"), [("tools", "tool_choice"), ("functions", "function_call")]
+)
+@pytest.mark.parametrize(("choice", "passes"), [("none", True), ("auto", False), (None, False)])
+def test_tools_may_be_offered_where_none_is_to_be_used(offered, chooses, choice, passes):
+    """In either order of the two fields."""
+    fields = {offered: [{"type": "function"}], chooses: choice}
+    for names in ((offered, chooses), (chooses, offered)):
+        given = {name: fields[name] for name in names}
+        body = ChatCompletionRequest.model_validate({"messages": MESSAGES, **given})
+        if passes:
+            UnreadFields().check(body)
+        else:
+            with pytest.raises(ApiError, match=offered):
+                UnreadFields().check(body)
+
+
 @pytest.mark.parametrize("kind", ROUTES)
 def test_each_route_judges_its_fields(kind):
     """Before anything reaches the engine; what asks for nothing is answered."""
