@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
 from fastserve.checkpoint_kinds import describe_file, did_you_mean
 from fastserve.config import ConfigError
+from fastserve.terminal import make_bar, say
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 MAX_MESSAGE_BYTES = 2**20
@@ -60,14 +60,13 @@ def convert(directory: str, *, shard_bytes: int | None = None) -> int:
     for name in WEIGHTS:
         if (model_dir / name).is_file():
             raise ConfigError(f"{directory}: {name} is there already; nothing to convert")
-    console = Console(file=sys.stderr)
-    names = run_apart(model_dir, shard_bytes, console)
+    names = run_apart(model_dir, shard_bytes)
     size = sum((model_dir / name).stat().st_size for name in names)
-    console.print(f"wrote {size / 1e6:.1f} MB to {model_dir}: {', '.join(names)}", soft_wrap=True)
+    say(f"wrote {size / 1e6:.1f} MB to {model_dir}: {', '.join(names)}")
     return 0
 
 
-def run_apart(model_dir: Path, shard_bytes: int | None, console: Console) -> list[str]:
+def run_apart(model_dir: Path, shard_bytes: int | None) -> list[str]:
     """Convert in another process, showing how far it is; returns the names of the files."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -76,7 +75,7 @@ def run_apart(model_dir: Path, shard_bytes: int | None, console: Console) -> lis
     sender.close()  # the child's is the last one, so that its end is the end of the messages
     columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        with make_bar(*columns) as progress:
             task = progress.add_task("", total=None)
 
             def on_progress(written: int, total: int) -> None:

@@ -20,6 +20,7 @@ from fastserve.executor import profiler
 from fastserve.executor.worker import Worker
 from fastserve.machine import num_cores
 from fastserve.provenance import output_path
+from fastserve.terminal import make_table, say
 
 MEANING = {
     "base_s": "a step, whatever is in it",
@@ -58,16 +59,19 @@ def profile_model(config: EngineConfig, output: str | None) -> int:
     cost_model = profiler.write_profile(path, fingerprint, measurements)
     Console().print(as_table(config.model, cost_model))
     fit_error = json.loads(path.read_text(encoding="utf-8"))["fit_error"]
-    print_line = Console(highlight=False, soft_wrap=True).print
-    print_line(f"{len(measurements)} kinds of step on {fingerprint['device']}, ", end="")
-    print_line(f"threads: {num_threads}; off by {fit_error['mean']:.1%} on average, ", end="")
-    print_line(f"{fit_error['max']:.1%} at most; written to {path}")
+    say(
+        f"{len(measurements)} kinds of step on {fingerprint['device']}, threads: {num_threads}; "
+        f"off by {fit_error['mean']:.1%} on average, {fit_error['max']:.1%} at most; "
+        f"written to {path}",
+        stderr=False,
+    )
     return 0
 
 
 def as_table(model: str, cost_model: CostModel) -> Table:
     """Lay the coefficients out for people."""
-    table = Table("µs", "for", title=f"Step times of {model}")
+    table = make_table("µs", "for", title=f"Step times of {model}")
+    table.columns[1].justify = "left"
     for name, value in dataclasses.asdict(cost_model).items():
         if name in MEANING:
             table.add_row(f"{value * 1e6:,.4g}", MEANING[name])

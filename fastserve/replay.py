@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from fastserve.config import ConfigError, SchedulerConfig
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
@@ -23,6 +21,7 @@ from fastserve.core.journal import Journal
 from fastserve.core.output import ExecutorOutput, Sample, StepDone
 from fastserve.core.request import SamplingParams
 from fastserve.core.scheduler import Scheduler
+from fastserve.terminal import say
 
 SHOWN_CHARACTERS = 300
 
@@ -45,7 +44,6 @@ def replay(path: Path) -> int:
 
     Raises ConfigError when the file is not a journal.
     """
-    console = Console(highlight=False, soft_wrap=True)
     tally = Tally()
     try:
         with path.open(encoding="utf-8") as file:
@@ -57,12 +55,11 @@ def replay(path: Path) -> int:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except DifferenceError as difference:
-        console.print(f"{path}: {difference}", markup=False)
+        say(f"{path}: {difference}", stderr=False)
         return 1
     runs = f" in {tally.num_runs} runs" if tally.num_runs > 1 else ""
-    console.print(
-        f"{path}: {tally.num_plans:,} plans for {tally.num_requests:,} requests{runs}: all the same"
-    )
+    counts = f"{tally.num_plans:,} plans for {tally.num_requests:,} requests{runs}"
+    say(f"{path}: {counts}: all the same", stderr=False)
     return 0
 
 

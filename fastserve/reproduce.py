@@ -20,6 +20,7 @@ from rich.table import Table
 
 from fastserve.config import ConfigError
 from fastserve.provenance import ROOT
+from fastserve.terminal import make_table
 
 FOLDER = ROOT / "experiments"
 FILE_NAME = re.compile(r"e(\d+)_\w+\.py")
@@ -91,7 +92,9 @@ def choose(name: str, files: Mapping[str, Path]) -> str:
 
 def as_table(files: Mapping[str, Path]) -> Table:
     """List the experiments with what they are."""
-    table = Table("experiment", "what it measures", title="fastserve reproduce EXPERIMENT …")
+    table = make_table("experiment", "what it measures", title="fastserve reproduce EXPERIMENT …")
+    for column in table.columns:
+        column.justify = "left"
     for name, path in files.items():
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         table.add_row(name, docstring.partition("\n")[0])

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fastserve.config import ConfigError, SchedulerConfig
@@ -30,6 +30,7 @@ from fastserve.sim.sim_executor import EOS_TOKEN_ID, StepOverhead
 from fastserve.sim.simulator import Machine
 from fastserve.sim.trace_file import read_trace
 from fastserve.sim.workload import HASH_ID_TOKENS, Workload
+from fastserve.terminal import make_bar, make_table, say
 
 ROWS = (
     ("JCT, s: mean", "jct_s", "mean"),
@@ -233,14 +234,7 @@ def run_all(jobs: Sequence[Job]) -> list[JobResult]:
     """Run the jobs, one per core at a time, under a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn())  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(
-        *columns,
-        console=console,
-        transient=True,
-        refresh_per_second=4,
-        disable=not console.is_terminal,
-    ) as progress:
+    with make_bar(*columns) as progress:
         tasks = [
             progress.add_task(job.config.scheduling_policy, total=len(job.workload)) for job in jobs
         ]
@@ -258,9 +252,12 @@ def as_table(config: SimulateConfig, results: Sequence[JobResult]) -> Table:
     first = results[0].report
     dropped = f" ({first['dropped']:,} dropped)" if first["dropped"] else ""
     title = f"{config.model} on {config.hardware}, {first['completed']:,} requests{dropped}"
-    table = Table("", title=f"{title}, rate × {config.rate_scale:g}, {config.preemption_mode}")
-    for result in results:
-        table.add_column(str(result.report["policy"]), justify="right")
+    table = make_table(
+        "",
+        *(str(result.report["policy"]) for result in results),
+        title=f"{title}, rate × {config.rate_scale:g}, {config.preemption_mode}",
+    )
+    table.columns[0].justify = "left"
     for label, figure, part in ROWS:
         values = [result.report[figure][part] for result in results]
         table.add_row(label, *("-" if value is None else f"{value:.4g}" for value in values))
@@ -280,11 +277,12 @@ def as_table(config: SimulateConfig, results: Sequence[JobResult]) -> Table:
 
 def _print_sources(config: SimulateConfig, job: Job) -> None:
     """Say on stderr where the requests and the costs come from."""
-    say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
     if config.trace is None:
         rate, median = EXAMPLE_RATE * config.rate_scale, EXAMPLE_MEDIAN
-        say(f"no --trace: {len(job.workload):,} made-up requests, {rate:g} a second, ", end="")
-        say(f"prompts and answers of {median:g} tokens in the median")
+        say(
+            f"no --trace: {len(job.workload):,} made-up requests, {rate:g} a second, "
+            f"prompts and answers of {median:g} tokens in the median"
+        )
         if config.compare is None:
             say("policies side by side: --compare fcfs,skip-join-mlfq")
     source = job.settings["cost_source"]

@@ -32,6 +32,7 @@ from fastserve.engine.process import quiet_garbage_collector
 from fastserve.launch import open_engine
 from fastserve.machine import num_cores
 from fastserve.provenance import output_path, provenance, write_result
+from fastserve.terminal import make_bar, make_table
 
 if TYPE_CHECKING:
     from fastserve.bench.floors import Floors
@@ -124,12 +125,7 @@ def measure_offline(bench: OfflineBenchConfig, config: EngineConfig) -> int:
         check_fits(bench, info)
         quiet_garbage_collector()  # as the engine process does
         offline, floors = Offline(engine, info, config.seed), Floors(info.dtype, info.device)
-        with Progress(
-            console=console,
-            transient=True,
-            refresh_per_second=1,
-            disable=not console.is_terminal,
-        ) as progress:
+        with make_bar(*Progress.get_default_columns()) as progress:
             parts = len(bench.batch_sizes()) + 1
             task = progress.add_task("measuring", total=(1 + ROUNDS) * parts)
             rounds = [
@@ -230,13 +226,15 @@ def figures(
 
 def as_table(result: Mapping[str, Any]) -> Table:
     """Lay the figures out for people."""
-    table = Table(
+    table = make_table(
+        "",
+        "tokens/s",
+        "step ms (p50)",
+        "tokens/s with prefill",
         title=f"{result['model']}, {result['dtype']}, threads: {result['threads']}",
         caption=f"copy {result['copy_gb_per_s']:.1f} GB/s, "
         f"product {result['product_gflop_per_s']:,.0f} GFLOP/s",
     )
-    for heading in ("", "tokens/s", "step ms (p50)", "tokens/s with prefill"):
-        table.add_column(heading, justify="right")
     for row in result["decode"]:
         table.add_row(
             f"decode, batch {row['batch_size']}",

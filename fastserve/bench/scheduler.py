@@ -28,6 +28,7 @@ from fastserve.core.request import SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.process import quiet_garbage_collector
 from fastserve.provenance import output_path, provenance, write_result
+from fastserve.terminal import make_bar, make_table
 
 PROMPT_TOKENS = (16, 256)
 OUTPUT_TOKENS = (16, 1024)
@@ -133,13 +134,7 @@ def measure_scheduler(config: SchedulerBenchConfig) -> int:
         for waiting in sorted({0, config.waiting // 10, config.waiting})
     ]
     rows = []
-    console = Console(stderr=True)
-    with Progress(
-        console=console,
-        transient=True,
-        refresh_per_second=2,
-        disable=not console.is_terminal,
-    ) as progress:
+    with make_bar(*Progress.get_default_columns()) as progress:
         for waiting, running in progress.track(cases, description="measuring"):
             rows.append(measure_row(config, waiting, running))
     Console().print(as_table(config.scheduling_policy, rows))
@@ -150,9 +145,15 @@ def measure_scheduler(config: SchedulerBenchConfig) -> int:
 
 def as_table(policy: str, rows: Sequence[Row]) -> Table:
     """Lay the rows out for people."""
-    table = Table(title=f"Cost of schedule + update, {policy} (ms per step)")
-    for heading in ("waiting", "running", "in a step", "median", "p95", "max"):
-        table.add_column(heading, justify="right")
+    table = make_table(
+        "waiting",
+        "running",
+        "in a step",
+        "median",
+        "p95",
+        "max",
+        title=f"Cost of schedule + update, {policy} (ms per step)",
+    )
     for row in rows:
         table.add_row(
             f"{row.waiting:,}",

@@ -35,6 +35,7 @@ from fastserve.bench.stream_client import Answer, Endpoint, LostRequestError, as
 from fastserve.http_client import open_client
 from fastserve.options import ConfigError
 from fastserve.provenance import output_path, provenance, write_result
+from fastserve.terminal import make_table, say
 
 HELLO_S = 10.0  # for the server to say which models it has
 PATHS = {False: "/v1/completions", True: "/v1/chat/completions"}
@@ -111,8 +112,7 @@ def measure_serving(config: ServeBenchConfig) -> int:
     path = result_path(config, now)
     target = Target(config)
     requests = plan_requests(config, target.window)
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{described(requests)} to {target.model} at {target.base_url}")
+    say(f"{described(requests)} to {target.model} at {target.base_url}")
     with Meter(Console(stderr=True), is_shown=not config.disable_tqdm) as meter:
         run = uvloop.run(run_all(target, requests, meter))
     result = {**heading(target, requests, now), **figures(run, config)}
@@ -120,12 +120,12 @@ def measure_serving(config: ServeBenchConfig) -> int:
         write_result(path, {**result, **(details(run) if config.save_detailed else {})})
     errors = [one.error for one in run.sent if one.error is not None]
     if not result["completed"]:
-        console.print(f"fastserve: error: all {len(errors)} requests were lost: {errors[0]}")
+        say(f"fastserve: error: all {len(errors)} requests were lost: {errors[0]}")
         return 1
     for error, count in Counter(errors).most_common(5):
-        console.print(f"{count} lost: {error}", style="red")
+        say(f"{count} lost: {error}", style="red")
     if has_no_stream(run):
-        console.print("every answer came in one piece: TTFT and ITL say nothing", style="yellow")
+        say("every answer came in one piece: TTFT and ITL say nothing", style="yellow")
     Console().print(as_table(result, config.percentiles()))
     return 0
 
@@ -252,7 +252,12 @@ def has_no_stream(run: Run) -> bool:
 
 def as_table(result: Mapping[str, Any], percents: Sequence[float]) -> Table:
     """Lay the figures out for people: mean, median and the percentiles asked for."""
-    table = Table(
+    kinds = [f"p{percent:g}" for percent in percents]
+    table = make_table(
+        "ms",
+        "mean",
+        "median",
+        *kinds,
         title=f"{result['model_id']}: {result['completed']} requests in {result['duration']:.1f} s"
         + (f", {result['failed']} lost" if result["failed"] else ""),
         caption=f"{result['request_throughput']:,.2f} requests/s, "
@@ -262,9 +267,6 @@ def as_table(result: Mapping[str, Any], percents: Sequence[float]) -> Table:
     )
     rows = [(name.upper(), f"{name}_ms") for name in METRICS]
     rows += [("normalized", "norm_latency_ms"), ("JCT, s", "jct_s"), ("slowdown", "slowdown")]
-    kinds = [f"p{percent:g}" for percent in percents]
-    for heading in ("ms", "mean", "median", *kinds):
-        table.add_column(heading, justify="right", overflow="fold")
     for title, name in rows:
         median = result.get(f"median_{name}", result.get(f"p50_{name}"))
         cells = [result[f"mean_{name}"], median, *(result.get(f"{kind}_{name}") for kind in kinds)]

@@ -149,10 +149,11 @@ def test_the_defaults_suit_the_demo(url, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("width", [40, 80])
-def test_the_table_keeps_its_numbers_in_a_narrow_terminal(width):
+def test_the_table_keeps_its_numbers_in_a_narrow_terminal(monkeypatch, width):
     """A figure that is cut off is worse than none."""
+    monkeypatch.setenv("COLUMNS", str(width))
     config = ServeBenchConfig()
-    console = Console(width=width)
+    console = Console()
     with console.capture() as capture:
         table = as_table({"model_id": "m", **figures(RUN, config)}, config.percentiles())
         console.print(table)
