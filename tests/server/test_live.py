@@ -289,3 +289,22 @@ def test_a_client_that_leaves_ends_its_requests(server_url, is_stream):
         if num_aborted(server_url) == before + 3:
             break
     assert num_aborted(server_url) == before + 3
+
+
+def test_a_prompt_that_fills_the_window_is_scored(client):
+    """Nothing has to be generated of it; one token more is refused, and so is an output."""
+    window = client.models.retrieve("demo").max_model_len
+    asked = {"model": "demo", "echo": True, "logprobs": 0, "max_tokens": 0}
+    ids = [100 + i % 900 for i in range(window)]
+    full = client.completions.create(**asked, prompt=ids)
+    [choice] = full.choices
+    assert full.usage.prompt_tokens == full.usage.total_tokens == window
+    scores = choice.logprobs.token_logprobs
+    assert len(scores) == len(choice.logprobs.text_offset) == window
+    [shorter] = client.completions.create(**asked, prompt=ids[:-1]).choices
+    assert scores[1:-1] == pytest.approx(shorter.logprobs.token_logprobs[1:], abs=1e-3)
+    assert scores[-1] < 0
+    for change in ({"prompt": [*ids, 100]}, {"prompt": ids, "max_tokens": 1}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(**{**asked, **change})
+        assert refused.value.code == "context_length_exceeded"
