@@ -212,6 +212,53 @@ def test_a_killed_engine_goes_on_with_the_same_tokens() -> None:
     assert run(body) == (undisturbed, FinishReason.LENGTH)
 
 
+FAILING_PROCESS = """
+import sys
+from fastserve import launch
+from fastserve.executor.model_runner import ModelRunner
+
+run = ModelRunner.run
+
+def run_and_fail(self, works, states):
+    done = run(self, works, states)
+    if any(666 in state.token_ids for state in states):
+        raise FloatingPointError("in the middle of a step")
+    return done
+
+ModelRunner.run = run_and_fail
+sys.exit(launch.main())
+"""
+
+
+@pytest.mark.processes
+def test_a_failing_step_of_a_real_worker_leaves_the_engine_process_whole() -> None:
+    """Again and again: its request ends with the reason, the next one as if it had been alone."""
+    params = SamplingParams(seed=5, temperature=1.0, top_k=20, max_tokens=20, ignore_eos=True)
+    engine, _ = open_engine(SMALL)
+    undisturbed = generate(engine, params)
+    engine.close()
+
+    async def body() -> None:
+        served = AsyncEngine(SMALL, (sys.executable, "-c", FAILING_PROCESS, "--engine-fd"))
+        await served.start()
+        try:
+            await served.ready()
+            process = served.process
+            for _ in range(3):
+                *_, last = [update async for update in served.submit([666, *PROMPT], params)]
+                assert last.finish_reason is FinishReason.ERROR
+                assert last.error == "FloatingPointError: in the middle of a step"
+                ids, reason = await read(served.submit(PROMPT, params))
+                assert (ids, reason) == (undisturbed, FinishReason.LENGTH)
+            assert served.process is process
+            while served.stats is None or served.stats.scheduler.device_blocks_used:
+                await asyncio.sleep(0)
+        finally:
+            await served.close()
+
+    run(body)
+
+
 @pytest.mark.processes
 def test_requests_share_the_engine_process_under_pressure() -> None:
     """Requests that outgrow the pool together preempt each other and still get their own ids."""

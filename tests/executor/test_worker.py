@@ -38,7 +38,7 @@ def open_worker(path: Path, **settings) -> Worker:
     return Worker(
         config,
         path,
-        eos_token_ids=frozenset({EOS_TOKEN_ID}),
+        eos_token_ids=frozenset({EOS_TOKEN_ID, 10**6}),  # some configs name ids there are not
         on_progress=lambda stage, fraction: None,
         is_poisoned=True,
     )
@@ -202,6 +202,17 @@ def test_min_tokens_masks_eos_and_stop_ids(llama):
     assert not {EOS_TOKEN_ID, 5} & set(request.output[:3])
     assert request.output[3:] == [EOS_TOKEN_ID, EOS_TOKEN_ID]
     assert other.output == [EOS_TOKEN_ID, EOS_TOKEN_ID]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1.1e-5, 1e30, 1e300])
+def test_no_temperature_is_too_much(llama, temperature):
+    """Beside a banned id as well: a token is drawn, and never that one."""
+    path, _ = llama
+    params = SamplingParams(temperature=temperature, seed=1, min_tokens=9, max_tokens=9)
+    request = Driven(random_prompt(4, seed=1), params, num_tokens=9)
+    make_driver(open_worker(path)).run(request)
+    assert len(request.output) == 9
+    assert EOS_TOKEN_ID not in request.output
 
 
 def test_repetition_penalty_counts_the_prompt_and_frequency_does_not(llama):
