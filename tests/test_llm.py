@@ -15,6 +15,7 @@ from fastserve import LLM, SamplingParams
 from fastserve.config import ConfigError
 from fastserve.core.request import SamplingParams as CoreParams
 from fastserve.llm import RequestOutput
+from tests.failing_step import REASON, fail_once
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -286,29 +287,16 @@ def test_default_params_can_be_changed_and_used(llm: LLM) -> None:
         llm.generate("a", params, use_tqdm=False)
 
 
-def fail_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the real worker's next step raise, after it has changed what a step changes."""
-    worker = llm._engine.executor._worker  # type: ignore[attr-defined]
-    run = worker.runner.run
-
-    def raise_once(*args: Any) -> None:
-        monkeypatch.setattr(worker.runner, "run", run)
-        run(*args)
-        raise FloatingPointError("in the middle of a step")
-
-    monkeypatch.setattr(worker.runner, "run", raise_once)
-
-
 def test_a_step_that_fails_costs_its_requests_and_nothing_else(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They end with an error, which is logged; the LLM goes on with the very same tokens."""
     prompts = [f"number {i}" for i in range(3)]
     undisturbed = ids(llm.generate(prompts, GREEDY, use_tqdm=False))
-    fail_once(llm, monkeypatch)
+    fail_once(llm._engine, monkeypatch)
     lost = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [output.outputs[0].finish_reason for output in lost] == ["error"] * 3
-    assert "in the middle of a step" in caplog.text
+    assert REASON in caplog.text
     llm._engine.scheduler.check()
     assert llm._engine.stats().scheduler.device_blocks_used == 0
     assert ids(llm.generate(prompts, GREEDY, use_tqdm=False)) == undisturbed
@@ -317,8 +305,8 @@ def test_a_step_that_fails_costs_its_requests_and_nothing_else(
 def test_a_stream_whose_step_fails_raises(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says why, and the next one comes out whole."""
     whole = "".join(llm.stream("import os", GREEDY))
-    fail_once(llm, monkeypatch)
-    with pytest.raises(RuntimeError, match="FloatingPointError: in the middle of a step"):
+    fail_once(llm._engine, monkeypatch)
+    with pytest.raises(RuntimeError, match=f"FloatingPointError: {REASON}"):
         list(llm.stream("import os", GREEDY))
     assert "".join(llm.stream("import os", GREEDY)) == whole
 

@@ -10,11 +10,12 @@ from fastserve import cli
 from fastserve.config import EngineConfig
 from fastserve.core.request import SamplingParams
 from fastserve.launch import open_engine
+from tests.failing_step import REASON, fail_once
 
 
 @pytest.fixture(scope="module")
 def live_journal(tmp_path_factory):
-    """Return the journal of a real engine that preempts, aborts, refuses, and stops early."""
+    """Return the journal of a real engine: it preempts, aborts, refuses, fails, stops early."""
     folder = tmp_path_factory.mktemp("live")
     path = folder / "journal.jsonl"
     with pytest.MonkeyPatch.context() as patch:
@@ -31,6 +32,7 @@ def live_journal(tmp_path_factory):
         handles = [engine.add(prompt, params, client="é") for prompt in prompts]
         with pytest.raises(ValueError, match="fit"):
             engine.add([1] * 10_000, params)
+        has_failed = False
         for step in range(10_000):
             if engine.is_idle:
                 break
@@ -39,9 +41,13 @@ def live_journal(tmp_path_factory):
                 engine.abort(handles[1])
             if step == 6:
                 engine.finish(handles[2], 2)
+            if engine.num_requests == 2 and not has_failed:
+                fail_once(engine, patch)
+                has_failed = True
         recomputed = engine.stats().scheduler.num_recomputed_tokens
         engine.close()
     assert recomputed > 0
+    assert REASON in path.read_text()
     return path
 
 
