@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from fastserve.chat_shape import check_messages, is_list
 from fastserve.template_reading import TemplateReading
 
 logger = logging.getLogger(__name__)
@@ -31,15 +32,13 @@ RESERVED_VARIABLES = ("messages", "add_generation_prompt", "continue_final_messa
 
 def conversation_list(messages: Any) -> list[Any]:
     """Return conversations: those of a list of them, or the one that a list of messages is."""
-    is_list = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
-    is_one = not is_list or not messages or isinstance(messages[0], Mapping | str | bytes)
-    return [messages] if is_one else list(messages)
+    is_several = is_list(messages) and messages and is_list(messages[0])
+    return list(messages) if is_several else [messages]
 
 
 def template_messages(messages: Any, reading: TemplateReading) -> list[dict[str, Any]]:
     """Return the messages as a template reads them; ValueError for what cannot be honoured."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise ValueError("messages: Input should be a valid list.")
+    check_messages(messages)
     if not messages:
         raise ValueError("messages must not be empty.")
     return [
@@ -56,30 +55,28 @@ def template_variables(chosen: Mapping[str, Any] | None) -> dict[str, Any]:
     return {str(name): value for name, value in (chosen or {}).items()}
 
 
-def template_message(message: Any, where: str, reading: TemplateReading) -> dict[str, Any]:
+def template_message(
+    message: Mapping[str, Any], where: str, reading: TemplateReading
+) -> dict[str, Any]:
     """Return one message as a template reads it; null fields are absent."""
-    if not isinstance(message, Mapping):
-        raise ValueError(f"{where}: Input should be an object.")
-    if "role" not in message:
-        raise ValueError(f"{where}.role: Field required.")
     role = message["role"]
-    if not isinstance(role, str):
-        raise ValueError(f"{where}.role: Input should be a valid string.")
     values = {str(name): value for name, value in message.items() if value is not None}
     if role not in reading.roles_named:
         values["role"] = ROLE_ALIASES.get(role, role)
     content = message.get("content")
-    if content is None and role == "assistant":
-        content = message.get("refusal")  # what was said instead
     if content is None and role != "assistant":
         raise ValueError(f"A message of role {role!r} must have content.")
     if role == "assistant":
+        if content is None and isinstance(message.get("refusal"), str):
+            content = message["refusal"]  # what was said instead
         add_tool_calls(values, where, reading.calls.arguments_as_text)
         add_reasoning(values)
     if content is None and "tool_calls" in values and reading.calls.no_content_is_none:
         values["content"] = None
     else:
-        texts = content_texts(content, f"{where}.content")
+        texts = content or ""
+        if not isinstance(texts, str):
+            texts = [part_text(part) for part in texts]
         values["content"] = template_content(texts, values["role"], reading)
     return values
 
@@ -101,36 +98,18 @@ def text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def content_texts(content: Any, where: str) -> str | list[str]:
-    """Return a content's text, or those of its parts; none is an empty text."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise ValueError(f"{where}: Input should be a valid string.")
-    return [part_text(part, f"{where}[{index}]") for index, part in enumerate(content)]
-
-
-def part_text(part: Any, where: str) -> str:
-    """Return the text of a part; ValueError for a part that is none."""
+def part_text(part: str | Mapping[str, Any]) -> str:
+    """Return the text of a part; ValueError for a part that has none."""
     if isinstance(part, str):
         return part
-    if not isinstance(part, Mapping):
-        raise ValueError(f"{where}: Input should be an object.")
-    if "type" not in part:
-        raise ValueError(f"{where}.type: Field required.")
     kind = part["type"]
-    if not isinstance(kind, str):
-        raise ValueError(f"{where}.type: Input should be a valid string.")
     if kind not in TEXT_FIELDS:
         raise ValueError(
             f"Content parts of type {kind!r} are not supported; this model reads text."
         )
-    name = TEXT_FIELDS[kind]
-    text = part.get(name)
+    text: str | None = part.get(TEXT_FIELDS[kind])
     if text is None:
-        raise ValueError(f"A content part of type {kind!r} must have {name}.")
-    if not isinstance(text, str):
-        raise ValueError(f"{where}.{name}: Input should be a valid string.")
+        raise ValueError(f"A content part of type {kind!r} must have {TEXT_FIELDS[kind]}.")
     return text
 
 
@@ -145,8 +124,8 @@ def add_reasoning(values: dict[str, Any]) -> None:
 def add_tool_calls(values: dict[str, Any], where: str, as_text: bool) -> None:
     """Bring an assistant's tool calls, or its one call of the older API, into one form."""
     calls = values.pop("tool_calls", None) or []
-    if not isinstance(calls, Sequence) or isinstance(calls, str | bytes):
-        raise ValueError(f"{where}.tool_calls: Input should be a valid list.")
+    if not is_list(calls):
+        raise ValueError(f"{where}.tool_calls: Input should be a valid array.")
     named = [(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
     if not named and "function_call" in values:
         old = {"type": "function", "function": values.pop("function_call")}

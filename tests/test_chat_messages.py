@@ -255,7 +255,7 @@ def test_other_fields_reach_the_template_and_nulls_do_not():
     ("messages", "says"),
     [
         ([], "messages must not be empty."),
-        ("hello", "messages: Input should be a valid list."),
+        ("hello", "messages: Input should be a valid array."),
         ([user("a"), 5], "messages[1]: Input should be an object."),
         ([{}], "messages[0].role: Field required."),
         ([user("a"), user(None)], "A message of role 'user' must have content."),

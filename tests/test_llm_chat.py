@@ -74,7 +74,13 @@ def offline(llm: LLM, messages: Any, template: str | None, **options: Any) -> li
         [{"role": "user", "content": [{"text": "x"}]}],
         [{"role": "user", "content": [{"type": 5, "text": "x"}]}],
         [{"role": "user", "content": [{"type": "text", "text": 5}]}],
+        [{"role": "user", "content": [{"type": "text", "text": "x", "refusal": 5}]}],
+        [{"role": "user", "content": None}, {"role": 5}],
         [USER, {"role": "assistant", "tool_calls": ["x"]}],
+        [USER, {"role": "assistant", "refusal": "No."}],
+        [USER, {"role": "assistant", "refusal": 5}],
+        USER,
+        "hello",
     ],
 )
 def test_both_doors_make_the_same_prompt_or_refuse_in_the_same_words(llm, messages, template):
