@@ -63,7 +63,7 @@ def describe_directory(path: Path) -> str | None:
     # The hub's cache, or a directory of several checkpoints.
     inside = sorted(found.parent for found in path.glob("*/config.json"))
     inside += sorted(found.parent for found in path.glob("snapshots/*/config.json"))
-    return f"did you mean {str(inside[-1])!r}?" if inside else None
+    return f"no config.json; did you mean {str(inside[-1])!r}?" if inside else None
 
 
 def similar_directory(path: Path) -> Path | None:

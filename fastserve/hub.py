@@ -54,15 +54,16 @@ def fetch(model: str, revision: str | None, *, has_weights: bool) -> Path:
             f"model {model!r} is neither a directory nor a hub id such as org/name"
         ) from None
     except LocalEntryNotFoundError as error:
-        lacking = ["it"]
+        lack = "it is not in the cache"
         # Versions of the client that know what a copy should hold refuse one that lacks anything.
         path = getattr(error, "snapshot_path", None)
         if path is not None:
             lacking = missing_files(Path(path), _listed(model, revision), has_weights=has_weights)
             if not lacking:
                 return Path(path)
+            lack = f"its copy in the cache lacks {', '.join(lacking)}"
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        reason = f"its cache lacks {', '.join(lacking)}, and {why}"
+        reason = f"{lack}, and {why}"
     except GatedRepoError:
         reason = "it is gated: accept its terms on huggingface.co, then `hf auth login`"
     except RepositoryNotFoundError:

@@ -86,12 +86,14 @@ class Tokenizer:
     @staticmethod
     def why_none(model_dir: Path) -> str:
         """Say what a directory without a tokenizer has in its place, and the way out."""
+        files = f"neither tokenizer.json nor {byte_level_bpe.NAMES}"
+        needed = f"{model_dir}: {files}, so only token ids can be prompts"
         others = [name for name in OTHER_FORMATS if any(model_dir.glob(name))]
-        has = f"{others[0].removeprefix('*')} is not read, and " if others else ""
+        if not others:
+            return f"{needed} (--tokenizer names another directory)"
         return (
-            f"{model_dir}: {has}there is neither tokenizer.json nor {byte_level_bpe.NAMES}, so "
-            "only token ids can be prompts; --tokenizer names another directory, and transformers "
-            "writes tokenizer.json: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            f"{needed}; {others[0].removeprefix('*')} is not read, but transformers makes "
+            "tokenizer.json of it: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
 
     @classmethod

@@ -67,7 +67,9 @@ def test_a_cached_model_that_lacks_a_file_is_refused(name, cache):
     put(cache, NEEDED - {name}, NEEDED | {name})
     with pytest.raises(ConfigError) as caught:
         locate("org/name")
-    assert str(caught.value).endswith(f"its cache lacks {name}, and HF_HUB_OFFLINE is set")
+    assert str(caught.value).endswith(
+        f"its copy in the cache lacks {name}, and HF_HUB_OFFLINE is set"
+    )
     assert len(str(caught.value).split()) < 25
 
 
@@ -102,5 +104,5 @@ def test_a_model_that_is_not_cached_is_a_short_line(cache):
     """Not the client's sixty words."""
     with pytest.raises(ConfigError, match="could not be fetched") as caught:
         locate("org/name")
-    assert str(caught.value).endswith("its cache lacks it, and HF_HUB_OFFLINE is set")
+    assert str(caught.value).endswith("it is not in the cache, and HF_HUB_OFFLINE is set")
     assert len(str(caught.value).split()) < 25
