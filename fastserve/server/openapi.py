@@ -105,7 +105,10 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "presence_penalty": {"minimum": -2, "maximum": 2},
     "frequency_penalty": {"minimum": -2, "maximum": 2},
     "repetition_penalty": {"minimum": 1e-6},
-    "logit_bias": {"additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
+    "logit_bias": {
+        "propertyNames": {"pattern": "^[0-9]+$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    },
     "max_tokens": {"minimum": 1},
     "max_completion_tokens": {"minimum": 1},
     "min_tokens": {"minimum": 0},
@@ -179,6 +182,7 @@ TYPES_OF_BOUNDS: Mapping[str, tuple[str, ...]] = {
     "maxLength": ("string",),
     "minItems": ("array",),
     "maxItems": ("array",),
+    "propertyNames": ("object",),
     "additionalProperties": ("object",),
 }
 

@@ -123,7 +123,7 @@ BOUNDS: dict[str, tuple[tuple[Any, Any], ...]] = {
     "presence_penalty": ((-2, -2.01), (2, 2.01)),
     "frequency_penalty": ((-2, -2.01), (2, 2.01)),
     "repetition_penalty": ((1e-6, 9e-7),),
-    "logit_bias": (({"5": -100}, {"5": -101}), ({"5": 100}, {"5": 101})),
+    "logit_bias": (({"5": -100}, {"5": -101}), ({"5": 100}, {"5": 101}), ({"5": 1}, {"x": 1})),
     "max_tokens": ((1, 0),),
     "max_completion_tokens": ((1, 0),),
     "min_tokens": ((0, -1),),

@@ -44,6 +44,7 @@ CHECKS = [
     unsupported_method,
     ignored_auth,
 ]
+ROLES = ("user", "assistant", "system")
 FEW_CHOICES = 3  # thousands of them take minutes
 HEADERS = {"Authorization": f"Bearer {API_KEY}"}
 FEW, MANY = (
@@ -77,11 +78,15 @@ def attack(case: Case, base_url: str | None = None) -> None:
 
 
 def reach_the_engine(body: dict[str, Any]) -> None:
-    """Give a request a model and ids that exist, as no generator guesses them, and few choices."""
+    """Give a request what no generator guesses: a model, ids and roles that exist, few choices."""
     if isinstance(body.get("model"), str):
         del body["model"]
     if isinstance(body.get("n"), int):
         body["n"] = min(body["n"], FEW_CHOICES)
+    for message in body.get("messages") or ():
+        if isinstance(message, dict) and isinstance(message.get("role"), str):
+            message["role"] = ROLES[len(message["role"]) % len(ROLES)]
+            message["content"] = message.get("content") or "x"
     for name in ("tokens", "prompt", "stop_token_ids"):
         ids = body.get(name)
         if isinstance(ids, list):
