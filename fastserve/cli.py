@@ -96,7 +96,7 @@ def build_parser() -> Parser:
     add_arguments(verb, TopConfig)
 
     verb = new_verb(verbs, "simulate", simulate, "run a trace through a policy in virtual time")
-    verb.usage = "%(prog)s --model NAME --hardware NAME --trace FILE [FLAGS]"
+    verb.usage = "%(prog)s [FLAGS]"
     add_arguments(verb, SimulateConfig, has_positional=False, only=SimulateConfig.flags())
 
     verb = new_verb(verbs, "replay", replay, "check that a server's journal gives the same plans")

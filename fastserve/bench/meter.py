@@ -47,7 +47,7 @@ class Meter(Progress):
     def following(self, name: str, requests: Sequence[Planned]) -> Iterator[None]:
         """Show these requests while the block runs."""
         num_tokens = sum(request.num_output_tokens for request in requests)
-        task = self.add_task(name, total=num_tokens, done="")
+        task = self.add_task(name, total=num_tokens, done="", visible=bool(requests))
         self.num_pieces = self.num_done = 0
         self.phase = Phase(task, len(requests), num_tokens)
         try:

@@ -53,6 +53,18 @@ def test_a_terminal_sees_requests_and_share(width):
     assert capture.get().count("\n") == 1
 
 
+def test_a_phase_without_requests_is_not_shown():
+    """Nothing is measured alone unless that is asked for."""
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    with (
+        Meter(terminal, is_shown=True) as meter,
+        meter.following("alone", []),
+        terminal.capture() as capture,
+    ):
+        terminal.print(*meter.get_renderables())
+    assert "alone" not in capture.get()
+
+
 @pytest.mark.parametrize(("is_terminal", "is_shown"), [(False, True), (True, False)])
 def test_nothing_is_drawn_in_a_pipe_or_when_not_wanted(is_terminal, is_shown):
     """Not one character."""
