@@ -194,9 +194,6 @@ REFUSED: Mapping[type[Body], Refusals] = {
 # What may be called → the field by which a client says that none of it is to be.
 CHOICES: Mapping[str, str] = {"tools": "tool_choice", "functions": "function_call"}
 
-# What is offered → the field that may say not to use it.
-CHOOSES: Mapping[str, str] = {"tools": "tool_choice", "functions": "function_call"}
-
 INSTEAD: Mapping[str, str] = {
     "n_predict": "max_tokens",
     "max_new_tokens": "max_tokens",
