@@ -7,8 +7,10 @@ known by their `tolist`. Must not know: the engine, how prompts become ids, torc
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 import os
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from fastserve.sampling_params import is_one_of
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids")
+SECRET = ("hf_token",)
 OTHER_NAMES = {"num_gpu_blocks_override": "num_device_blocks"}
 
 # Arguments of vllm.LLM and vllm.EngineArgs that are not settings here, and the values that ask for
@@ -42,7 +45,7 @@ HARMLESS: Mapping[str, tuple[Any, ...] | None] = {
     "enable_sleep_mode": (False,),
     "guided_decoding_backend": None,
     "hf_overrides": (None, {}),
-    "hf_token": (None, False),
+    "hf_token": (None, False, True),
     "kv_cache_dtype": ("auto",),
     "kv_transfer_config": (None,),
     "limit_mm_per_prompt": None,
@@ -76,14 +79,17 @@ HARMLESS: Mapping[str, tuple[Any, ...] | None] = {
 
 def engine_config(model: Any, arguments: Mapping[str, Any]) -> EngineConfig:
     """Return the configuration that `LLM(model, **arguments)` asks for; ConfigError by name."""
+    settings = {field.name for field in dataclasses.fields(EngineConfig)}
     values: dict[str, Any] = {}
-    for name, value in {"model": model, **arguments}.items():
+    for given, value in {"model": model, **arguments}.items():
+        name = OTHER_NAMES.get(given, given)
         if name in HARMLESS:
             allowed = HARMLESS[name]
             if allowed is not None and not is_one_of(value, allowed):
-                raise ConfigError(f"LLM: {name}={value!r} is not supported")
-        elif value is not None:  # which leaves it to the default
-            values[OTHER_NAMES.get(name, name)] = value
+                shown = "" if name in SECRET else f"={reprlib.repr(value)}"
+                raise ConfigError(f"LLM: {name}{shown} is not supported")
+        elif value is not None or name not in settings:  # None leaves a setting to its default
+            values[name] = value
     for name in ("model", "tokenizer"):
         if isinstance(values.get(name), os.PathLike):
             values[name] = os.fspath(values[name])

@@ -57,6 +57,19 @@ def test_none_leaves_a_setting_to_its_default() -> None:
     assert engine_config("demo", nothing) == EngineConfig()
 
 
+def test_a_name_there_is_not_is_refused_at_none_too() -> None:
+    """A misspelling is not dropped."""
+    with pytest.raises(ConfigError, match="unknown option 'no_such_flag'"):
+        engine_config("demo", {"no_such_flag": None})
+
+
+def test_a_secret_is_not_repeated() -> None:
+    """An error ends up in logs."""
+    with pytest.raises(ConfigError, match="LLM: hf_token is not supported") as caught:
+        engine_config("demo", {"hf_token": "hf_abc"})
+    assert "abc" not in str(caught.value)
+
+
 def test_settings_in_vllm_s_other_forms() -> None:
     """Paths, torch's dtypes, and the older name of a count of blocks."""
     config = engine_config(
