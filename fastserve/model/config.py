@@ -27,6 +27,15 @@ PARSERS: dict[str, Callable[[Values, str, str], ModelConfig]] = {
     "GPT2LMHeadModel": parse_gpt2,
 }
 
+POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 OTHER_KINDS = {
     "ForMaskedLM": "an encoder, which generates no text",
     "Classification": "a classifier, which generates no text",
@@ -63,7 +72,7 @@ def parse_model_config(values: Values, *, source: str) -> ModelConfig:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source}: {error}") from None
-    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
+    for name in POSITIVE:
         if getattr(config, name) < 1:
             raise ConfigError(f"{source}: {name} must be positive, got {getattr(config, name)}")
     if isinstance(config, LlamaConfig):
@@ -73,12 +82,14 @@ def parse_model_config(values: Values, *, source: str) -> ModelConfig:
 
 def _architecture(values: Values, source: str) -> str:
     """Return the class to be served: the first one known, or by model_type where none is named."""
-    names = values.get("architectures") or ()
+    names = values.get("architectures") or []
+    if not isinstance(names, list):
+        raise ConfigError(f"{source}: architectures must be a list, got {names!r}")
     model_type = values.get("model_type")
     for name, family in ARCHITECTURES.items():
         if name in names or (not names and family == model_type):
             return name
-    asked = ", ".join(map(str, names)) or model_type or "none named"
+    asked = ", ".join(map(str, names)) or str(model_type or "none named")
     kind = next((f", {kind}" for end, kind in OTHER_KINDS.items() if asked.endswith(end)), "")
     raise ConfigError(
         f"{source}: architecture not supported: {asked}{kind} (supported: {', '.join(PARSERS)})"
