@@ -63,7 +63,7 @@ class EngineConfig:
     )
 
     max_num_seqs: int | None = option(
-        None, "most sequences in one step (256; 64 on a CPU)", minimum=1
+        None, "most sequences in one step (256; 64 on a CPU)", minimum=1, maximum=2**20
     )
     max_num_batched_tokens: int | None = option(
         None, "most tokens in one step (2048; 512 on a CPU)", minimum=1
@@ -117,7 +117,7 @@ class EngineConfig:
     data_parallel_size: int = option(1, "copies of the model", choices=(1,), aliases=("-dp",))
     distributed_executor_backend: str = option("uni", "how workers are started", choices=("uni",))
     num_threads: int | None = option(
-        None, "threads of one CPU operation (cores - 1 beside a server)", minimum=1
+        None, "threads of one CPU operation (cores - 1 beside a server)", minimum=1, maximum=4096
     )
     cpu_kernels: str = option(
         "auto",
@@ -175,6 +175,9 @@ class ServerConfig:
         10_000, "requests in the server beyond which new ones get 429", minimum=1
     )
     max_body_bytes: int = option(16 * 2**20, "largest request body; more gets 413", minimum=1024)
+    timeout_keep_alive: int = option(
+        5, "seconds that a connection without a request stays open", minimum=1
+    )
     disable_log_requests: bool = option(False, "no line per request")
     log_level: str = option(
         "info",

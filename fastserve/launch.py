@@ -149,7 +149,7 @@ def serve(config: EngineConfig, server_config: ServerConfig) -> int:
         def refuse_work() -> None:
             app.state.context.is_draining = True
 
-        return listen.run(app, engine, listener, refuse_work)
+        return listen.run(app, engine, listener, refuse_work, server_config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

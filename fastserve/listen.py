@@ -29,7 +29,10 @@ LAST_BYTES_S = 5  # and then for their clients to take the rest
 
 
 class SignalledServer(uvicorn.Server):
-    """A uvicorn server that drains on a signal and then returns normally."""
+    """A uvicorn server that drains on a signal and then returns normally.
+
+    `ended_by` is the number of the second signal, which did not let it drain.
+    """
 
     def __init__(
         self, config: uvicorn.Config, engine: AsyncEngine, refuse_work: Callable[[], None]
@@ -37,6 +40,7 @@ class SignalledServer(uvicorn.Server):
         super().__init__(config)
         self._engine = engine
         self._refuse_work = refuse_work
+        self.ended_by: int | None = None
         self._draining: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
@@ -53,11 +57,17 @@ class SignalledServer(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _answer(self, number: int) -> None:
-        if self._draining is not None:
-            self.should_exit = self.force_exit = True
-            return
         name, count = signal.Signals(number).name, self._engine.num_requests
-        logger.warning("%s: finishing %d requests, at most %d s", name, count, DRAIN_S)
+        if self._draining is not None:
+            logger.warning("%s again: ending at once, %d requests unfinished", name, count)
+            self.ended_by = number
+            self.should_exit = self.force_exit = True
+            self._engine.kill()
+            return
+        logger.warning(
+            "%s: finishing %d requests, at most %d s; a second signal ends at once",
+            name, count, DRAIN_S,
+        )  # fmt: skip
         self._refuse_work()
         self._draining = asyncio.create_task(self._drain())
 
@@ -65,6 +75,11 @@ class SignalledServer(uvicorn.Server):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._engine.idle(), DRAIN_S)
         self.should_exit = True
+
+
+def is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Whether a record tells of anything but a request that the end of the server cut off."""
+    return record.exc_info is None or record.exc_info[0] is not asyncio.CancelledError
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -101,25 +116,34 @@ def warn_if_exposed(listener: socket.socket, config: ServerConfig) -> None:
 
 
 def run(
-    app: FastAPI, engine: AsyncEngine, listener: socket.socket, refuse_work: Callable[[], None]
+    app: FastAPI,
+    engine: AsyncEngine,
+    listener: socket.socket,
+    refuse_work: Callable[[], None],
+    server_config: ServerConfig,
 ) -> int:
     """Serve until a signal, upon which `refuse_work` is called; return the exit status.
 
+    That is 0 after a signal, and 128 and its number after a second one.
     Raises ConfigError when the engine cannot honour its settings.
     """
     # Its startup lines tell of processes, not of the model; its warnings are wanted.
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    uvicorn_logger = logging.getLogger("uvicorn.error")
+    uvicorn_logger.setLevel(logging.WARNING)
+    uvicorn_logger.addFilter(is_no_cancellation)
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
+        lifespan="off",  # the app has none, and its task would be one more to cut off
+        timeout_keep_alive=server_config.timeout_keep_alive,
         timeout_graceful_shutdown=LAST_BYTES_S,
     )
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         return runner.run(_serve(SignalledServer(config, engine, refuse_work), engine, listener))
 
 
-async def _serve(server: uvicorn.Server, engine: AsyncEngine, listener: socket.socket) -> int:
+async def _serve(server: SignalledServer, engine: AsyncEngine, listener: socket.socket) -> int:
     await engine.start()
     watcher = asyncio.create_task(_watch_loading(server, engine, listener))
     try:
@@ -134,7 +158,7 @@ async def _serve(server: uvicorn.Server, engine: AsyncEngine, listener: socket.s
     if error is not None and not has_loaded:
         sys.stderr.write(f"fastserve: error: {error}\n")
         return 1
-    return 0
+    return 0 if server.ended_by is None else 128 + server.ended_by
 
 
 async def _watch_loading(

@@ -203,6 +203,12 @@ class AsyncEngine:
             await self._supervisor
         self._die("the engine was closed")
 
+    def kill(self) -> None:
+        """End the engine process at once, whatever it is at; `close` follows."""
+        self._is_closing = True
+        if self._child is not None:
+            self._child.process.kill()
+
     # ── the process ──────────────────────────────────────────────────────────────────────────
 
     async def _supervise(self) -> None:
