@@ -9,6 +9,7 @@ Must not know: torch, how the files are written.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -52,7 +53,7 @@ Message = Advanced | Refused | Finished
 
 def convert(directory: str, *, shard_bytes: int | None = None) -> int:
     """Convert the weights in a directory; returns the exit code."""
-    model_dir = Path(directory).expanduser().resolve()
+    model_dir = Path(os.path.expanduser(directory)).resolve()
     if model_dir.is_file():
         raise ConfigError(f"{directory}: {describe_file(model_dir)}")
     if not model_dir.is_dir():
