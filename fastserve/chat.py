@@ -12,6 +12,8 @@ import io
 import sys
 from typing import TYPE_CHECKING
 
+from fastserve.streams import is_text
+
 if TYPE_CHECKING:
     from fastserve.llm import LLM
     from fastserve.sampling_params import SamplingParams
@@ -81,11 +83,6 @@ def read_line() -> str | None:
         print("(not sent: this is not UTF-8 text)")
         return ""
     return line
-
-
-def is_text(line: str) -> bool:
-    """Whether a string came from UTF-8 bytes: others leave lone surrogates in it."""
-    return not any("\ud800" <= char <= "\udfff" for char in line)
 
 
 def take_turn(llm: LLM, params: SamplingParams, history: list[Message], text: str) -> list[Message]:

@@ -8,56 +8,72 @@ code 2. Must not know: how anything is done.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from fastserve import __version__
 from fastserve.bench.config import OfflineBenchConfig, SchedulerBenchConfig
 from fastserve.bench.serve_config import ServeBenchConfig
 from fastserve.config import ConfigError, EngineConfig, ServerConfig
 from fastserve.options import add_arguments
+from fastserve.parser import EXIT_USAGE, Parser
 from fastserve.settings import Settings
 from fastserve.sim.config import SimulateConfig
+from fastserve.streams import (
+    EXIT_INTERRUPTED,
+    abandon_output,
+    as_text,
+    give_up,
+    prepare_streams,
+    require_working_directory,
+)
 from fastserve.verb_config import TextConfig, TopConfig
 
 if TYPE_CHECKING:
     from fastserve.llm import LLM
     from fastserve.sampling_params import SamplingParams
 
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong and where help is."""
-        self.exit(EXIT_USAGE, f"fastserve: error: {message} (see {self.prog} --help)\n")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if "run" not in args:
-        parser.print_help(sys.stderr)
-        return EXIT_USAGE
+    prepare_streams()
     try:
-        run: Callable[[Settings], int] = args.run
-        return run(Settings(args))
+        code = run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         return fail(error)
     except KeyboardInterrupt:
+        give_up()
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe went away: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # there is no reader left to tell
+        abandon_output()
         return 1
+    except MemoryError as error:
+        return fail(f"out of memory: {error}", 1)
+    except OSError as error:  # of this machine: a full disk, a directory that may not be written
+        reason = error.strerror or str(error) or type(error).__name__
+        return fail(f"{error.filename}: {reason}" if error.filename else reason, 1)
+
+
+def run(words: list[str]) -> int:
+    """Find the verb and run it."""
+    match words:
+        case ["help", *names]:
+            words = [*names, "--help"]
+        case ["version"]:
+            words = ["--version"]
+    parser = build_parser()
+    args = parser.parse_args(words)
+    if "run" not in args:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    require_working_directory()
+    verb: Callable[[Settings], int] = args.run
+    return verb(Settings(args))
 
 
 def fail(error: Exception | str, code: int = EXIT_USAGE) -> int:
@@ -83,8 +99,12 @@ def build_parser() -> Parser:
         verbs, "generate", generate, "print a model's answer", TextConfig, operand="PROMPT"
     )
     verb.add_argument(
-        "prompt", metavar="PROMPT", help="text to continue; -: read it from standard input"
+        "prompt",
+        metavar="PROMPT",
+        nargs="+",
+        help="text to continue, of one word or several; -: read it from standard input",
     )
+    verb.takes_words = "prompt"
 
     verb = add_verb(verbs, "chat", chat, "talk to a model in the terminal", TextConfig)
     verb.add_argument("--system", metavar="TEXT", help="system message of the conversation")
@@ -113,6 +133,8 @@ def build_parser() -> Parser:
     verb.add_argument("--workers", metavar="N", type=int, default=2, help="processes (2)")
 
     add_bench_verbs(verbs)
+    new_verb(verbs, "help", None, "say what a verb takes: fastserve help VERB")
+    new_verb(verbs, "version", None, "say which version this is")
     return parser
 
 
@@ -147,7 +169,7 @@ def add_verb(
     text: str,
     *owners: type,
     operand: str = "[MODEL]",
-) -> argparse.ArgumentParser:
+) -> Parser:
     """Declare a verb that runs a model; `owners` are the settings it takes beside the engine's."""
     verb = new_verb(verbs, name, run, text)
     verb.usage = f"%(prog)s {operand} [FLAGS]"  # every flag in one line helps nobody
@@ -158,11 +180,9 @@ def add_verb(
     return verb
 
 
-def new_verb(
-    verbs: Any, name: str, run: Callable[[Settings], int] | None, text: str
-) -> argparse.ArgumentParser:
+def new_verb(verbs: Any, name: str, run: Callable[[Settings], int] | None, text: str) -> Parser:
     """Declare a verb without flags."""
-    verb: argparse.ArgumentParser = verbs.add_parser(
+    verb: Parser = verbs.add_parser(
         name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
     )
     if run is not None:
@@ -173,13 +193,21 @@ def new_verb(
 def serve(settings: Settings) -> int:
     """Serve until stopped."""
     config, server_config = settings.build(EngineConfig), settings.build(ServerConfig)
+    if server_config.log_level in ("debug", "info"):
+        announce(config)
     from fastserve import launch
 
     return launch.serve(config, server_config)
 
 
+def announce(config: EngineConfig) -> None:
+    """Say what is loaded, before what takes seconds begins."""
+    print(f"FastServe {__version__}: loading {config.model} ...", file=sys.stderr, flush=True)
+
+
 def load_llm(config: EngineConfig) -> LLM:
     """Load a model into this process."""
+    announce(config)
     from fastserve.llm import LLM
 
     return LLM(**dataclasses.asdict(config))
@@ -195,7 +223,10 @@ def sampling_params(llm: LLM, text: TextConfig) -> SamplingParams:
 def generate(settings: Settings) -> int:
     """Print one answer as it comes."""
     config, text = settings.build(EngineConfig), settings.build(TextConfig)
-    prompt = sys.stdin.read() if settings.args.prompt == "-" else settings.args.prompt
+    words = settings.args.prompt
+    prompt = as_text(sys.stdin.read() if words == ["-"] else " ".join(words), "PROMPT")
+    if not prompt:
+        raise ConfigError("PROMPT: it is empty, and there is nothing to continue")
     with load_llm(config) as llm:
         try:
             for delta in llm.stream(prompt, sampling_params(llm, text)):
@@ -221,6 +252,7 @@ def chat(settings: Settings) -> int:
 def profile(settings: Settings) -> int:
     """Measure step times."""
     config = settings.build(EngineConfig)
+    announce(config)
     from fastserve.profiling import profile_model
 
     return profile_model(config, settings.args.output)
@@ -281,6 +313,7 @@ def bench_scheduler(settings: Settings) -> int:
 def bench_offline(settings: Settings) -> int:
     """Measure the engine without HTTP."""
     bench, config = settings.build(OfflineBenchConfig), settings.build(EngineConfig)
+    announce(config)
     from fastserve.bench.offline import measure_offline
 
     return measure_offline(bench, config)

@@ -61,6 +61,8 @@ def check_ranges(config: Any) -> None:
         for word in value if isinstance(value, tuple) else (value,):
             if isinstance(word, str) and not word.strip():  # an unset variable in a script
                 raise ConfigError(f"{flag}: an empty value")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{flag}: {value} does not fit 64 bits")
         if meta["choices"] and value not in meta["choices"]:
             allowed = ", ".join(map(str, meta["choices"]))
             raise ConfigError(f"{flag}: {value!r} is not one of: {allowed}")
@@ -96,7 +98,8 @@ def add_arguments(
     """Give `parser` one flag per field of a config class, spelled as the field with dashes.
 
     Absent flags leave no attribute, so that a YAML file or the class supplies the value.
-    With `has_positional` false, the positional of the class is a flag too. `only` names the fields
+    The positional of the class can be given as a flag too, and only so with `has_positional` false.
+    `only` names the fields
     that get a flag, where not all do.
     """
     group = parser.add_argument_group((owner.__doc__ or "").split("\n")[0].rstrip("."))
@@ -107,8 +110,10 @@ def add_arguments(
         text = meta["help"].replace("%", "%%")
         if spec.default not in (None, ()) and kind is not bool:
             text += f" (default: {spec.default})"
+        names = ["--" + spec.name.replace("_", "-"), *meta["aliases"]]
         if meta["positional"] and has_positional:
-            parser.add_argument(
+            either = parser.add_mutually_exclusive_group()
+            either.add_argument(
                 spec.name,
                 nargs="?",
                 type=kind,
@@ -116,8 +121,10 @@ def add_arguments(
                 help=text,
                 metavar=spec.name.upper(),
             )
+            either.add_argument(
+                *names, dest=spec.name, type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )
             continue
-        names = ["--" + spec.name.replace("_", "-"), *meta["aliases"]]
         if kind is bool:
             group.add_argument(
                 *names,
@@ -182,5 +189,5 @@ def as_words(value: Any, name: str) -> tuple[str, ...]:
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" for the nearest of the `known` names, "" if none is near."""
-    near = difflib.get_close_matches(given, list(known), n=1)
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from fastserve.options import ConfigError, from_mapping, takes_many
+from fastserve.options import ConfigError, did_you_mean, from_mapping, takes_many
 
 T = TypeVar("T")
 
@@ -62,30 +63,63 @@ def refuse_if_swallowed(positional: dataclasses.Field[Any], args: argparse.Names
                 )
 
 
+class YamlLoader(yaml.SafeLoader):
+    """YAML as flags are read: 1e-3 is a number."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
+)
+
+
 def read_config(path: str, owners: Sequence[type]) -> dict[str, Any]:
     """Return the settings of a YAML file; keys are flags or field names.
 
-    Raises ConfigError for an unreadable file and for a key that no owner has.
+    Raises ConfigError for an unreadable file and for a key that no owner has, with its line.
     """
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: {error}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, Mapping):
-        raise ConfigError(f"{path}: a mapping of options is expected, not {type(loaded).__name__}")
     names = {}
     for owner in owners:
         for spec in dataclasses.fields(owner):
             for name in (spec.name, *spec.metadata["aliases"]):
                 names[name.lstrip("-").replace("-", "_")] = spec.name
     values: dict[str, Any] = {}
-    for key, value in loaded.items():
-        name = names.get(str(key).replace("-", "_"))
+    for key, value, line in read_items(path):
+        word = key.replace("-", "_")
+        name = names.get(word)
         if name is None:
-            raise ConfigError(f"{path}: unknown option {key!r}")
+            near = did_you_mean(word, names).replace("_", "-")
+            raise ConfigError(f"{path}:{line}: unknown option {key!r}{near}")
         if name in values:
-            raise ConfigError(f"{path}: {key!r} is given twice")
+            raise ConfigError(f"{path}:{line}: {key!r} is given twice")
         values[name] = value
     return values
+
+
+def read_items(path: str) -> list[tuple[str, Any, int]]:
+    """Return key, value and line number of each entry of a YAML file's mapping.
+
+    Raises ConfigError, of one short line, for what is not such a file.
+    """
+    try:
+        loader = YamlLoader(Path(path).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
+            kind = root.tag.rpartition(":")[2]
+            raise ConfigError(f"{path}: a mapping of options is expected, not {kind}")
+        return [
+            (str(key.value), loader.construct_document(value), key.start_mark.line + 1)
+            for key, value in root.value
+        ]
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: not UTF-8 text") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f":{mark.line + 1}"
+        raise ConfigError(f"{path}{where}: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{path}: not YAML: {reason}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -12,8 +13,11 @@ from fastserve import __version__, cli
 from fastserve.bench.config import SchedulerBenchConfig
 from fastserve.config import ConfigError, EngineConfig, ServerConfig
 from fastserve.settings import Settings
+from fastserve.verb_config import TopConfig
 
-VERBS = ("serve", "generate", "chat", "profile", "top", "convert", "bench")
+VERBS = (
+    "serve", "generate", "chat", "profile", "top", "convert", "bench", "help", "version"
+)  # fmt: skip
 
 
 def settings(*argv):
@@ -31,9 +35,11 @@ def complaint(capsys, *argv):
     said = capsys.readouterr()
     assert code == 2
     assert said.out == ""
-    assert said.err.startswith("fastserve: error: ")
-    assert said.err.count("\n") == 1
-    return said.err
+    *announced, text = said.err.splitlines()
+    assert all(": loading " in line for line in announced)
+    assert text.startswith("fastserve: error: ")
+    assert len(text) < 300
+    return text
 
 
 def test_help_names_every_verb(capsys):
@@ -54,16 +60,57 @@ def test_every_verb_has_help(capsys, verb):
     assert "usage: fastserve" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("verb", ["", "serve", "bench serve"])
+def test_help_is_a_verb_too(capsys, verb):
+    """`help VERB` is `VERB --help`."""
+    said = []
+    for argv in (["help", *verb.split()], [*verb.split(), "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(argv)
+        assert ended.value.code == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("serv", "invalid choice 'serv'; did you mean serve? (see fastserve --help)"),
+        ("help genrate", "did you mean generate?"),
+        ("bench ofline", "did you mean offline? (see fastserve bench --help)"),
+        ("serve --prot 1", "--prot; did you mean --port? (see fastserve serve --help)"),
+        ("serve --max-num=4", "--max-num; did you mean --max-num-seqs?"),
+        ("top --intreval 1", "did you mean --interval?"),
+        ("serve --scheduling-policy fcsf", "did you mean fcfs?"),
+        ("--verison", "did you mean --version?"),
+        ("--port 8000 serve", "--port; flags go after the verb"),
+        ("serve a b", "unrecognized arguments: b"),
+        ("serve a --model b", "--model: not allowed with argument MODEL"),
+        ("zzz", "(one of: serve, generate,"),
+    ],
+)
+def test_a_misspelt_word_gets_the_near_one(capsys, argv, words):
+    """Verbs, flags and choices."""
+    assert words in complaint(capsys, *argv.split())
+
+
+def test_what_follows_an_unknown_flag_is_not_repeated(capsys):
+    """It may be a key."""
+    assert "s3cret" not in complaint(capsys, "serve", "--api-kye", "s3cret")
+    assert "s3cret" not in complaint(capsys, "serve", "--api-kye=s3cret")
+
+
 def test_no_verb_prints_help(capsys):
     """The bare command helps, and is an error to a script."""
     assert cli.main([]) == 2
     assert "serve a model" in capsys.readouterr().err
 
 
-def test_version(capsys):
-    """`--version` names the program and its version."""
+@pytest.mark.parametrize("word", ["--version", "version"])
+def test_version(capsys, word):
+    """`--version` names the program and its version; so does the verb."""
     with pytest.raises(SystemExit) as ended:
-        cli.main(["--version"])
+        cli.main([word])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"fastserve {__version__}\n"
 
@@ -82,6 +129,17 @@ def test_version(capsys):
         (["serve", "--config", "/nonexistent.yaml"], "/nonexistent.yaml"),
         (["serve", "/no/such/model"], "/no/such/model"),
         (["generate"], "PROMPT"),
+        (["generate", ""], "PROMPT: it is empty"),
+        (["generate", "hello", "--model="], "--model: an empty value"),
+        (["serve", ""], "--model: an empty value"),
+        (["serve", "--served-model-name", ""], "--served-model-name: an empty value"),
+        (["serve", "--api-key", "clé"], "printable ASCII"),
+        (["serve", "--max-num-seqs", "1e3"], "--max-num-seqs: invalid int value"),
+        (["serve", "--port", "-1"], "--port: -1 is below"),
+        (["serve", "--seed", "9" * 20], "--seed: 99999999999999999999 does not fit 64 bits"),
+        (["serve", "--num-threads", "9" * 10], "above the maximum"),
+        (["serve", "--timeout-keep-alive", "0"], "--timeout-keep-alive: 0 is below"),
+        (["serve", "~nobody/at/all"], "no such directory"),
         (["generate", "hello", "--temperature", "-1"], "--temperature"),
         (["bench"], "SUBJECT"),
         (["bench", "scheduler", "--running", "0"], "--running"),
@@ -113,11 +171,22 @@ def test_defaults_without_flags():
     assert given.build(ServerConfig) == ServerConfig()
 
 
-def test_generate_takes_the_model_as_a_flag():
-    """The one positional of `generate` is the prompt."""
-    given = settings("generate", "once upon", "--model", "dir", "--max-tokens", "7")
-    assert given.args.prompt == "once upon"
+@pytest.mark.parametrize(
+    "words",
+    ["'once upon' --model dir", "once upon --model dir", "--model dir once upon",
+     "once --model dir upon", "--model dir -- once upon"],
+)  # fmt: skip
+def test_generate_takes_words(words):
+    """The prompt is all that is no flag; the model is one."""
+    given = settings("generate", *shlex.split(words))
+    assert " ".join(given.args.prompt) == "once upon"
     assert given.build(EngineConfig).model == "dir"
+
+
+def test_a_model_may_be_a_flag():
+    """Of the verbs that take it as a word too, and from both none is chosen."""
+    assert settings("serve", "--model", "dir").build(EngineConfig).model == "dir"
+    assert settings("top", "--url", "http://x").build(TopConfig).url == "http://x"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +228,8 @@ def test_config_file_and_flags(tmp_path):
     path = tmp_path / "serve.yaml"
     path.write_text(
         "model: my/model\nmax-num-seqs: 8\nstarvation_limit: 1\nport: 9000\n"
-        "num-gpu-blocks-override: 50\nenable_prefix_caching: false\napi-key: [k1, k2]\n"
+        "mlfq-quantum: 1e-3\nnum-gpu-blocks-override: 50\nenable_prefix_caching: false\n"
+        "api-key: [k1, k2]\n"
         "served-model-name: mine\n"
     )
     given = settings("serve", "--config", str(path), "--max-num-seqs", "16")
@@ -168,6 +238,7 @@ def test_config_file_and_flags(tmp_path):
         model="my/model",
         max_num_seqs=16,
         starvation_limit=1,
+        mlfq_quantum=1e-3,
         num_device_blocks=50,
         enable_prefix_caching=False,
     )
@@ -186,7 +257,17 @@ def test_an_empty_config_file_changes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("max-seqs: 8", "unknown option 'max-seqs'"),
+        (
+            "# one\nmax-seqs: 8",
+            "serve.yaml:2: unknown option 'max-seqs'; did you mean max-num-seqs?",
+        ),
+        ("model: x\nmodel: y", "serve.yaml:2: 'model' is given twice"),
+        ("model: x\n\tport: 1", "serve.yaml:2: found character"),
+        ("port: 1\nmodel: 'x", "serve.yaml:2: found unexpected end of stream"),
+        ("a: b: c", "serve.yaml:1: mapping values are not allowed here"),
+        ("model: !!python/name:os.system", "serve.yaml:1: could not determine a constructor"),
+        ("[" * 5000, "serve.yaml"),
+        ("model: \x01", "serve.yaml"),
         ("max-num-seqs: 8\nmax_num_seqs: 9", "given twice"),
         ("max-num-seqs: many", "max_num_seqs must be int"),
         ("enable-prefix-caching: 1", "enable_prefix_caching must be bool"),
