@@ -83,7 +83,8 @@ def reach_the_engine(body: dict[str, Any]) -> None:
         del body["model"]
     if isinstance(body.get("n"), int):
         body["n"] = min(body["n"], FEW_CHOICES)
-    for message in body.get("messages") or ():
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else ():
         if isinstance(message, dict) and isinstance(message.get("role"), str):
             message["role"] = ROLES[len(message["role"]) % len(ROLES)]
             message["content"] = message.get("content") or "x"
