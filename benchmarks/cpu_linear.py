@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastserve.model.layers import Linear
-from fastserve.model.packed_linear import PackedLinear
+from fastserve.model.ops.layers import Linear
+from fastserve.model.ops.packed_linear import PackedLinear
 
 SHAPES = ((1280, 768), (768, 768), (4096, 768), (768, 2048), (32000, 768), (384, 384), (2048, 384))
 ROWS = (1, 8, 32, 512)

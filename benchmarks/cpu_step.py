@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from fastserve.config import EngineConfig
 from fastserve.executor import model_runner
 from fastserve.executor.profiler import run_step
 from fastserve.executor.worker import Worker
-from fastserve.model import packed_linear
+from fastserve.model.ops import packed_linear
+from fastserve.settings.engine import EngineConfig
 
 CONTEXT = 192
 STEPS = 40

@@ -24,10 +24,10 @@ from benchmarks.gpu_network import (
     make_kv,
     prefill_batch,
 )
-from fastserve.model.architectures import Network
-from fastserve.model.attention import PagedKV
-from fastserve.model.config import ModelConfig
-from fastserve.model.cuda_ops import CudaOps
+from fastserve.checkpoint.model_config import ModelConfig
+from fastserve.model.attention.interfaces import PagedKV
+from fastserve.model.families.architectures import Network
+from fastserve.model.ops.cuda_ops import CudaOps
 from fastserve.model.staged_batch import stage
 
 LLAMA_3_8B: dict[str, Any] = {

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastserve.checkpoint.model_config import ModelConfig, parse_model_config
 from fastserve.executor.cuda_graphs import Capture, CudaCapture, DecodeGraphs
-from fastserve.model.architectures import Network, load_network
-from fastserve.model.attention import PagedKV
-from fastserve.model.config import ModelConfig, parse_model_config
+from fastserve.model.attention.interfaces import PagedKV
+from fastserve.model.families.architectures import Network, load_network
 from fastserve.model.input_batch import InputBatch, build_input_batch
 from fastserve.model.loader import DummyWeights, Weights
-from fastserve.model.ops import Ops
+from fastserve.model.ops.interfaces import Ops
 
 __all__ = ["Capture", "build_network", "decode_batch", "make_graphs", "make_kv"]
 

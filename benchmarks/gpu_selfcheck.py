@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_network import Capture, build_network, decode_batch, make_graphs, make_kv
-from fastserve.model.attention import PagedKV, ReferenceAttention
-from fastserve.model.cuda_ops import CudaOps
+from fastserve.model.attention.interfaces import PagedKV, ReferenceAttention
+from fastserve.model.attention.triton import FIXED_SPLIT_TOKENS, TritonAttention
 from fastserve.model.input_batch import InputBatch, build_input_batch, order_rows
+from fastserve.model.ops.cuda_ops import CudaOps
+from fastserve.model.ops.torch_ops import TorchOps
 from fastserve.model.staged_batch import stage
-from fastserve.model.torch_ops import TorchOps
-from fastserve.model.triton_attention import FIXED_SPLIT_TOKENS, TritonAttention
 
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 SHAPES = ((32, 8, 128), (40, 40, 128), (8, 1, 80), (4, 4, 256), (6, 2, 64))

@@ -39,7 +39,7 @@ from benchmarks.mixed_workload import (
 )
 from fastserve.bench.latency import Timing, report
 from fastserve.bench.stream_client import Endpoint, LostRequestError, ask, fields_of
-from fastserve.provenance import provenance
+from fastserve.host.provenance import provenance
 
 Address = tuple[str, int]
 WARM_UP_REQUESTS = 12

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from fastserve.bench.stream_client import Answer
-from fastserve.config import ConfigError
+from fastserve.settings.option import ConfigError
 
 SPEEDS = ("total_tokens_per_s", "decode_tokens_per_s", "gap_ms")
 SHARES = {"api": "API process", "engine": "engine", "client": "client"}

@@ -51,12 +51,13 @@ from fastserve.bench.requests import plan_requests
 from fastserve.bench.serve import Target, send
 from fastserve.bench.serve_config import ServeBenchConfig
 from fastserve.bench.serve_report import Run, Sent, figures
-from fastserve.checkpoint import read_json
-from fastserve.config import ConfigError, EngineConfig
+from fastserve.checkpoint.locate import read_json
 from fastserve.engine.process import quiet_garbage_collector
+from fastserve.host.provenance import output_path, provenance
 from fastserve.launch import open_engine
-from fastserve.provenance import output_path, provenance
-from fastserve.tokenizer import Tokenizer
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError
+from fastserve.text.tokenizer import Tokenizer
 
 STOP_SECONDS = 30.0
 

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.harness import Lab, Point
-from fastserve.config import SchedulerConfig
 from fastserve.core.cost_model import CostModel
+from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.sim_executor import EOS_TOKEN_ID
 from fastserve.sim.simulator import Machine
 from fastserve.sim.workload import Workload

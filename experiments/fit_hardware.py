@@ -25,7 +25,7 @@ from experiments import published_tables as tables
 from experiments.distserve_fit import distserve_steps, fit_direct, fit_rows
 from experiments.hardware_checks import checks
 from fastserve.core.cost_model import CostModel
-from fastserve.provenance import ROOT, provenance
+from fastserve.host.provenance import ROOT, provenance
 from fastserve.sim.hardware import FITS_FILE, HARDWARE, Fits, load_fits
 from fastserve.sim.roofline import Efficiency, Roofline
 

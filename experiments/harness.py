@@ -36,9 +36,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastserve.cache_dir import cache_dir
-from fastserve.config import SchedulerConfig
-from fastserve.provenance import ROOT, provenance
+from fastserve.host.cache_dir import cache_dir
+from fastserve.host.provenance import ROOT, provenance
+from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.hardware import resolve_cost_model
 from fastserve.sim.report import alone_s, latencies, make_report
 from fastserve.sim.sim_executor import EOS_TOKEN_ID
@@ -48,7 +48,7 @@ from fastserve.sim.workload import Workload
 NICENESS = 10
 TOKENS_PER_S = 150_000
 """Answer tokens that one core simulates in a second, for the estimate; fewer where plans thrash."""
-SIMULATING_CODE = ("config.py", "core/**/*.py", "engine/engine.py", "sim/*.py", "sim/*.json")
+SIMULATING_CODE = ("settings/*.py", "core/**/*.py", "engine/engine.py", "sim/*.py", "sim/*.json")
 Labels = Mapping[str, str | float | int]
 
 

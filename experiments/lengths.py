@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastserve.provenance import ROOT
+from fastserve.host.provenance import ROOT
 from fastserve.sim.generators import Lengths as Distribution
 from fastserve.sim.generators import Lognormal, generate, resample
 from fastserve.sim.trace_file import read_trace

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastserve.provenance import ROOT
+from fastserve.host.provenance import ROOT
 from fastserve.sim.models import MODELS, ModelShape
 
 PROFILES = ROOT.parent / "shared" / "profiles"

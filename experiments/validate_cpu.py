@@ -31,13 +31,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fastserve.config import EngineConfig
 from fastserve.core.cost_model import CostModel
-from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput
+from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput
 from fastserve.core.request import SamplingParams
 from fastserve.engine.engine import Engine
+from fastserve.host.provenance import provenance
 from fastserve.launch import open_engine
-from fastserve.provenance import provenance
+from fastserve.settings.engine import EngineConfig
 from fastserve.sim.generators import Lognormal, arrivals
 from fastserve.sim.sim_executor import EOS_TOKEN_ID, StepOverhead
 from fastserve.sim.simulator import Machine, simulate

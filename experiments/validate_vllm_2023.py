@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.published_tables import PROFILES, rows_of
-from fastserve.config import SchedulerConfig
-from fastserve.provenance import ROOT, provenance
+from fastserve.host.provenance import ROOT, provenance
+from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.hardware import resolve_cost_model
 from fastserve.sim.sim_executor import EOS_TOKEN_ID, StepOverhead
 from fastserve.sim.simulator import Machine, simulate

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from experiments.harness import Lab, Point, Result, Setup
 from experiments.lengths import traces_folder
 from experiments.workload_tables import write_tables
-from fastserve.provenance import ROOT, commit
+from fastserve.host.provenance import ROOT, commit
 from fastserve.sim.generators import jittered
 from fastserve.sim.trace_file import read_trace
 from fastserve.sim.workload import Workload

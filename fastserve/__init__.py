@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastserve.config import EngineConfig
     from fastserve.llm import LLM
-    from fastserve.sampling_params import SamplingParams
+    from fastserve.offline.sampling_params import SamplingParams
+    from fastserve.settings.engine import EngineConfig
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "EngineConfig", "SamplingParams", "__version__"]
@@ -20,11 +20,11 @@ def __getattr__(name: str) -> Any:
 
         return LLM
     if name == "SamplingParams":
-        from fastserve.sampling_params import SamplingParams
+        from fastserve.offline.sampling_params import SamplingParams
 
         return SamplingParams
     if name == "EngineConfig":
-        from fastserve.config import EngineConfig
+        from fastserve.settings.engine import EngineConfig
 
         return EngineConfig
     raise AttributeError(f"module 'fastserve' has no attribute {name!r}")

@@ -17,12 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastserve import __version__
 from fastserve.bench.config import OfflineBenchConfig, SchedulerBenchConfig
 from fastserve.bench.serve_config import ServeBenchConfig
-from fastserve.config import ConfigError, EngineConfig, ServerConfig
-from fastserve.options import add_arguments
-from fastserve.parser import EXIT_USAGE, Parser
-from fastserve.settings import Settings
-from fastserve.sim.config import SimulateConfig
-from fastserve.streams import (
+from fastserve.host.streams import (
     EXIT_INTERRUPTED,
     abandon_output,
     as_text,
@@ -30,11 +25,17 @@ from fastserve.streams import (
     prepare_streams,
     require_working_directory,
 )
-from fastserve.verb_config import TextConfig, TopConfig
+from fastserve.settings.command_line import Settings
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError, add_arguments
+from fastserve.settings.server import ServerConfig
+from fastserve.sim.config import SimulateConfig
+from fastserve.verbs.config import TextConfig, TopConfig
+from fastserve.verbs.parser import EXIT_USAGE, Parser
 
 if TYPE_CHECKING:
     from fastserve.llm import LLM
-    from fastserve.sampling_params import SamplingParams
+    from fastserve.offline.sampling_params import SamplingParams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,7 +241,7 @@ def generate(settings: Settings) -> int:
 def chat(settings: Settings) -> int:
     """Hold a conversation."""
     config, text = settings.build(EngineConfig), settings.build(TextConfig)
-    from fastserve.chat import converse
+    from fastserve.verbs.chat import converse
 
     with load_llm(config) as llm:
         try:
@@ -253,7 +254,7 @@ def profile(settings: Settings) -> int:
     """Measure step times."""
     config = settings.build(EngineConfig)
     announce(config)
-    from fastserve.profiling import profile_model
+    from fastserve.verbs.profile import profile_model
 
     return profile_model(config, settings.args.output)
 
@@ -261,7 +262,7 @@ def profile(settings: Settings) -> int:
 def top(settings: Settings) -> int:
     """Watch a server."""
     config = settings.build(TopConfig)
-    from fastserve.top import watch
+    from fastserve.verbs.top import watch
 
     return watch(config)
 
@@ -269,28 +270,28 @@ def top(settings: Settings) -> int:
 def simulate(settings: Settings) -> int:
     """Run a trace in virtual time."""
     config = settings.build(SimulateConfig)
-    from fastserve import simulate as verb
+    from fastserve.verbs import simulate as verb
 
     return verb.simulate(config)
 
 
 def replay(settings: Settings) -> int:
     """Replay a journal."""
-    from fastserve import replay as verb
+    from fastserve.verbs import replay as verb
 
     return verb.replay(Path(settings.args.journal))
 
 
 def convert(settings: Settings) -> int:
     """Convert pickled weights."""
-    from fastserve import convert as verb
+    from fastserve.verbs import convert as verb
 
     return verb.convert(settings.args.directory)
 
 
 def reproduce(settings: Settings) -> int:
     """Run experiments."""
-    from fastserve import reproduce as verb
+    from fastserve.verbs import reproduce as verb
 
     args = settings.args
     return verb.reproduce(

@@ -15,16 +15,19 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fastserve import checkpoint
-from fastserve.config import ConfigError, EngineConfig, SchedulerConfig, ServerConfig
+from fastserve.checkpoint import locate as checkpoint
+from fastserve.client.async_engine import AsyncEngine
 from fastserve.core.build import build_scheduler
 from fastserve.core.journal import Journal
 from fastserve.engine import process
-from fastserve.engine.async_engine import AsyncEngine
 from fastserve.engine.engine import Engine, MonotonicClock
-from fastserve.engine.messages import EngineInfo
-from fastserve.machine import num_cores
-from fastserve.tokenizer import Tokenizer
+from fastserve.host.machine import num_cores
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError
+from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.settings.server import ServerConfig
+from fastserve.text.tokenizer import Tokenizer
+from fastserve.wire.engine_messages import EngineInfo
 
 # Threads that spin between steps take the cores of whoever else works on this machine; those that
 # sleep at once are woken by the kernel for every operation (docs/performance.md). This many turns
@@ -135,7 +138,7 @@ def log_from(level: str) -> None:
 
 def serve(config: EngineConfig, server_config: ServerConfig) -> int:
     """Serve over HTTP until a signal; return the exit status."""
-    from fastserve import listen
+    from fastserve.server import listen
     from fastserve.server.app import create_app
 
     level = server_config.log_level.upper()

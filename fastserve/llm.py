@@ -17,32 +17,31 @@ from typing import Any, cast
 from rich.console import Console
 from rich.progress import Progress
 
-from fastserve.answer import shifted_seed
-from fastserve.chat_messages import conversation_list
 from fastserve.core import request
-from fastserve.core.output import RequestUpdate
+from fastserve.core.messages import RequestFailedError, RequestUpdate
 from fastserve.core.request import FinishReason
-from fastserve.engine.interfaces import RequestFailedError
-from fastserve.hf_tokenizer import HFTokenizer
+from fastserve.frontend.answer import shifted_seed
+from fastserve.frontend.request_checks import check_params, check_prompt, fitted
 from fastserve.launch import open_engine, open_tokenizer
-from fastserve.llm_inputs import (
+from fastserve.offline.hf_tokenizer import HFTokenizer
+from fastserve.offline.inputs import (
     Prompt,
     engine_config,
     prompt_list,
     read_prompt,
     refuse_lora,
 )
-from fastserve.llm_output import (
+from fastserve.offline.output import (
     Choice,
     CompletionOutput,
     Logprob,
     RequestOutput,
     logprob_table,
 )
-from fastserve.request_checks import check_params, check_prompt, fitted
-from fastserve.sampling_params import SamplingParams, integer
-from fastserve.template_reading import ContentFormat
-from fastserve.tokenizer import TextStream, Tokenizer
+from fastserve.offline.sampling_params import SamplingParams, integer
+from fastserve.text.chat_messages import conversation_list
+from fastserve.text.template_reading import ContentFormat
+from fastserve.text.tokenizer import TextStream, Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]
 

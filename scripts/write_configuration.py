@@ -11,10 +11,11 @@ from pathlib import Path
 
 from fastserve.bench.config import OfflineBenchConfig, SchedulerBenchConfig
 from fastserve.bench.serve_config import ServeBenchConfig
-from fastserve.config import EngineConfig, ServerConfig
-from fastserve.options import field_type, takes_many
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import field_type, takes_many
+from fastserve.settings.server import ServerConfig
 from fastserve.sim.config import SimulateConfig
-from fastserve.verb_config import TextConfig, TopConfig
+from fastserve.verbs.config import TextConfig, TopConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 OPENING = """\

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastserve.checkpoint.model_config import read_model_config
 from fastserve.executor.choices import choose_cpu_kernels, choose_ops
-from fastserve.model.architectures import Network, load_network
-from fastserve.model.attention import PagedKV
-from fastserve.model.config import read_model_config
+from fastserve.model.attention.interfaces import PagedKV
+from fastserve.model.families.architectures import Network, load_network
 from fastserve.model.input_batch import build_input_batch, order_rows
 from fastserve.model.loader import open_weights
 

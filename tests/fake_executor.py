@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from fastserve.core.output import (
+from fastserve.core.messages import (
     ExecutorOutput,
     NewRequest,
     Sample,

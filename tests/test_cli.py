@@ -11,9 +11,11 @@ import pytest
 
 from fastserve import __version__, cli
 from fastserve.bench.config import SchedulerBenchConfig
-from fastserve.config import ConfigError, EngineConfig, ServerConfig
-from fastserve.settings import Settings
-from fastserve.verb_config import TopConfig
+from fastserve.settings.command_line import Settings
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError
+from fastserve.settings.server import ServerConfig
+from fastserve.verbs.config import TopConfig
 
 VERBS = (
     "serve", "generate", "chat", "profile", "top", "convert", "bench", "help", "version"

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from fastserve.llm import LLM
-from fastserve.llm_output import RequestOutput
 from fastserve.model.sampler import Draws, sample, score
-from fastserve.sampling_params import SamplingParams
+from fastserve.offline.output import RequestOutput
+from fastserve.offline.sampling_params import SamplingParams
 from tests.bitwise import Case, differing, digest, load
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 

@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from fastserve.llm import LLM
-from fastserve.llm_output import RequestOutput
-from fastserve.sampling_params import SamplingParams
+from fastserve.offline.output import RequestOutput
+from fastserve.offline.sampling_params import SamplingParams
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint, write_old_dialect
 
 logger = logging.getLogger(__name__)

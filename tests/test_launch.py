@@ -15,11 +15,12 @@ from typing import TypeVar
 
 import pytest
 
-from fastserve.config import ConfigError, EngineConfig
+from fastserve.client.async_engine import AsyncEngine, EngineDeadError, RequestStream
 from fastserve.core.request import FinishReason, SamplingParams
-from fastserve.engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
 from fastserve.engine.engine import Engine
 from fastserve.launch import open_async_engine, open_engine, open_tokenizer
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError
 from tests import tiny_tokenizers
 from tests.checkpoints import make_checkpoint
 

@@ -10,7 +10,7 @@ import pytest
 TORCH_FREE = {
     "fastserve": "import fastserve",
     "public names": "from fastserve import EngineConfig, SamplingParams",
-    "config": "import fastserve.config",
+    "config": "import fastserve.settings.engine",
     "core": """
 import importlib, pkgutil, fastserve.core
 for module in pkgutil.walk_packages(fastserve.core.__path__, "fastserve.core."):
@@ -26,7 +26,7 @@ import importlib, pkgutil, fastserve.server
 for module in pkgutil.walk_packages(fastserve.server.__path__, "fastserve.server."):
     importlib.import_module(module.name)
 """,
-    "tokenizer": "import fastserve.tokenizer, fastserve.text_stream",
+    "tokenizer": "import fastserve.text.tokenizer, fastserve.text.text_stream",
     "launch": "import fastserve.launch",
     "cli --help": """
 import contextlib, fastserve.cli
@@ -42,7 +42,7 @@ assert code == 0
 """,
     "bench offline": "import fastserve.bench.offline",  # open_engine settles things before torch
     "bench serve": "import fastserve.bench.serve",
-    "top": "import fastserve.top",
+    "top": "import fastserve.verbs.top",
     "sim": """
 import importlib, pkgutil, fastserve.sim
 for module in pkgutil.walk_packages(fastserve.sim.__path__, "fastserve.sim."):
@@ -58,7 +58,7 @@ with tempfile.TemporaryDirectory() as folder:
     )
 assert code == 0
 """,
-    "replay": "import fastserve.replay",
+    "replay": "import fastserve.verbs.replay",
 }
 
 

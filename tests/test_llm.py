@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fastserve import LLM, SamplingParams
-from fastserve.config import ConfigError
 from fastserve.core.request import SamplingParams as CoreParams
 from fastserve.llm import RequestOutput
+from fastserve.settings.option import ConfigError
 from tests.failing_step import REASON, fail_once
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fastserve import LLM, SamplingParams
-from fastserve.checkpoint import BUNDLED
-from fastserve.tokenizer import Tokenizer
+from fastserve.checkpoint.locate import BUNDLED
+from fastserve.text.tokenizer import Tokenizer
 from tests import chat_templates as templates
 from tests.server.scripted import ScriptedEngine, call, make_app
 

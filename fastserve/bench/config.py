@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastserve.config import POLICIES, ConfigError
-from fastserve.options import check_ranges, option
+from fastserve.settings.engine import POLICIES
+from fastserve.settings.option import ConfigError, check_ranges, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

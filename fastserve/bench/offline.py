@@ -24,15 +24,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fastserve.bench.config import OfflineBenchConfig
-from fastserve.config import ConfigError, EngineConfig
 from fastserve.core.request import SamplingParams
 from fastserve.engine.engine import Engine
-from fastserve.engine.messages import EngineInfo
 from fastserve.engine.process import quiet_garbage_collector
+from fastserve.host.machine import num_cores
+from fastserve.host.provenance import output_path, provenance, write_result
+from fastserve.host.terminal import make_bar, make_table
 from fastserve.launch import open_engine
-from fastserve.machine import num_cores
-from fastserve.provenance import output_path, provenance, write_result
-from fastserve.terminal import make_bar, make_table
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError
+from fastserve.wire.engine_messages import EngineInfo
 
 if TYPE_CHECKING:
     from fastserve.bench.floors import Floors

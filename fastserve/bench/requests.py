@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastserve.bench.serve_config import ServeBenchConfig
-from fastserve.options import ConfigError
+from fastserve.settings.option import ConfigError
 from fastserve.sim.trace_file import read_trace
 from fastserve.sim.workload import HASH_ID_TOKENS, Workload
 

@@ -20,15 +20,15 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fastserve.bench.config import SchedulerBenchConfig
-from fastserve.config import SchedulerConfig
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
-from fastserve.core.output import ExecutorOutput, Sample, SchedulerOutput, StepDone
+from fastserve.core.messages import ExecutorOutput, Sample, SchedulerOutput, StepDone
 from fastserve.core.request import SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.process import quiet_garbage_collector
-from fastserve.provenance import output_path, provenance, write_result
-from fastserve.terminal import make_bar, make_table
+from fastserve.host.provenance import output_path, provenance, write_result
+from fastserve.host.terminal import make_bar, make_table
+from fastserve.settings.scheduler import SchedulerConfig
 
 PROMPT_TOKENS = (16, 256)
 OUTPUT_TOKENS = (16, 1024)

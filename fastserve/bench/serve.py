@@ -32,10 +32,10 @@ from fastserve.bench.requests import Planned, body_of, plan_requests, renewed
 from fastserve.bench.serve_config import METRICS, ServeBenchConfig
 from fastserve.bench.serve_report import Run, Sent, details, figures
 from fastserve.bench.stream_client import Answer, Endpoint, LostRequestError, ask, message_of
-from fastserve.http_client import open_client
-from fastserve.options import ConfigError
-from fastserve.provenance import output_path, provenance, write_result
-from fastserve.terminal import make_table, say
+from fastserve.host.http_client import open_client
+from fastserve.host.provenance import output_path, provenance, write_result
+from fastserve.host.terminal import make_table, say
+from fastserve.settings.option import ConfigError
 
 HELLO_S = 10.0  # for the server to say which models it has
 PATHS = {False: "/v1/completions", True: "/v1/chat/completions"}

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fastserve.options import ConfigError, check_ranges, option
+from fastserve.settings.option import ConfigError, check_ranges, option
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
-from fastserve.config import SchedulerConfig
-from fastserve.core.block import BlockPool
 from fastserve.core.cost_model import CostModel
 from fastserve.core.journal import Journal, JournaledScheduler
-from fastserve.core.kv_cache import KVCacheManager
+from fastserve.core.memory.block import BlockPool
+from fastserve.core.memory.eviction import BudgetedPacking, IdealPacking, RecomputeBudget
+from fastserve.core.memory.memory import KVCacheManager
 from fastserve.core.packing import Packing
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.fixed_priority import FixedPriority
@@ -20,8 +20,8 @@ from fastserve.core.policies.priority_classes import PriorityClasses
 from fastserve.core.policies.protocol import Policy
 from fastserve.core.policies.srpt import SRPT
 from fastserve.core.policies.static import Static
-from fastserve.core.preemption import BudgetedPacking, IdealPacking, RecomputeBudget
 from fastserve.core.scheduler import Scheduler
+from fastserve.settings.scheduler import SchedulerConfig
 
 NUM_BOUNDLESS_BLOCKS = 2**40
 

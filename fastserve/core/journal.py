@@ -12,11 +12,11 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastserve.config import SchedulerConfig
 from fastserve.core.cost_model import CostModel
-from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput, StepDone
+from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput, StepDone
 from fastserve.core.request import SamplingParams
 from fastserve.core.scheduler import Scheduler
+from fastserve.settings.scheduler import SchedulerConfig
 
 
 def plain(value: Any) -> Any:

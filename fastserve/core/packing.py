@@ -16,11 +16,11 @@ import sys
 from collections.abc import Iterable
 from itertools import islice
 
-from fastserve.config import SchedulerConfig
-from fastserve.core.kv_cache import KVCacheManager
+from fastserve.core.memory.memory import KVCacheManager
+from fastserve.core.memory.victims import VictimRanking
 from fastserve.core.policies.protocol import Policy
 from fastserve.core.request import Request
-from fastserve.core.victims import VictimRanking
+from fastserve.settings.scheduler import SchedulerConfig
 
 SCAN_MARGIN = 64  # requests looked at beyond those that can run
 

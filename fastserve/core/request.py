@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastserve.core.kv_cache import BlockTable
+    from fastserve.core.memory.memory import BlockTable
 
 
 class FinishReason(StrEnum):

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from fastserve.config import SchedulerConfig
-from fastserve.core.kv_cache import BlockTable, KVCacheManager
-from fastserve.core.output import (
+from fastserve.core.memory.eviction import RecomputeBudget
+from fastserve.core.memory.memory import BlockTable, KVCacheManager
+from fastserve.core.memory.victims import VictimRanking
+from fastserve.core.messages import (
     ExecutorOutput,
     NewRequest,
     RequestMetrics,
@@ -28,9 +29,8 @@ from fastserve.core.output import (
 )
 from fastserve.core.packing import Packing
 from fastserve.core.policies.protocol import Policy, Share, StepBill
-from fastserve.core.preemption import RecomputeBudget
 from fastserve.core.request import FinishReason, Request, SamplingParams
-from fastserve.core.victims import VictimRanking
+from fastserve.settings.scheduler import SchedulerConfig
 
 
 class StallError(RuntimeError):

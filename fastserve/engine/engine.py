@@ -14,12 +14,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput
+from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput
 from fastserve.core.request import SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.interfaces import Clock, Executor, Observer
-from fastserve.engine.messages import EngineStats
-from fastserve.engine.step_sizes import StepSizes
+from fastserve.wire.engine_messages import EngineStats
+from fastserve.wire.step_sizes import StepSizes
 
 logger = logging.getLogger(__name__)
 

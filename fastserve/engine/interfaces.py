@@ -1,4 +1,4 @@
-"""The doors of the engine: what does the work, what tells the time, who watches, what may fail.
+"""The doors of the engine: what does the work, what tells the time, who watches.
 
 Rules: an executor fits `Executor` by shape, it does not inherit. Must not know: torch.
 """
@@ -8,11 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput
-
-
-class RequestFailedError(RuntimeError):
-    """The engine failed to run this one request; the message is one line."""
+from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput
 
 
 class Executor(Protocol):

@@ -20,10 +20,11 @@ import sys
 import threading
 from collections.abc import Callable
 
-from fastserve.config import ConfigError, EngineConfig
-from fastserve.core.output import RequestUpdate
+from fastserve.core.messages import RequestUpdate
 from fastserve.engine.engine import Engine
-from fastserve.engine.messages import (
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError
+from fastserve.wire.engine_messages import (
     Add,
     Command,
     Configure,

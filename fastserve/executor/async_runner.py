@@ -15,13 +15,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastserve.core.output import Sample, TokenLogprobs, Work
+from fastserve.core.messages import Sample, TokenLogprobs, Work
 from fastserve.executor.cuda_graphs import Capture, DecodeGraphs, ladder
 from fastserve.executor.device_model import DeviceModel, put_in_samples
 from fastserve.executor.model_runner import ModelRunner
 from fastserve.executor.request_table import RequestState, RequestTable
-from fastserve.model.architectures import Network
-from fastserve.model.attention import PagedKV
+from fastserve.model.attention.interfaces import PagedKV
+from fastserve.model.families.architectures import Network
 
 PromptLogprobs = Mapping[int, Sequence[TokenLogprobs]]
 

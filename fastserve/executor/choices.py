@@ -17,17 +17,17 @@ from typing import cast
 
 import torch
 
-from fastserve.config import ConfigError
-from fastserve.model.config import ModelConfig
-from fastserve.model.config_llama import LlamaConfig
-from fastserve.model.cpu.kernel_choice import KernelChoice, choose_kernels
-from fastserve.model.cpu.kernels import CpuKernels
-from fastserve.model.cpu.native import BuildError
-from fastserve.model.cpu_ops import CpuOps
-from fastserve.model.deterministic_ops import DeterministicOps
-from fastserve.model.ops import Ops
-from fastserve.model.rowwise_ops import RowwiseCpuOps, RowwiseOps
-from fastserve.model.torch_ops import TorchOps
+from fastserve.checkpoint.config_llama import LlamaConfig
+from fastserve.checkpoint.model_config import ModelConfig
+from fastserve.model.kernels.cpu.kernel_choice import KernelChoice, choose_kernels
+from fastserve.model.kernels.cpu.kernels import CpuKernels
+from fastserve.model.kernels.cpu.native import BuildError
+from fastserve.model.ops.cpu_ops import CpuOps
+from fastserve.model.ops.deterministic_ops import DeterministicOps
+from fastserve.model.ops.interfaces import Ops
+from fastserve.model.ops.rowwise_ops import RowwiseCpuOps, RowwiseOps
+from fastserve.model.ops.torch_ops import TorchOps
+from fastserve.settings.option import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def choose_ops(
 ) -> Ops:
     """Return what the network is made of on this device."""
     if device.type == "cuda" and has_triton():
-        from fastserve.model.cuda_ops import CudaOps  # Triton need not be where CUDA is not
+        from fastserve.model.ops.cuda_ops import CudaOps  # Triton need not be where CUDA is not
 
         cuda_ops = CudaOps(dtype, is_batch_invariant=is_deterministic)
         return DeterministicOps(cuda_ops) if is_deterministic else cuda_ops

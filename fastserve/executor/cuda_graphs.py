@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastserve.model.architectures import Network
-from fastserve.model.attention import PagedKV
+from fastserve.model.attention.interfaces import PagedKV
+from fastserve.model.families.architectures import Network
 from fastserve.model.input_batch import InputBatch, Rows
 from fastserve.model.staged_batch import aligned, input_parts, pack, staged, unpack
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastserve.executor.cuda_graphs import DecodeGraphs
-from fastserve.model.architectures import Network
-from fastserve.model.attention import PagedKV
+from fastserve.model.attention.interfaces import PagedKV
+from fastserve.model.families.architectures import Network
 from fastserve.model.input_batch import InputBatch
 from fastserve.model.staged_batch import stage
 

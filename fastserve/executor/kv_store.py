@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fastserve.config import ConfigError, EngineConfig
-from fastserve.machine import available_memory
-from fastserve.model.attention import PagedKV
-from fastserve.model.config import ModelConfig
+from fastserve.checkpoint.model_config import ModelConfig
+from fastserve.host.machine import available_memory
+from fastserve.model.attention.interfaces import PagedKV
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError
 
 CPU_SHARE = 0.25
 CPU_LIMIT = 4 * 2**30

@@ -21,11 +21,11 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from fastserve.config import EngineConfig
 from fastserve.core.cost_model import CostModel
-from fastserve.core.output import ExecutorOutput, SchedulerOutput, StepDone
+from fastserve.core.messages import ExecutorOutput, SchedulerOutput, StepDone
 from fastserve.executor.profiler import load_or_measure
 from fastserve.executor.worker import ExecutorFacts, Worker
+from fastserve.settings.engine import EngineConfig
 
 T = TypeVar("T")
 

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastserve.core.output import Sample, TokenLogprobs, Work
+from fastserve.core.messages import Sample, TokenLogprobs, Work
 from fastserve.executor.request_table import RequestState, RequestTable
-from fastserve.model.architectures import Network
-from fastserve.model.attention import PagedKV
+from fastserve.model.attention.interfaces import PagedKV
+from fastserve.model.families.architectures import Network
 from fastserve.model.input_batch import InputBatch, IntArray, build_input_batch, order_rows
 from fastserve.model.sampler import Adjustments, Draws, ScoredTokens, sample, score
 

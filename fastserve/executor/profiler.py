@@ -25,10 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastserve.cache_dir import cache_dir
-from fastserve.config import ConfigError
 from fastserve.core.cost_model import CostModel
-from fastserve.core.output import NewRequest, SchedulerOutput, Work
+from fastserve.core.messages import NewRequest, SchedulerOutput, Work
 from fastserve.core.request import SamplingParams
 from fastserve.executor.fitting import (
     COEFFICIENTS,
@@ -38,6 +36,8 @@ from fastserve.executor.fitting import (
     relative_errors,
 )
 from fastserve.executor.worker import Worker
+from fastserve.host.cache_dir import cache_dir
+from fastserve.settings.option import ConfigError
 
 logger = logging.getLogger(__name__)
 

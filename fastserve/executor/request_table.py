@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from fastserve.core.output import NewRequest, Work
+from fastserve.core.messages import NewRequest, Work
 from fastserve.core.request import SamplingParams
 
 # From here on every id is as likely as any other; a banned id's -inf over more would be no number.

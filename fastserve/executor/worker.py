@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from fastserve.config import EngineConfig, SchedulerConfig
-from fastserve.core.output import Sample, SchedulerOutput, StepDone, TokenLogprobs, Work
+from fastserve.checkpoint.model_config import read_model_config
+from fastserve.core.messages import Sample, SchedulerOutput, StepDone, TokenLogprobs, Work
 from fastserve.executor.async_runner import AsyncModelRunner, PendingStep, make_async_runner
 from fastserve.executor.choices import (
     choose_capture,
@@ -31,10 +31,11 @@ from fastserve.executor.cuda_graphs import CudaCapture
 from fastserve.executor.kv_store import KVStore, block_bytes, count_blocks
 from fastserve.executor.model_runner import ModelRunner
 from fastserve.executor.request_table import RequestTable
-from fastserve.model.architectures import Network, load_network
-from fastserve.model.config import read_model_config
+from fastserve.model.families.architectures import Network, load_network
 from fastserve.model.loader import open_weights
-from fastserve.model.ops import Ops
+from fastserve.model.ops.interfaces import Ops
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.scheduler import SchedulerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastserve.config import ConfigError
-from fastserve.model.weight_index import indexed_files
+from fastserve.checkpoint.weight_index import indexed_files
+from fastserve.settings.option import ConfigError
 
 TABLES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of names under which old checkpoints store tabulated frequencies and GPT-2's masks."""

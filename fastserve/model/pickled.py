@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastserve.config import ConfigError
-from fastserve.model.config import read_model_config
-from fastserve.model.weight_index import indexed_files
+from fastserve.checkpoint.model_config import read_model_config
+from fastserve.checkpoint.weight_index import indexed_files
+from fastserve.settings.option import ConfigError
 
 INDEX = "pytorch_model.bin.index.json"
 OTHER_PICKLES = ("training_args.bin", "optimizer.bin", "scheduler.bin", "scaler.bin")

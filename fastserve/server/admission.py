@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fastserve.core.request import SamplingParams
-from fastserve.engine.messages import EngineInfo
-from fastserve.request_checks import (
+from fastserve.frontend.request_checks import (
     RequestError,
     check_num_choices,
     check_num_logprobs,
@@ -29,6 +28,7 @@ from fastserve.server.protocol import (
     CompletionRequest,
     GenerationRequest,
 )
+from fastserve.wire.engine_messages import EngineInfo
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 

@@ -22,7 +22,7 @@ from fastserve.server.responses import (
     PromptTokensDetails,
     Usage,
 )
-from fastserve.tokenizer import TextDelta
+from fastserve.text.tokenizer import TextDelta
 
 
 class Shape(Protocol):

@@ -12,8 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import fastserve
-from fastserve.config import EngineConfig, ServerConfig
-from fastserve.engine.async_engine import AsyncEngine
+from fastserve.client.async_engine import AsyncEngine
 from fastserve.server import protocol, serving, text_routes
 from fastserve.server.context import ServerContext
 from fastserve.server.errors import answer_http_exception
@@ -21,7 +20,9 @@ from fastserve.server.gate import Gate
 from fastserve.server.openapi import describe
 from fastserve.server.reading import read_body
 from fastserve.server.responses import ModelCard, ModelList, Ready, Version
-from fastserve.tokenizer import Tokenizer
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.server import ServerConfig
+from fastserve.text.tokenizer import Tokenizer
 
 # What a page of an allowed origin may read of an answer, besides what every page may.
 EXPOSED_HEADERS = ("X-Request-Id", "Retry-After")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastserve.core.output import TokenLogprobs
+from fastserve.core.messages import TokenLogprobs
 from fastserve.server.admission import is_echo_alone
 from fastserve.server.answers import Tally
 from fastserve.server.echo import Echo, echo_of
@@ -17,7 +17,7 @@ from fastserve.server.generation import Choice, News
 from fastserve.server.logprobs import completion_logprobs
 from fastserve.server.protocol import CompletionRequest
 from fastserve.server.responses import Answer, CompletionChoice
-from fastserve.tokenizer import Tokenizer
+from fastserve.text.tokenizer import Tokenizer
 
 KIND = "text_completion"
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from fastserve.config import EngineConfig, ServerConfig
-from fastserve.engine.async_engine import AsyncEngine
-from fastserve.engine.messages import EngineInfo
+from fastserve.client.async_engine import AsyncEngine
 from fastserve.server.errors import ApiError, invalid, unavailable
 from fastserve.server.refused_fields import UnreadFields
-from fastserve.tokenizer import Tokenizer
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.server import ServerConfig
+from fastserve.text.tokenizer import Tokenizer
+from fastserve.wire.engine_messages import EngineInfo
 
 
 @dataclass(slots=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fastserve.server.prompts import Prompt
-from fastserve.text_stream import Detokenizer
-from fastserve.tokenizer import Tokenizer
+from fastserve.text.text_stream import Detokenizer
+from fastserve.text.tokenizer import Tokenizer
 
 
 class Echo(NamedTuple):

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastserve.engine.async_engine import EngineDeadError, RequestFailedError
+from fastserve.client.async_engine import EngineDeadError, RequestFailedError
 
 INVALID = "invalid_request_error"
 

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple, TypeVar
 
 from starlette.types import Receive
 
-from fastserve.answer import Answer, shifted_seed
-from fastserve.core.output import RequestMetrics, RequestUpdate, TokenLogprobs
+from fastserve.client.async_engine import RequestFailedError, RequestStream
+from fastserve.core.messages import RequestMetrics, RequestUpdate, TokenLogprobs
 from fastserve.core.request import FinishReason, SamplingParams
-from fastserve.engine.async_engine import RequestFailedError, RequestStream
-from fastserve.engine.messages import EngineInfo
+from fastserve.frontend.answer import Answer, shifted_seed
 from fastserve.server.context import ServerContext
 from fastserve.server.errors import invalid
 from fastserve.server.prompts import Prompt
-from fastserve.tokenizer import TextDelta, TextStream
+from fastserve.text.tokenizer import TextDelta, TextStream
+from fastserve.wire.engine_messages import EngineInfo
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastserve.answer import ranked_logprobs
-from fastserve.core.output import Sample, TokenLogprobs
+from fastserve.core.messages import Sample, TokenLogprobs
+from fastserve.frontend.answer import ranked_logprobs
 from fastserve.server.responses import (
     ChatLogprobs,
     CompletionLogprobs,
@@ -18,8 +18,8 @@ from fastserve.server.responses import (
     TokenLogprob,
     TopLogprob,
 )
-from fastserve.text_stream import REPLACEMENT
-from fastserve.tokenizer import Tokenizer
+from fastserve.text.text_stream import REPLACEMENT
+from fastserve.text.tokenizer import Tokenizer
 
 LEAST = -9999.0
 

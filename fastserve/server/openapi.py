@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from fastserve.request_checks import (
+from fastserve.frontend.request_checks import (
     MAX_CHOICES,
     MAX_LOGPROBS,
     MAX_STOP_CHARS,

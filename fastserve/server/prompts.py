@@ -10,13 +10,13 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from fastserve import request_checks
-from fastserve.chat_messages import template_variables
-from fastserve.engine.messages import EngineInfo
+from fastserve.frontend import request_checks
 from fastserve.server.context import ServerContext
 from fastserve.server.errors import invalid
 from fastserve.server.protocol import ChatMessage, CompletionRequest
-from fastserve.tokenizer import Tokenizer
+from fastserve.text.chat_messages import template_variables
+from fastserve.text.tokenizer import Tokenizer
+from fastserve.wire.engine_messages import EngineInfo
 
 T = TypeVar("T")
 

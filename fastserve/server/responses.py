@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from fastserve.core.output import RequestMetrics
+from fastserve.core.messages import RequestMetrics
 
 PromptLogprobs = list[dict[str, "RankedLogprob"] | None]
 

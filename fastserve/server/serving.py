@@ -39,7 +39,7 @@ from fastserve.server.protocol import (
     GenerationRequest,
 )
 from fastserve.server.responses import DONE, sse
-from fastserve.tokenizer import TextDelta
+from fastserve.text.tokenizer import TextDelta
 
 logger = logging.getLogger(__name__)
 

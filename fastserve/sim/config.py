@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from fastserve.config import POLICIES, PREEMPTION_MODES, EngineConfig, SchedulerConfig
-from fastserve.options import option
+from fastserve.settings.engine import POLICIES, PREEMPTION_MODES, EngineConfig
+from fastserve.settings.option import option
+from fastserve.settings.scheduler import SchedulerConfig
 
 SIMULATED_POLICIES = (*POLICIES, "srpt")  # srpt must be told the output lengths
 SIMULATED_PREEMPTION_MODES = (*PREEMPTION_MODES, "ideal")  # ideal needs a link that does not exist

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastserve.config import ConfigError
+from fastserve.settings.option import ConfigError
 from fastserve.sim.sim_executor import StepOverhead
 
 

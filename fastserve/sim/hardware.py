@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastserve.config import ConfigError
 from fastserve.core.cost_model import CostModel
+from fastserve.settings.option import ConfigError
 from fastserve.sim.engines import resolve_engine
 from fastserve.sim.models import ModelShape, resolve_model
 from fastserve.sim.roofline import Efficiency, Hardware, Roofline

@@ -18,10 +18,10 @@ from typing import Any
 
 import msgspec
 
-from fastserve.config import SchedulerConfig
 from fastserve.core.journal import Journal, plain
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.interfaces import Observer
+from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.report import make_report
 from fastserve.sim.simulator import Machine, Outcome, simulate
 from fastserve.sim.timeline import Timeline, TimelineSample, TraceEvents

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastserve.config import ConfigError
-from fastserve.model.config_defaults import DEFAULTS, with_defaults
+from fastserve.checkpoint.config_defaults import DEFAULTS, with_defaults
+from fastserve.settings.option import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

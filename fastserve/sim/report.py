@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastserve.config import SchedulerConfig
+from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.simulator import Machine, Outcome
 from fastserve.sim.workload import Floats, Workload
 

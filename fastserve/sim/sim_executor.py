@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from fastserve.core.cost_model import CostModel
-from fastserve.core.output import ExecutorOutput, Sample, SchedulerOutput, StepDone
+from fastserve.core.messages import ExecutorOutput, Sample, SchedulerOutput, StepDone
 
 EOS_TOKEN_ID = 0
 _ORDINARY, _EOS = Sample(1), Sample(EOS_TOKEN_ID)

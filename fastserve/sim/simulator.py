@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastserve.config import SchedulerConfig
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
 from fastserve.core.journal import Journal
-from fastserve.core.output import RequestMetrics, RequestUpdate, SchedulerStats
+from fastserve.core.messages import RequestMetrics, RequestUpdate, SchedulerStats
 from fastserve.core.request import SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.engine import Engine
 from fastserve.engine.interfaces import Observer
+from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.sim_executor import OnStep, SimExecutor, StepOverhead, VirtualClock
 from fastserve.sim.workload import Floats, Workload
 

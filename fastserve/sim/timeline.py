@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple, TextIO
 
-from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput
+from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput
 from fastserve.core.scheduler import Scheduler
 
 MAX_SAMPLES = 2048

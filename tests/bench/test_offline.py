@@ -10,12 +10,14 @@ import pytest
 from fastserve import cli
 from fastserve.bench.config import OfflineBenchConfig
 from fastserve.bench.offline import Decode, Offline, with_room
-from fastserve.config import ConfigError, EngineConfig, SchedulerConfig
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
-from fastserve.core.output import SchedulerOutput
+from fastserve.core.messages import SchedulerOutput
 from fastserve.engine.engine import Engine
-from fastserve.engine.messages import EngineInfo
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError
+from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.wire.engine_messages import EngineInfo
 from tests.checkpoints import SHAPE
 from tests.fake_executor import FakeExecutor, VirtualClock
 

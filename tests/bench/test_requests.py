@@ -11,7 +11,7 @@ import pytest
 
 from fastserve.bench.requests import Planned, body_of, plan_requests, shape_of
 from fastserve.bench.serve_config import ServeBenchConfig
-from fastserve.options import ConfigError
+from fastserve.settings.option import ConfigError
 from fastserve.sim.workload import HASH_ID_TOKENS
 
 

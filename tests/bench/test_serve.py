@@ -20,7 +20,7 @@ from fastserve.bench.serve_report import figures
 from fastserve.bench.stream_client import Answer, LostRequestError
 from tests.bench.test_serve_report import RUN
 from tests.server.conftest import API_KEY, serving
-from tests.test_top import server_that_says
+from tests.verbs.test_top import server_that_says
 
 
 @pytest.fixture(scope="module")

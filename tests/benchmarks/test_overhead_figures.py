@@ -14,7 +14,7 @@ from benchmarks.overhead_figures import (
     summary,
 )
 from fastserve.bench.stream_client import Answer
-from fastserve.config import ConfigError
+from fastserve.settings.option import ConfigError
 
 
 def round_of(offline: float, server: float) -> Round:

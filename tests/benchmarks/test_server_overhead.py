@@ -6,9 +6,9 @@ import argparse
 
 from benchmarks.server_overhead import server_flags
 from benchmarks.small_model import CONFIG, write_small_model
-from fastserve.config import EngineConfig
-from fastserve.options import add_arguments
-from fastserve.tokenizer import Tokenizer
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import add_arguments
+from fastserve.text.tokenizer import Tokenizer
 
 
 def test_the_server_gets_the_settings_of_the_offline_engine():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_measure, gpu_selfcheck
-from fastserve.model.cuda_ops import CudaOps
+from fastserve.model.ops.cuda_ops import CudaOps
 from tests import triton_device
 
 ROOT = Path(__file__).parents[2]

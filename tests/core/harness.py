@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastserve.config import SchedulerConfig
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
 from fastserve.core.journal import Journal
-from fastserve.core.output import RequestUpdate, SchedulerOutput, TokenLogprobs
+from fastserve.core.messages import RequestUpdate, SchedulerOutput, TokenLogprobs
 from fastserve.core.request import FinishReason, Request, SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.engine import Engine
+from fastserve.settings.scheduler import SchedulerConfig
 from tests.fake_executor import (
     FakeExecutor,
     VirtualClock,

@@ -13,7 +13,7 @@ import pytest
 
 from fastserve.core.build import build_scheduler
 from fastserve.core.journal import Journal
-from fastserve.core.output import ExecutorOutput, Sample, StepDone
+from fastserve.core.messages import ExecutorOutput, Sample, StepDone
 from fastserve.core.request import SamplingParams
 from tests.core.harness import UNIT_COST, Harness, small_config
 

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from fastserve.core.output import SchedulerOutput
+from fastserve.core.messages import SchedulerOutput
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.request import Request
 from tests.core.harness import Harness, small_config

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from fastserve.config import SchedulerConfig
 from fastserve.core.request import FinishReason
+from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.config import SIMULATED_POLICIES, SIMULATED_PREEMPTION_MODES
 from tests.core.harness import Harness
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastserve.core.build import build_scheduler
-from fastserve.core.output import ExecutorOutput, Sample, SchedulerOutput, StepDone
+from fastserve.core.messages import ExecutorOutput, Sample, SchedulerOutput, StepDone
 from fastserve.core.request import FinishReason, SamplingParams
 from tests.core.harness import UNIT_COST, Harness, small_config
 

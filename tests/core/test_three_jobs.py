@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.config import SchedulerConfig
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
 from fastserve.core.request import SamplingParams
 from fastserve.engine.engine import Engine
+from fastserve.settings.scheduler import SchedulerConfig
 from tests.fake_executor import FakeExecutor, VirtualClock
 
 # A prefill of n tokens takes 0.42 + (n - 42) / 100 s, a decode 0.42 s.

@@ -13,13 +13,15 @@ import threading
 import time
 from collections.abc import Callable
 
-from fastserve.config import ConfigError, EngineConfig, SchedulerConfig
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
-from fastserve.core.output import ExecutorOutput, SchedulerOutput
+from fastserve.core.messages import ExecutorOutput, SchedulerOutput
 from fastserve.engine import process
 from fastserve.engine.engine import Engine, MonotonicClock
-from fastserve.engine.messages import EngineInfo
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError
+from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.wire.engine_messages import EngineInfo
 from tests.fake_executor import FakeExecutor, VirtualClock
 
 STEP_S = 0.001

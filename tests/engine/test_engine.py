@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import pytest
 
-from fastserve.config import SchedulerConfig
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
-from fastserve.core.output import ExecutorOutput, RequestUpdate, SchedulerOutput
+from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput
 from fastserve.core.request import FinishReason, SamplingParams
 from fastserve.engine.engine import Engine, MonotonicClock
 from fastserve.engine.interfaces import Observer
+from fastserve.settings.scheduler import SchedulerConfig
 from tests.fake_executor import FakeExecutor, VirtualClock, default_token
 
 COSTS = CostModel(base_s=0.9, prefill_token_s=0.01, decode_seq_s=0.1)

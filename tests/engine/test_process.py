@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from fastserve.config import EngineConfig
 from fastserve.core.request import SamplingParams
-from fastserve.engine.messages import (
+from fastserve.engine.process import Inbox, Outbox
+from fastserve.settings.engine import EngineConfig
+from fastserve.wire.engine_messages import (
     Abort,
     Add,
     Command,
@@ -29,7 +30,6 @@ from fastserve.engine.messages import (
     encode_frame,
     read_frame,
 )
-from fastserve.engine.process import Inbox, Outbox
 
 
 def test_the_inbox_tells_of_each_command_and_of_the_end() -> None:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from fastserve.core.output import (
+from fastserve.core.messages import (
     NewRequest,
     Sample,
     SchedulerOutput,

@@ -7,14 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from fastserve.config import ConfigError
+from fastserve.checkpoint.model_config import read_model_config
 from fastserve.executor.choices import (
     choose_capture,
     choose_cpu_kernels,
     choose_dtype,
     choose_max_model_len,
 )
-from fastserve.model.config import read_model_config
+from fastserve.settings.option import ConfigError
 from tests.checkpoints import make_checkpoint
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastserve.config import ConfigError, EngineConfig
+from fastserve.checkpoint.model_config import parse_model_config
 from fastserve.executor import kv_store
 from fastserve.executor.kv_store import KVStore, block_bytes, count_blocks
-from fastserve.model.config import parse_model_config
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError
 from tests.checkpoints import SHAPE
 
 CPU = torch.device("cpu")

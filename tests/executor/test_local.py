@@ -10,11 +10,12 @@ import time
 import pytest
 import torch
 
-from fastserve.config import ConfigError, EngineConfig
-from fastserve.core.output import NewRequest, SchedulerOutput, StepDone, Work
+from fastserve.core.messages import NewRequest, SchedulerOutput, StepDone, Work
 from fastserve.core.request import SamplingParams
 from fastserve.engine.interfaces import Executor
 from fastserve.executor.local import LocalExecutor
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError
 from tests.checkpoints import EOS_TOKEN_ID, make_checkpoint
 from tests.executor.driver import GREEDY, Driven, Driver
 

@@ -7,7 +7,6 @@ import logging
 
 import pytest
 
-from fastserve.config import ConfigError, EngineConfig
 from fastserve.executor import profiler
 from fastserve.executor.fitting import COEFFICIENTS, fit
 from fastserve.executor.profiler import (
@@ -18,6 +17,8 @@ from fastserve.executor.profiler import (
     measure,
 )
 from fastserve.executor.worker import Worker
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError
 from tests.checkpoints import make_checkpoint
 from tests.executor.driver import Driven, Driver
 

@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 
-from fastserve.config import EngineConfig
 from fastserve.executor.worker import Worker
 from fastserve.llm import LLM
-from fastserve.sampling_params import SamplingParams
+from fastserve.offline.sampling_params import SamplingParams
+from fastserve.settings.engine import EngineConfig
 from tests.checkpoints import EOS_TOKEN_ID, VOCAB_SIZE, make_checkpoint
 from tests.executor.driver import Driven, Driver
 from tests.test_exact_resume import MARGIN

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import fastserve
-from fastserve.config import EngineConfig
-from fastserve.core.output import NewRequest, SchedulerOutput, StepDone, Work
+from fastserve.core.messages import NewRequest, SchedulerOutput, StepDone, Work
 from fastserve.core.request import SamplingParams
 from fastserve.executor import local, profiler, worker
 from fastserve.executor.async_runner import make_async_runner
@@ -23,8 +22,9 @@ from fastserve.executor.cuda_graphs import ladder
 from fastserve.executor.local import LocalExecutor
 from fastserve.executor.worker import Worker
 from fastserve.llm import LLM
-from fastserve.model.cuda_ops import CudaOps
-from fastserve.model.torch_ops import TorchOps
+from fastserve.model.ops.cuda_ops import CudaOps
+from fastserve.model.ops.torch_ops import TorchOps
+from fastserve.settings.engine import EngineConfig
 from tests.checkpoints import EOS_TOKEN_ID, VOCAB_SIZE, greedy, make_checkpoint
 from tests.executor.driver import GREEDY, Driven, Driver
 

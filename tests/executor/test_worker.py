@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastserve.config import ConfigError, EngineConfig
-from fastserve.core.output import Copy, CopyDirection, NewRequest, SchedulerOutput, Work
+from fastserve.core.messages import Copy, CopyDirection, NewRequest, SchedulerOutput, Work
 from fastserve.core.request import SamplingParams
 from fastserve.executor.profiler import run_step
 from fastserve.executor.worker import Worker
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError
 from tests.checkpoints import (
     ARCHITECTURES,
     EOS_TOKEN_ID,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastserve import reproduce
 from fastserve.cli import main
-from fastserve.config import ConfigError
+from fastserve.settings.option import ConfigError
+from fastserve.verbs import reproduce
 
 
 @pytest.fixture(autouse=True)

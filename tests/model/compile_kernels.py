@@ -13,11 +13,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastserve.model.attention.triton import Tiling
+from fastserve.model.kernels.triton.attention import chunk_kernel, decode_kernel, reduce_kernel
+from fastserve.model.kernels.triton.rotary import rotate_and_write_kernel
+from fastserve.model.kernels.triton.rowwise import rms_norm_kernel, silu_mul_kernel
 from fastserve.model.staged_batch import CHUNK_TILE
-from fastserve.model.triton_attention import Tiling
-from fastserve.model.triton_kernels.attention import chunk_kernel, decode_kernel, reduce_kernel
-from fastserve.model.triton_kernels.rotary import rotate_and_write_kernel
-from fastserve.model.triton_kernels.rowwise import rms_norm_kernel, silu_mul_kernel
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DOTS = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastserve.config import ConfigError
-from fastserve.model.architectures import load_network
-from fastserve.model.config import read_model_config
+from fastserve.checkpoint.model_config import read_model_config
+from fastserve.model.families.architectures import load_network
 from fastserve.model.loader import open_weights
-from fastserve.model.torch_ops import TorchOps
+from fastserve.model.ops.torch_ops import TorchOps
+from fastserve.settings.option import ConfigError
 from tests.checkpoints import make_checkpoint
 
 CPU = torch.device("cpu")

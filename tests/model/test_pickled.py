@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastserve.config import ConfigError
 from fastserve.model.pickled import SHARD_BYTES, convert_pickles
+from fastserve.settings.option import ConfigError
 from tests.checkpoints import make_checkpoint
-from tests.model.test_architectures import logits_in_chunks, random_ids
+from tests.model.families.test_architectures import logits_in_chunks, random_ids
 
 
 def convert(path: Path, shard_bytes: int = SHARD_BYTES) -> list[tuple[int, int]]:

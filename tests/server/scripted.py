@@ -10,14 +10,15 @@ import httpx
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from fastserve.config import EngineConfig, ServerConfig
-from fastserve.core.output import RequestMetrics, RequestUpdate, Sample, TokenLogprobs
+from fastserve.client.async_engine import AsyncEngine
+from fastserve.client.metrics import EngineMetrics
+from fastserve.core.messages import RequestMetrics, RequestUpdate, Sample, TokenLogprobs
 from fastserve.core.request import FinishReason, SamplingParams
-from fastserve.engine.async_engine import AsyncEngine
-from fastserve.engine.messages import EngineInfo
-from fastserve.engine.metrics import EngineMetrics
 from fastserve.server.app import create_app
-from fastserve.tokenizer import Tokenizer
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.server import ServerConfig
+from fastserve.text.tokenizer import Tokenizer
+from fastserve.wire.engine_messages import EngineInfo
 from tests import tiny_tokenizers
 
 EOS = 1

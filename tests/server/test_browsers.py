@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.config import ServerConfig
-from fastserve.options import from_mapping
+from fastserve.settings.option import from_mapping
+from fastserve.settings.server import ServerConfig
 from tests.server.scripted import ScriptedEngine, call, make_app
 
 PAGE = "https://page.example"

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from fastserve.core.output import RequestUpdate, Sample
+from fastserve.core.messages import RequestUpdate, Sample
 from fastserve.core.request import FinishReason
-from fastserve.tokenizer import Tokenizer
+from fastserve.text.tokenizer import Tokenizer
 from tests import tiny_tokenizers
 from tests.server.scripted import (
     EOS,

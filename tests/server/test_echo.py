@@ -12,8 +12,8 @@ from tokenizers import processors
 
 from fastserve.server.echo import echo_of
 from fastserve.server.prompts import Prompt
-from fastserve.text_stream import REPLACEMENT
-from fastserve.tokenizer import Tokenizer
+from fastserve.text.text_stream import REPLACEMENT
+from fastserve.text.tokenizer import Tokenizer
 from tests import tiny_tokenizers
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.engine.async_engine import EngineDeadError, RequestFailedError
+from fastserve.client.async_engine import EngineDeadError, RequestFailedError
 from tests.server.scripted import ScriptedEngine, call, fails, make_app, post
 
 COMPLETIONS = "/v1/completions"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.core.output import TokenLogprobs
+from fastserve.core.messages import TokenLogprobs
 from fastserve.server.logprobs import TokenNames, completion_logprobs, prompt_logprobs
-from fastserve.tokenizer import Tokenizer
+from fastserve.text.tokenizer import Tokenizer
 from tests import tiny_tokenizers
 
 BACKEND = tiny_tokenizers.byte_fallback()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastserve.tokenizer import Tokenizer
+from fastserve.text.tokenizer import Tokenizer
 from tests import chat_templates as templates
 from tests import tiny_tokenizers
 from tests.server.scripted import NAMED, ScriptedEngine, call, make_app

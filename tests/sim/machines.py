@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from fastserve.config import SchedulerConfig
 from fastserve.core.cost_model import CostModel
 from fastserve.core.scheduler import Scheduler
+from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.sim_executor import EOS_TOKEN_ID
 from fastserve.sim.simulator import Machine
 from fastserve.sim.workload import Workload

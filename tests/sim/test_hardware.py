@@ -9,8 +9,8 @@ import pytest
 
 from experiments import fit_hardware, published_tables, validate_vllm_2023
 from experiments.hardware_checks import checks
-from fastserve.config import ConfigError
 from fastserve.core.cost_model import CostModel
+from fastserve.settings.option import ConfigError
 from fastserve.sim.engines import ENGINES
 from fastserve.sim.hardware import FITS_FILE, HARDWARE, load_fits, resolve_cost_model
 from fastserve.sim.models import MODELS, resolve_model

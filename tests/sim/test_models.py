@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from fastserve.config import ConfigError
-from fastserve.model.config import parse_model_config, read_model_config
-from fastserve.model.config_defaults import ARCHITECTURES as MODEL_TYPES
+from fastserve.checkpoint.config_defaults import ARCHITECTURES as MODEL_TYPES
+from fastserve.checkpoint.model_config import parse_model_config, read_model_config
+from fastserve.settings.option import ConfigError
 from fastserve.sim.hardware import resolve_cost_model
 from fastserve.sim.models import parse_shape, resolve_model
 from tests.checkpoints import ARCHITECTURES, make_checkpoint

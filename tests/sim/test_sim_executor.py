@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.core.output import SchedulerOutput, Work
+from fastserve.core.messages import SchedulerOutput, Work
 from fastserve.sim.sim_executor import EOS_TOKEN_ID, SimExecutor, VirtualClock
 from tests.sim.machines import COSTS
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from fastserve.core.output import ExecutorOutput
+from fastserve.core.messages import ExecutorOutput
 from fastserve.sim import timeline
 from fastserve.sim.simulator import simulate
 from fastserve.sim.timeline import Timeline, TraceEvents

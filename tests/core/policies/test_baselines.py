@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastserve.core.output import SchedulerOutput
+from fastserve.core.messages import SchedulerOutput
 from tests.core.harness import Harness, small_config
 
 

@@ -1,0 +1,169 @@
+"""The messages between deciding and doing: facts come in, plans go out.
+
+Rules: immutable tuples of plain values. They are NamedTuples, not frozen dataclasses: as immutable
+and as slotted, a third of the cost to build, and a step builds one per running request. A field
+needs two readers. Must not know: public request ids, text, tensors, how a plan is carried out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, NamedTuple
+
+from fastserve.core.request import FinishReason, SamplingParams
+
+
+class NewRequest(NamedTuple):
+    """What a worker must hold of a request before the first Work of an epoch."""
+
+    request: int
+    epoch: int
+    num_prompt_tokens: int
+    params: SamplingParams
+    cached_token_ids: Sequence[int]  # ids before the first Work's start: their KV is cached
+
+
+class Work(NamedTuple):
+    """One request's share of one step: positions [start, start + num_tokens)."""
+
+    request: int  # dense handle from Scheduler.add
+    epoch: int  # results of an older epoch are dropped
+    start: int
+    num_tokens: int
+    token_ids: Sequence[int]  # one shorter than num_tokens while the last sample is in flight
+    table_from: int  # the worker sets table[table_from:] = block_ids
+    block_ids: Sequence[int]
+    sample: bool
+    logits: Literal["last", "all"]  # all: every position is scored (prompt_logprobs)
+
+
+class CopyDirection(StrEnum):
+    """Which way KV moves."""
+
+    SWAP_OUT = "out"
+    SWAP_IN = "in"
+
+
+class Copy(NamedTuple):
+    """Blocks to move between the tiers: src[i] → dst[i]."""
+
+    copy_id: int
+    direction: CopyDirection
+    src: tuple[int, ...]
+    dst: tuple[int, ...]
+    after_step: int  # start once this step is done; -1: at once
+    after_copies: tuple[int, ...]
+    urgent: bool
+
+
+class SchedulerOutput(NamedTuple):
+    """One plan. `forget` names handles whose worker state goes before the work is done."""
+
+    step_id: int
+    new_requests: tuple[NewRequest, ...]
+    work: tuple[Work, ...]
+    needs_copies: tuple[int, ...] = ()
+    copies: tuple[Copy, ...] = ()
+    forget: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions computed in this step."""
+        return sum(work.num_tokens for work in self.work)
+
+
+class TokenLogprobs(NamedTuple):
+    """Log probability and rank (1 = best) of the chosen id, and the best `k` alternatives."""
+
+    logprob: float
+    rank: int
+    top_ids: Sequence[int]
+    top_logprobs: Sequence[float]
+
+
+class Sample(NamedTuple):
+    """The id drawn for one Work."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+class StepDone(NamedTuple):
+    """A finished step: one Sample for each Work with `sample`, in the plan's order.
+
+    `prompt_logprobs[handle]` scores the ids at positions [max(start, 1), start + num_tokens) of a
+    Work with logits="all" as far as they belong to the prompt. A step that failed has an `error`,
+    one line that says why, and nothing else: what it was to compute is lost.
+    """
+
+    step_id: int
+    samples: Sequence[Sample]
+    device_s: float
+    prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = {}
+    error: str | None = None
+
+
+class ExecutorOutput(NamedTuple):
+    """Everything that finished, in step order; a copy counts when it is done on every rank."""
+
+    steps: Sequence[StepDone] = ()
+    copies: Sequence[int] = ()
+
+
+class RequestFailedError(RuntimeError):
+    """The engine failed to run this one request; the message is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """What happened to one request. Times are seconds of the engine's clock."""
+
+    arrival: float
+    first_scheduled: float | None
+    first_token: float | None
+    finished: float
+    queue_s: float
+    num_preemptions: int
+    num_swaps: int
+    recomputed_tokens: int
+    cached_tokens: int
+    level: int
+
+
+class RequestUpdate(NamedTuple):
+    """News of one request from Scheduler.update; `finish_reason` makes it the terminal event."""
+
+    request: int
+    samples: Sequence[Sample]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None  # the stop token id that ended it, unless it is an EOS
+    metrics: RequestMetrics | None = None  # with the terminal event
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
+    error: str | None = None  # with FinishReason.ERROR: why, in one line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerStats:
+    """A snapshot for people: counters only grow, the rest is now."""
+
+    num_running: int
+    num_waiting: int
+    num_preempted: int
+    requests_by_level: Mapping[int, int]
+    device_blocks_total: int
+    device_blocks_free: int
+    device_blocks_cached: int
+    device_blocks_used: int
+    host_blocks_total: int
+    host_blocks_used: int
+    num_steps: int
+    num_preemptions: int
+    num_demotions: int
+    num_promotions: int
+    num_recomputed_tokens: int
+    num_computed_prompt_tokens: int
+    num_cached_prompt_tokens: int
+    num_dropped_samples: int
+    num_stalls: int

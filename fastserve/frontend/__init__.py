@@ -1,0 +1,1 @@
+"""What the server and `LLM` share at their doors."""

@@ -1,0 +1,125 @@
+"""CpuOps: the parts of a network on a CPU: packed products, fused kernels, paged attention.
+
+Rules: whatever has no faster form here is the plain torch part, so that every network runs; without
+kernels (None: a dtype that has none, or plain torch was asked for) only products differ.
+Must not know: architectures, checkpoints, batches, how kernels are built.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastserve.model.attention.cpu import CpuAttention
+from fastserve.model.attention.interfaces import Attention
+from fastserve.model.kernels.cpu.kernels import CpuKernels
+from fastserve.model.ops.interfaces import HeadNormOp, LinearOp, MLPOp, NormOp
+from fastserve.model.ops.packed_linear import PackedLinear, can_pack
+from fastserve.model.ops.torch_ops import TorchOps
+
+
+class CpuOps(TorchOps):
+    """Fits `Ops`, for weights and KV of one dtype."""
+
+    def __init__(self, dtype: torch.dtype, kernels: CpuKernels | None) -> None:
+        super().__init__(dtype)
+        self._kernels = kernels
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
+        """Fit `Ops`."""
+        return PackedLinear(weight, bias) if can_pack(weight) else super().linear(weight, bias)
+
+    def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
+        """Fit `Ops`."""
+        if self._kernels is None:
+            return super().rms_norm(weight, eps)
+        return FusedRMSNorm(self._kernels, weight, eps)
+
+    def head_rms_norm(self, weight: Tensor, eps: float) -> HeadNormOp:
+        """Fit `Ops`."""
+        if self._kernels is None:
+            return super().head_rms_norm(weight, eps)
+        return FusedHeadNorm(self._kernels, weight, eps)
+
+    def layer_norm(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> NormOp:
+        """Fit `Ops`."""
+        if self._kernels is None or weight is None or bias is None:
+            return super().layer_norm(weight, bias, eps)
+        return FusedLayerNorm(self._kernels, weight, bias, eps)
+
+    def gated_mlp(self, gate_up: LinearOp, down: LinearOp) -> MLPOp:
+        """Fit `Ops`."""
+        if self._kernels is None:
+            return super().gated_mlp(gate_up, down)
+        return FusedGatedMLP(self._kernels, gate_up, down)
+
+    def attention(self, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Attention:
+        """Fit `Ops`."""
+        if self._kernels is None:
+            return super().attention(
+                num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
+            )
+        return CpuAttention(
+            self._kernels, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
+        )
+
+
+class FusedRMSNorm:
+    """x / rms(x) · weight over rows. Fits `NormOp`."""
+
+    __slots__ = ("eps", "kernels", "weight")
+
+    def __init__(self, kernels: CpuKernels, weight: Tensor, eps: float) -> None:
+        self.kernels = kernels
+        self.weight = weight
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Fit `NormOp`."""
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+
+class FusedHeadNorm:
+    """A norm of the first heads of every token, in place. Fits `HeadNormOp`."""
+
+    __slots__ = ("eps", "kernels", "weight")
+
+    def __init__(self, kernels: CpuKernels, weight: Tensor, eps: float) -> None:
+        self.kernels = kernels
+        self.weight = weight
+        self.eps = eps
+
+    def __call__(self, qkv: Tensor) -> None:
+        """Fit `HeadNormOp`."""
+        self.kernels.head_rms_norm_(qkv, self.weight, self.eps)
+
+
+class FusedLayerNorm:
+    """(x - mean(x)) / std(x) · weight + bias over rows. Fits `NormOp`."""
+
+    __slots__ = ("bias", "eps", "kernels", "weight")
+
+    def __init__(self, kernels: CpuKernels, weight: Tensor, bias: Tensor, eps: float) -> None:
+        self.kernels = kernels
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Fit `NormOp`."""
+        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class FusedGatedMLP:
+    """down(silu(gate(x)) · up(x)), with gate and up in one product. Fits `MLPOp`."""
+
+    __slots__ = ("down", "gate_up", "kernels")
+
+    def __init__(self, kernels: CpuKernels, gate_up: LinearOp, down: LinearOp) -> None:
+        self.kernels = kernels
+        self.gate_up = gate_up
+        self.down = down
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Fit `MLPOp`."""
+        return self.down.add_to(residual, self.kernels.silu_mul(self.gate_up(x)))

@@ -1,0 +1,1 @@
+"""What `LLM` takes and gives, with the names of vLLM and transformers."""

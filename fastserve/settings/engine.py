@@ -1,0 +1,151 @@
+"""The settings of the engine and the server, once: flags, YAML keys, LLM(**kw), their validation.
+
+Rules: frozen, resolved once. What is measured (block counts, the model's window) is a result that
+is passed on, never written back. An option exists only once it has an effect.
+Must not know: torch, the model's files, the machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastserve.settings.option import ConfigError, check_ranges, option
+
+__all__ = [
+    "POLICIES",
+    "PREEMPTION_MODES",
+    "EngineConfig",
+]
+
+POLICIES = (
+    "fcfs",
+    "orca",
+    "static",
+    "mlfq",
+    "skip-join-mlfq",
+    "artifact-mlfq",
+    "fixed-priority",
+)
+PREEMPTION_MODES = ("recompute", "defer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """The model, its memory and its schedule."""
+
+    model: str = option(
+        "demo",
+        "directory or hub id of a Hugging Face model; none: the bundled demo model",
+        positional=True,
+    )
+    tokenizer: str | None = option(None, "directory or hub id of the tokenizer (the model's own)")
+    revision: str | None = option(None, "hub revision of the model")
+    dtype: str = option(
+        "auto",
+        "weights and KV",
+        choices=("auto", "float32", "bfloat16", "float16", "float", "half"),
+    )
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    load_format: str = option(
+        "auto", "weights from files, or random ones", choices=("auto", "dummy")
+    )
+    max_model_len: int | None = option(
+        None, "longest prompt + output, in tokens (the model's window)", minimum=2
+    )
+    seed: int = option(0, "base of the seeds of requests that bring none")
+    generation_config: str = option(
+        "auto",
+        "sampling defaults: the model's generation_config.json, or none (vllm)",
+        choices=("auto", "vllm"),
+    )
+
+    max_num_seqs: int | None = option(
+        None, "most sequences in one step (256; 64 on a CPU)", minimum=1, maximum=2**20
+    )
+    max_num_batched_tokens: int | None = option(
+        None, "most tokens in one step (2048; 512 on a CPU)", minimum=1
+    )
+    max_live_seqs: int | None = option(None, "most requests that hold KV at once", minimum=1)
+    enable_chunked_prefill: bool = option(True, "split a long prefill over several steps")
+    enable_prefix_caching: bool = option(True, "share the KV of equal prompt beginnings")
+
+    block_size: int = option(16, "tokens in one KV block", minimum=1, maximum=1024)
+    num_device_blocks: int | None = option(
+        None,
+        "KV blocks on the device, instead of what memory allows",
+        aliases=("--num-gpu-blocks-override",),
+        minimum=1,
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "share of a CUDA device's memory to use", minimum=0.01, maximum=1.0
+    )
+    kv_cache_memory_bytes: int | None = option(
+        None, "KV bytes on the device, instead of what memory allows", minimum=1
+    )
+
+    scheduling_policy: str = option(
+        "skip-join-mlfq", "order in which requests run", choices=POLICIES
+    )
+    starvation_limit: float = option(
+        0.3, "seconds without running after which MLFQ promotes to level 0 (α)", minimum=0.0
+    )
+    mlfq_quantum: float | None = option(
+        None, "seconds of level 0 (the fitted minimum iteration time)", minimum=1e-9
+    )
+    mlfq_quantum_ratio: float = option(
+        2.0, "quantum of a level over that of the level above", minimum=1.01
+    )
+    priority_aging: float = option(
+        10.0, "seconds without running that raise a request by one priority class", minimum=1e-3
+    )
+    preemption_mode: str = option(
+        "recompute",
+        "what becomes of the KV of a request that loses its place",
+        choices=PREEMPTION_MODES,
+    )
+    max_recompute_share: float = option(
+        0.1,
+        "device time that newcomers may make others recompute, over all of it; inf: the paper's",
+        minimum=0.0,
+    )
+
+    tensor_parallel_size: int = option(1, "devices per layer", choices=(1,), aliases=("-tp",))
+    pipeline_parallel_size: int = option(1, "stages of layers", choices=(1,), aliases=("-pp",))
+    data_parallel_size: int = option(1, "copies of the model", choices=(1,), aliases=("-dp",))
+    distributed_executor_backend: str = option("uni", "how workers are started", choices=("uni",))
+    num_threads: int | None = option(
+        None, "threads of one CPU operation (cores - 1 beside a server)", minimum=1, maximum=4096
+    )
+    cpu_kernels: str = option(
+        "auto",
+        "fused CPU kernels: compiled here, by numba, or plain torch; auto: the first there is",
+        choices=("auto", "native", "numba", "torch"),
+    )
+    deterministic: bool = option(
+        False, "a token's logits and KV are the same bits in any batch, resumed or not; slower"
+    )
+    enforce_eager: bool = option(False, "run decodes on CUDA without capturing graphs of them")
+    profile: str | None = option(
+        None, "file with the fitted step times (measured at first start and cached)"
+    )
+    journal: str | None = option(None, "file to write every fact and plan to, for replay")
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other."""
+        check_ranges(self)
+        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if seqs is not None and tokens is not None and tokens < seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens: {tokens} is below --max-num-seqs {seqs}; "
+                "every running sequence needs one token a step"
+            )
+        if (
+            not self.enable_chunked_prefill
+            and tokens is not None
+            and self.max_model_len is not None
+            and tokens < self.max_model_len
+        ):
+            raise ConfigError(
+                f"--max-num-batched-tokens: {tokens} is below --max-model-len "
+                f"{self.max_model_len}, and without chunked prefill a prompt runs in one step"
+            )

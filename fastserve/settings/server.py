@@ -1,0 +1,52 @@
+"""The settings of the HTTP server.
+
+Rules: frozen, resolved once. Must not know: torch, the model's files, the machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastserve.settings.option import ConfigError, check_ranges, option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The HTTP face."""
+
+    host: str = option("127.0.0.1", "address to bind")
+    port: int = option(8000, "port to bind; 0 picks a free one", minimum=0, maximum=65535)
+    api_key: tuple[str, ...] = option((), "bearer tokens, one of which requests must carry")
+    served_model_name: tuple[str, ...] = option(
+        (), "model names that clients use; answers bear the first"
+    )
+    allowed_origins: tuple[str, ...] = option(
+        (), "origins whose pages may call from a browser; *: all (none may)"
+    )
+    allowed_methods: tuple[str, ...] = option((), "methods that those pages may use (all)")
+    allowed_headers: tuple[str, ...] = option((), "headers that those pages may send (all)")
+    allow_credentials: bool = option(False, "let those pages send cookies")
+    chat_template: str | None = option(None, "file with a Jinja chat template")
+    max_queued_requests: int = option(
+        10_000, "requests in the server beyond which new ones get 429", minimum=1
+    )
+    max_body_bytes: int = option(16 * 2**20, "largest request body; more gets 413", minimum=1024)
+    timeout_keep_alive: int = option(
+        5, "seconds that a connection without a request stays open", minimum=1
+    )
+    disable_log_requests: bool = option(False, "no line per request")
+    log_level: str = option(
+        "info",
+        "least severe message that is logged",
+        choices=("debug", "info", "warning", "error"),
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        check_ranges(self)
+        for key in self.api_key:
+            if key != key.strip() or not (key.isascii() and key.isprintable()):
+                raise ConfigError(
+                    "--api-key: a key that no header can carry; it must be printable ASCII, "
+                    "with no blank at either end"
+                )

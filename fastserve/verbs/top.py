@@ -1,0 +1,264 @@
+"""`fastserve top`: what a server is doing, live in the terminal.
+
+Rules: reads /metrics over HTTP and nothing else, so it works on any server it can reach; rates are
+differences between two looks. Where the output is no terminal, one picture follows the other.
+Must not know: the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from email.utils import parsedate_to_datetime
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+from rich.bar import Bar
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fastserve.host.http_client import open_client
+from fastserve.settings.option import ConfigError
+from fastserve.verbs.config import TopConfig
+
+PREFIX = "fastserve:"
+BAR_WIDTH = 40
+BESIDE_BARS = 25  # columns of a bar's name and number
+SIDE_BY_SIDE = 64  # columns that two columns of figures need
+TIMEOUT_S = 5.0
+NOT_OURS = "these are not the metrics of a FastServe server"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One look at a server; `totals` only grow, and `at` is when it was taken, in seconds.
+
+    `started_at` is in Unix time, by the server's clock; None where it does not say.
+    """
+
+    at: float
+    model_name: str = ""
+    started_at: float | None = None
+    is_loaded: bool = True
+    running: int = 0
+    waiting: int = 0
+    by_level: Mapping[int, int] = field(default_factory=dict)
+    blocks: Mapping[tuple[str, str], int] = field(default_factory=dict)  # by (tier, state)
+    totals: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_snapshot(exposition: str, at: float) -> Snapshot:
+    """Take a snapshot out of the text of /metrics.
+
+    Raises ValueError if this is not the text of a FastServe server.
+    """
+    try:
+        families = list(text_string_to_metric_families(exposition))
+        return _read([sample for family in families for sample in family.samples], at)
+    except (ValueError, KeyError) as error:
+        raise ValueError(NOT_OURS) from error
+
+
+def _read(samples: Sequence[Sample], at: float) -> Snapshot:
+    """Sort the samples; KeyError or ValueError for those of another server."""
+    gauges: dict[str, float] = {}
+    totals: dict[str, float] = {}
+    by_level: dict[int, int] = {}
+    blocks: dict[tuple[str, str], int] = {}
+    model_name = ""
+    for sample in samples:
+        if not sample.name.startswith(PREFIX):
+            continue
+        name, labels, value = sample.name.removeprefix(PREFIX), sample.labels, sample.value
+        if name == "requests_by_level":
+            by_level[int(labels["level"])] = int(value)
+        elif name == "kv_blocks":
+            blocks[labels["tier"], labels["state"]] = int(value)
+        elif name.endswith("_total"):
+            totals[name] = totals.get(name, 0.0) + value
+        else:
+            gauges[name] = value
+            model_name = labels.get("model_name", model_name)
+    return Snapshot(
+        at,
+        model_name,
+        gauges.get("start_time_seconds"),
+        "cache_config_info" in gauges,
+        int(gauges["num_requests_running"]),
+        int(gauges["num_requests_waiting"]),
+        by_level,
+        blocks,
+        totals,
+    )
+
+
+def rate(before: Snapshot | None, now: Snapshot, name: str) -> float | None:
+    """Return how fast a total grows, a second; None if that cannot be told yet."""
+    if before is None or name not in before.totals or now.at <= before.at:
+        return None
+    return (now.totals[name] - before.totals[name]) / (now.at - before.at)
+
+
+def picture(
+    url: str, before: Snapshot | None, now: Snapshot, *, uptime_s: float | None = None, width: int
+) -> RenderableType:
+    """Draw one snapshot for a terminal of `width` columns."""
+    head = [Text.assemble(("fastserve top", "bold"), f"  {url}")]
+    about = [("model", now.model_name)] if now.model_name else []
+    if uptime_s is not None:
+        about.append(("up", duration(uptime_s)))
+    head += [Text.assemble((name, "cyan"), f" {value}") for name, value in about]
+    if not now.is_loaded:
+        return Group(*head, Text("\nthe model is loading", style="yellow"))
+    return Group(
+        *head,
+        Text(""),
+        _figures(before, now, 2 if width >= SIDE_BY_SIDE else 1),
+        Text("\nrequests by level (0 runs first)", style="bold"),
+        _bars({str(level): count for level, count in sorted(now.by_level.items())}, width),
+        Text("\nKV blocks", style="bold"),
+        _bars(
+            {f"{tier} {state}": count for (tier, state), count in _present(now.blocks).items()},
+            width,
+        ),
+    )
+
+
+def duration(seconds: float) -> str:
+    """Write a length of time: 0:01:05, or 2 days, 3:04:05."""
+    return str(timedelta(seconds=int(seconds)))
+
+
+def _present(blocks: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    """Leave out the tiers that have no blocks at all."""
+    tiers = {tier for (tier, _), count in blocks.items() if count}
+    return {key: count for key, count in blocks.items() if key[0] in tiers}
+
+
+def _figures(before: Snapshot | None, now: Snapshot, num_columns: int) -> Table:
+    """Lay out the numbers, in one column or two."""
+    table = Table.grid(padding=(0, 3))
+    for _ in range(num_columns):
+        table.add_column(style="cyan")
+        table.add_column(justify="right", min_width=9)
+    per_s = [
+        None if (value := rate(before, now, name)) is None else f"{value:,.1f}"
+        for name in ("generation_tokens_total", "prompt_tokens_total", "num_preemptions_total")
+    ]
+    decided, counted = (
+        rate(before, now, name) for name in ("scheduler_step_seconds_total", "engine_steps_total")
+    )
+    decision = f"{decided / counted * 1e3:.2f}" if decided is not None and counted else None
+    rows: list[tuple[str, str | None, str, str | None]] = [
+        ("running", f"{now.running:,}", "output tokens/s", per_s[0]),
+        ("waiting", f"{now.waiting:,}", "prompt tokens/s", per_s[1]),
+        ("demotions", _total(now, "demotions_total"), "preemptions/s", per_s[2]),
+        ("promotions", _total(now, "promotions_total"), "ms to decide a step", decision),
+    ]
+    pairs = [(row[0], row[1]) for row in rows] + [(row[2], row[3]) for row in rows]
+    for cells in rows if num_columns == 2 else pairs:
+        table.add_row(*("-" if cell is None else cell for cell in cells))
+    return table
+
+
+def _total(now: Snapshot, name: str) -> str | None:
+    return f"{now.totals[name]:,.0f}" if name in now.totals else None
+
+
+def _bars(counts: Mapping[str, int], width: int) -> RenderableType:
+    """Draw a bar for each count, as a share of their sum."""
+    if not counts:
+        return Text("none", style="dim")
+    whole = max(1, sum(counts.values()))
+    bar_width = max(1, min(BAR_WIDTH, width - BESIDE_BARS))
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", min_width=12, style="cyan")
+    table.add_column(justify="right", min_width=7)
+    table.add_column(width=bar_width)
+    for name, count in counts.items():
+        table.add_row(name, f"{count:,}", Bar(whole, 0, count, width=bar_width, color="green"))
+    return table
+
+
+class Watched:
+    """A server that is looked at again and again, and drawn."""
+
+    def __init__(self, url: str, client: httpx.Client) -> None:
+        self.url = url
+        self._client = client
+        self._before: Snapshot | None = None
+        self._now: Snapshot | None = None
+        self._uptime_s: float | None = None
+
+    def look(self) -> None:
+        """Take a snapshot.
+
+        Raises ValueError, of one line, if there is no answer or none that can be read.
+        """
+        try:
+            answer = self._client.get(f"{self.url}/metrics")
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"no server answers at {self.url}: {reason}") from error
+        if answer.status_code != httpx.codes.OK:
+            said = f"{answer.status_code} {answer.reason_phrase}"
+            raise ValueError(f"{self.url}/metrics answers {said}")
+        now = read_snapshot(answer.text, time.monotonic())
+        self._before, self._now = self._now, now
+        if now.started_at is not None:
+            self._uptime_s = max(0.0, clock_of(answer) - now.started_at)
+
+    def picture(self, width: int) -> RenderableType:
+        """Draw what was seen last."""
+        assert self._now is not None
+        return picture(self.url, self._before, self._now, uptime_s=self._uptime_s, width=width)
+
+
+def clock_of(answer: httpx.Response) -> float:
+    """Return the server's Unix time, which may be another than this machine's."""
+    try:
+        return parsedate_to_datetime(answer.headers["date"]).timestamp()
+    except (KeyError, ValueError):
+        return time.time()
+
+
+def watch(config: TopConfig) -> int:
+    """Draw a server until interrupted; one that goes away may come back."""
+    url = config.url.rstrip("/")
+    url = url if "://" in url else f"http://{url}"
+    console = Console()
+    with open_client(url, timeout_s=TIMEOUT_S) as client:
+        watched = Watched(url, client)
+        try:
+            watched.look()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if config.once:
+            console.print(watched.picture(console.width))
+            return 0
+        with shown(console) as show:
+            show(watched.picture(console.width))
+            while True:
+                time.sleep(config.interval)  # the rhythm of the picture
+                try:
+                    watched.look()
+                except ValueError as error:
+                    show(Text(f"{error}; still trying", style="red"))
+                else:
+                    show(watched.picture(console.width))
+
+
+@contextlib.contextmanager
+def shown(console: Console) -> Iterator[Callable[[RenderableType], None]]:
+    """Yield what puts a picture in the place of the last, or below it where that cannot be."""
+    if not console.is_terminal:
+        yield console.print
+        return
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        yield lambda drawn: live.update(drawn, refresh=True)

@@ -1,0 +1,149 @@
+"""The wire between the API process and the engine process: closed schemas, length-prefixed frames.
+
+Rules: every message is one of the structs below, msgpack with a tag; unknown tags and wrong types
+are refused by the decoder. What the core already defines (updates, params, stats) travels as it
+is. One `Updates` a step carries the news of all requests. A request is named by the number the API
+process gave it, never by the core's handle, so that it keeps its name over a restart.
+Must not know: sockets' owners, the scheduler, text.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import msgspec
+
+from fastserve.core.messages import RequestUpdate, SchedulerStats
+from fastserve.core.request import SamplingParams
+from fastserve.settings.engine import EngineConfig
+
+LENGTH = struct.Struct(">I")  # bytes of the payload that follows
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a loaded engine is; measured, never written back to the configuration."""
+
+    model: str
+    max_model_len: int
+    max_request_tokens: int  # the window, or the whole pool where that is smaller
+    vocab_size: int
+    block_size: int
+    num_device_blocks: int
+    eos_token_ids: frozenset[int]
+    dtype: str
+    device: str
+    sampling_defaults: dict[str, Any] = {}
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of the engine; the seconds only grow."""
+
+    scheduler: SchedulerStats
+    num_requests: int
+    scheduler_s: float  # spent in deciding: schedule and update
+    device_s: float  # spent by the executor in steps
+    steps_by_tokens: Sequence[int]  # those done, in the buckets of STEP_TOKENS
+    step_tokens: int  # computed in all of those
+    at: float
+
+
+class Configure(msgspec.Struct, frozen=True, tag="configure"):
+    """The first message: what to load."""
+
+    config: EngineConfig
+
+
+class Add(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
+    """Run a request; `output_token_ids` are those a previous engine process had produced."""
+
+    request: int
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    arrived_at: float
+    output_token_ids: Sequence[int] = ()
+    priority: int = 0
+    client: str = ""
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Forget a request; no update follows."""
+
+    request: int
+
+
+class Finish(msgspec.Struct, frozen=True, tag="finish"):
+    """A stop string ended the request after `num_output_tokens`; its terminal update follows."""
+
+    request: int
+    num_output_tokens: int
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """What loading is at, and how much of that is done (0 to 1)."""
+
+    stage: str
+    fraction: float
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """Loaded; requests are run from now on."""
+
+    info: EngineInfo
+
+
+class Updates(msgspec.Struct, frozen=True, tag="updates"):
+    """The news of one step, and now and then a snapshot."""
+
+    updates: Sequence[RequestUpdate] = ()
+    stats: EngineStats | None = None
+
+
+class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
+    """The request can never run; the message is for its client."""
+
+    request: int
+    message: str
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine is over; one line says why, `running` whose steps were under way."""
+
+    message: str
+    is_misconfiguration: bool = False
+    running: tuple[int, ...] = ()
+
+
+Command = Configure | Add | Abort | Finish
+Event = Progress | Ready | Updates | Rejected | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+
+
+def encode_frame(message: Command | Event) -> bytes:
+    """Return one frame: the length of the payload, then the payload."""
+    payload = _encoder.encode(message)
+    return LENGTH.pack(len(payload)) + payload
+
+
+def decode_command(payload: bytes) -> Command:
+    """Return the command in a payload; msgspec.ValidationError (a ValueError) if it is none."""
+    return _command_decoder.decode(payload)
+
+
+def decode_event(payload: bytes) -> Event:
+    """Return the event in a payload; msgspec.ValidationError (a ValueError) if it is none."""
+    return _event_decoder.decode(payload)
+
+
+def read_frame(stream: BinaryIO) -> bytes | None:
+    """Return the next payload of a blocking stream; None when it ended, inside a frame or not."""
+    header = stream.read(LENGTH.size)
+    if len(header) < LENGTH.size:
+        return None
+    (size,) = LENGTH.unpack(header)
+    payload = stream.read(size)
+    return payload if len(payload) == size else None

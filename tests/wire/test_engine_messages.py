@@ -1,0 +1,154 @@
+"""The wire: everything arrives as it was sent, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import io
+
+import msgspec
+import pytest
+
+from fastserve.core.messages import (
+    RequestMetrics,
+    RequestUpdate,
+    Sample,
+    SchedulerStats,
+    TokenLogprobs,
+)
+from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.settings.engine import EngineConfig
+from fastserve.wire.engine_messages import (
+    LENGTH,
+    Abort,
+    Add,
+    Command,
+    Configure,
+    EngineInfo,
+    EngineStats,
+    Event,
+    Failed,
+    Finish,
+    Progress,
+    Ready,
+    Rejected,
+    Updates,
+    decode_command,
+    decode_event,
+    encode_frame,
+    read_frame,
+)
+
+METRICS = RequestMetrics(
+    arrival=1.5, first_scheduled=None, first_token=2.0, finished=3.0, queue_s=0.1,
+    num_preemptions=1, num_swaps=0, recomputed_tokens=7, cached_tokens=16, level=2,
+)  # fmt: skip
+SCORES = TokenLogprobs(-0.25, 2, [5, 6], [-0.1, -0.25])
+STATS = SchedulerStats(
+    num_running=1, num_waiting=2, num_preempted=3, requests_by_level={0: 4, 3: 2},
+    device_blocks_total=10, device_blocks_free=4, device_blocks_cached=1, device_blocks_used=5,
+    host_blocks_total=0, host_blocks_used=0, num_steps=9, num_preemptions=1, num_demotions=2,
+    num_promotions=3, num_recomputed_tokens=4, num_computed_prompt_tokens=5,
+    num_cached_prompt_tokens=6, num_dropped_samples=7, num_stalls=0,
+)  # fmt: skip
+INFO = EngineInfo(
+    model="demo", max_model_len=128, max_request_tokens=64, vocab_size=99, block_size=16,
+    num_device_blocks=4, eos_token_ids=frozenset({1, 2}), dtype="float32", device="cpu",
+    sampling_defaults={"temperature": 0.7, "top_k": 20},
+)  # fmt: skip
+PARAMS = SamplingParams(
+    n=2, temperature=0.0, seed=2**63 - 1, logit_bias={7: -1.5}, logprobs=3, max_tokens=None,
+    stop=["\n", "é"], stop_token_ids=[4],
+)  # fmt: skip
+
+COMMANDS: list[Command] = [
+    Configure(EngineConfig(model="some/where", num_device_blocks=7, starvation_limit=1.0)),
+    Add(request=0, prompt_token_ids=[1, 2**31], params=PARAMS, arrived_at=12.25),
+    Add(
+        request=1, prompt_token_ids=[3], params=SamplingParams(stop_token_ids=[]), arrived_at=0.0,
+        output_token_ids=[4, 5], priority=-3, client="a",
+    ),
+    Abort(3),
+    Finish(4, 17),
+]  # fmt: skip
+EVENTS: list[Event] = [
+    Progress("loading", 0.5),
+    Ready(INFO),
+    Updates([RequestUpdate(0, [Sample(4), Sample(5, SCORES)])]),
+    Updates(
+        [
+            RequestUpdate(0, [], FinishReason.STOP, 4, METRICS, [SCORES]),
+            RequestUpdate(1, [Sample(9)], FinishReason.LENGTH, None, METRICS),
+        ],
+        EngineStats(
+            scheduler=STATS,
+            num_requests=6,
+            scheduler_s=0.5,
+            device_s=2.0,
+            at=9.0,
+            steps_by_tokens=[1, 0, 2],
+            step_tokens=18,
+        ),
+    ),
+    Rejected(3, "no"),
+    Failed("over"),
+]
+
+
+def canonical(message: object) -> bytes:
+    """Return an encoding in which lists and tuples are one."""
+    return msgspec.msgpack.encode(message)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: type(command).__name__)
+def test_commands_arrive_as_sent(command: Command) -> None:
+    """Every command survives the wire with its type and all of its values."""
+    arrived = decode_command(encode_frame(command)[LENGTH.size :])
+    assert type(arrived) is type(command)
+    assert canonical(arrived) == canonical(command)
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_events_arrive_as_sent(event: Event) -> None:
+    """Every event survives the wire with its type and all of its values."""
+    arrived = decode_event(encode_frame(event)[LENGTH.size :])
+    assert type(arrived) is type(event)
+    assert canonical(arrived) == canonical(event)
+    if isinstance(arrived, Updates):
+        assert all(type(update) is RequestUpdate for update in arrived.updates)
+
+
+def test_params_arrive_as_their_own_class() -> None:
+    """Parameters are checked anew on arrival: the class is built, with its properties."""
+    arrived = decode_command(encode_frame(COMMANDS[1])[LENGTH.size :])
+    assert isinstance(arrived, Add)
+    assert isinstance(arrived.params, SamplingParams)
+    assert arrived.params.stop_strings == ("\n", "é")
+    assert arrived.params.is_greedy
+    assert arrived.params.logit_bias == {7: -1.5}
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"type": "sideways"},
+        {"type": "abort"},
+        {"type": "abort", "request": "1"},
+        {"type": "failed", "message": "an event is no command"},
+        {"type": "add", "request": 1, "prompt_token_ids": [1], "params": {"top_p": 7},
+         "arrived_at": 0.0},
+        ["abort", 1],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_command_is_refused(payload: object) -> None:
+    """Unknown tags, missing and mistyped fields and invalid parameters are ValueErrors."""
+    with pytest.raises(ValueError, match=r"."):
+        decode_command(msgspec.msgpack.encode(payload))
+
+
+def test_frames_are_read_whole_until_the_end() -> None:
+    """Frames come out one by one; a stream that breaks off inside one has ended."""
+    first, second = encode_frame(Abort(1)), encode_frame(Finish(2, 3))
+    stream = io.BytesIO(first + second + second[:-1])
+    payloads = [read_frame(stream) for _ in range(3)]
+    assert payloads == [first[LENGTH.size :], second[LENGTH.size :], None]
+    assert read_frame(io.BytesIO(b"\0\0")) is None
