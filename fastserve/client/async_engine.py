@@ -26,9 +26,8 @@ from fastserve.client.suspects import DEATHS_OF_A_SUSPECT, Suspects
 from fastserve.core.messages import RequestFailedError, RequestUpdate, Sample
 from fastserve.core.request import FinishReason, SamplingParams
 from fastserve.settings.engine import EngineConfig
-from fastserve.wire.child import EngineProcess
+from fastserve.wire.child import Child
 from fastserve.wire.engine_messages import (
-    LENGTH,
     Abort,
     Add,
     Configure,
@@ -42,8 +41,9 @@ from fastserve.wire.engine_messages import (
     Rejected,
     Updates,
     decode_command,
-    encode_frame,
+    decode_event,
 )
+from fastserve.wire.frames import encode_frame, payload_of
 
 __all__ = ["AsyncEngine", "EngineDeadError", "RequestFailedError", "RequestStream"]
 
@@ -88,7 +88,7 @@ class AsyncEngine:
         self._all_ended = asyncio.Event()  # no stream is open
         self._all_ended.set()
         self._next_request = 0
-        self._child: EngineProcess | None = None
+        self._child: Child[Event] | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._restarts: deque[float] = deque()
         self._failure: Failed | None = None  # what the process said of its own end
@@ -159,7 +159,7 @@ class AsyncEngine:
         )
         # The engine would refuse a wrong type by ending; so it is refused here, and harms nobody.
         frame = encode_frame(add)
-        decode_command(frame[LENGTH.size :])
+        decode_command(payload_of(frame))
         stream = RequestStream(self, add)
         self._next_request += 1
         self._streams[add.request] = stream
@@ -246,7 +246,9 @@ class AsyncEngine:
         self._failure = None
         self._given.clear()
         self.progress = ("starting", 0.0)
-        self._child = child = await EngineProcess.start(self._command, self._environment)
+        self._child = child = await Child.start(
+            self._command, self._environment, decode_event, "engine"
+        )
         try:
             child.send(encode_frame(Configure(self.config)))
             if self._is_closing:

@@ -8,15 +8,12 @@ are the parent's to answer: it drains first. Must not know: torch, text, HTTP.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import math
 import os
 import queue
-import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 
@@ -24,6 +21,7 @@ from fastserve.core.messages import RequestUpdate
 from fastserve.engine.engine import Engine
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
+from fastserve.wire.child import be_child
 from fastserve.wire.engine_messages import (
     Add,
     Command,
@@ -37,14 +35,12 @@ from fastserve.wire.engine_messages import (
     Rejected,
     Updates,
     decode_command,
-    encode_frame,
-    read_frame,
 )
+from fastserve.wire.frames import encode_frame, read_frame
 
 logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 0.5
-PR_SET_PDEATHSIG = 1
 
 OpenEngine = Callable[[EngineConfig, Callable[[str, float], None]], tuple[Engine, EngineInfo]]
 
@@ -202,12 +198,6 @@ class Loop:
             self._stats_due = self.engine.clock.now() + STATS_INTERVAL_S
 
 
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, however that happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def quiet_garbage_collector() -> None:
     """Keep the cycle collector from pausing every stream.
 
@@ -221,11 +211,7 @@ def quiet_garbage_collector() -> None:
 
 def run(fd: int, open_engine: OpenEngine) -> int:
     """Be the engine process on the inherited socket `fd`; return the exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    die_with_parent()
-    connection = socket.socket(fileno=fd)
-    connection.set_inheritable(False)
+    connection = be_child(fd)
     inbox, outbox = Inbox(connection), Outbox(connection)
     try:
         loop = _load(inbox, outbox, open_engine)

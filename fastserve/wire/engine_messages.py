@@ -1,4 +1,4 @@
-"""The wire between the API process and the engine process: closed schemas, length-prefixed frames.
+"""What the API process and the engine process say to each other: closed schemas.
 
 Rules: every message is one of the structs below, msgpack with a tag; unknown tags and wrong types
 are refused by the decoder. What the core already defines (updates, params, stats) travels as it
@@ -9,17 +9,14 @@ Must not know: sockets' owners, the scheduler, text.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 
 from fastserve.core.messages import RequestUpdate, SchedulerStats
 from fastserve.core.request import SamplingParams
 from fastserve.settings.engine import EngineConfig
-
-LENGTH = struct.Struct(">I")  # bytes of the payload that follows
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,15 +115,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 Command = Configure | Add | Abort | Finish
 Event = Progress | Ready | Updates | Rejected | Failed
 
-_encoder = msgspec.msgpack.Encoder()
 _command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 _event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
-
-
-def encode_frame(message: Command | Event) -> bytes:
-    """Return one frame: the length of the payload, then the payload."""
-    payload = _encoder.encode(message)
-    return LENGTH.pack(len(payload)) + payload
 
 
 def decode_command(payload: bytes) -> Command:
@@ -137,13 +127,3 @@ def decode_command(payload: bytes) -> Command:
 def decode_event(payload: bytes) -> Event:
     """Return the event in a payload; msgspec.ValidationError (a ValueError) if it is none."""
     return _event_decoder.decode(payload)
-
-
-def read_frame(stream: BinaryIO) -> bytes | None:
-    """Return the next payload of a blocking stream; None when it ended, inside a frame or not."""
-    header = stream.read(LENGTH.size)
-    if len(header) < LENGTH.size:
-        return None
-    (size,) = LENGTH.unpack(header)
-    payload = stream.read(size)
-    return payload if len(payload) == size else None

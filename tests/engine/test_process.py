@@ -27,9 +27,8 @@ from fastserve.wire.engine_messages import (
     Ready,
     Updates,
     decode_event,
-    encode_frame,
-    read_frame,
 )
+from fastserve.wire.frames import encode_frame, read_frame
 
 
 def test_the_inbox_tells_of_each_command_and_of_the_end() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import msgspec
 import pytest
 
@@ -17,7 +15,6 @@ from fastserve.core.messages import (
 from fastserve.core.request import FinishReason, SamplingParams
 from fastserve.settings.engine import EngineConfig
 from fastserve.wire.engine_messages import (
-    LENGTH,
     Abort,
     Add,
     Command,
@@ -33,9 +30,8 @@ from fastserve.wire.engine_messages import (
     Updates,
     decode_command,
     decode_event,
-    encode_frame,
-    read_frame,
 )
+from fastserve.wire.frames import encode_frame, payload_of
 
 METRICS = RequestMetrics(
     arrival=1.5, first_scheduled=None, first_token=2.0, finished=3.0, queue_s=0.1,
@@ -101,7 +97,7 @@ def canonical(message: object) -> bytes:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: type(command).__name__)
 def test_commands_arrive_as_sent(command: Command) -> None:
     """Every command survives the wire with its type and all of its values."""
-    arrived = decode_command(encode_frame(command)[LENGTH.size :])
+    arrived = decode_command(payload_of(encode_frame(command)))
     assert type(arrived) is type(command)
     assert canonical(arrived) == canonical(command)
 
@@ -109,7 +105,7 @@ def test_commands_arrive_as_sent(command: Command) -> None:
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
 def test_events_arrive_as_sent(event: Event) -> None:
     """Every event survives the wire with its type and all of its values."""
-    arrived = decode_event(encode_frame(event)[LENGTH.size :])
+    arrived = decode_event(payload_of(encode_frame(event)))
     assert type(arrived) is type(event)
     assert canonical(arrived) == canonical(event)
     if isinstance(arrived, Updates):
@@ -118,7 +114,7 @@ def test_events_arrive_as_sent(event: Event) -> None:
 
 def test_params_arrive_as_their_own_class() -> None:
     """Parameters are checked anew on arrival: the class is built, with its properties."""
-    arrived = decode_command(encode_frame(COMMANDS[1])[LENGTH.size :])
+    arrived = decode_command(payload_of(encode_frame(COMMANDS[1])))
     assert isinstance(arrived, Add)
     assert isinstance(arrived.params, SamplingParams)
     assert arrived.params.stop_strings == ("\n", "é")
@@ -143,12 +139,3 @@ def test_what_is_no_command_is_refused(payload: object) -> None:
     """Unknown tags, missing and mistyped fields and invalid parameters are ValueErrors."""
     with pytest.raises(ValueError, match=r"."):
         decode_command(msgspec.msgpack.encode(payload))
-
-
-def test_frames_are_read_whole_until_the_end() -> None:
-    """Frames come out one by one; a stream that breaks off inside one has ended."""
-    first, second = encode_frame(Abort(1)), encode_frame(Finish(2, 3))
-    stream = io.BytesIO(first + second + second[:-1])
-    payloads = [read_frame(stream) for _ in range(3)]
-    assert payloads == [first[LENGTH.size :], second[LENGTH.size :], None]
-    assert read_frame(io.BytesIO(b"\0\0")) is None
