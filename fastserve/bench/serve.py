@@ -127,6 +127,7 @@ def measure_serving(config: ServeBenchConfig) -> int:
     if has_no_stream(run):
         say("every answer came in one piece: TTFT and ITL say nothing", style="yellow")
     Console().print(as_table(result, config.percentiles()))
+    say(rates(result), stderr=False)
     return 0
 
 
@@ -260,10 +261,6 @@ def as_table(result: Mapping[str, Any], percents: Sequence[float]) -> Table:
         *kinds,
         title=f"{result['model_id']}: {result['completed']} requests in {result['duration']:.1f} s"
         + (f", {result['failed']} lost" if result["failed"] else ""),
-        caption=f"{result['request_throughput']:,.2f} requests/s, "
-        f"{result['output_throughput']:,.1f} output tokens/s, "
-        f"{result['total_token_throughput']:,.1f} tokens/s; "
-        f"the client took {result['client_cpu_share']:.0%} of a core",
     )
     rows = [(name.upper(), f"{name}_ms") for name in METRICS]
     rows += [("normalized", "norm_latency_ms"), ("JCT, s", "jct_s"), ("slowdown", "slowdown")]
@@ -273,6 +270,16 @@ def as_table(result: Mapping[str, Any], percents: Sequence[float]) -> Table:
         if any(cell is not None for cell in cells):
             table.add_row(title, *("" if cell is None else readable(cell) for cell in cells))
     return table
+
+
+def rates(result: Mapping[str, Any]) -> str:
+    """Return what the server and the client did in a second, in a line."""
+    return (
+        f"{result['request_throughput']:,.2f} requests/s, "
+        f"{result['output_throughput']:,.1f} output tokens/s, "
+        f"{result['total_token_throughput']:,.1f} tokens/s; "
+        f"the client took {result['client_cpu_share']:.0%} of a core"
+    )
 
 
 def readable(value: float) -> str:

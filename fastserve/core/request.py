@@ -59,7 +59,7 @@ class SamplingParams:
         """Refuse values that no sampler can honour."""
         for name, is_valid, rule in (
             ("n", self.n >= 1, "at least 1"),
-            ("temperature", 0.0 <= self.temperature < float("inf"), "non-negative"),
+            ("temperature", 0.0 <= self.temperature < float("inf"), "finite and non-negative"),
             ("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]"),
             ("top_k", self.top_k >= -1, "-1 or 0 (off), or at least 1"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]"),

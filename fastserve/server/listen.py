@@ -65,10 +65,8 @@ class SignalledServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
             self._engine.kill()
             return
-        logger.warning(
-            "%s: finishing %d requests, at most %d s; a second signal ends at once",
-            name, count, DRAIN_S,
-        )  # fmt: skip
+        under_way = f"finishing {count} requests, at most {DRAIN_S} s" if count else "stopping"
+        logger.warning("%s: %s; a second signal ends at once", name, under_way)
         self._refuse_work()
         self._draining = asyncio.create_task(self._drain())
 
