@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from fastserve.core.memory.memory import BlockTable
+if TYPE_CHECKING:  # the torch rooms import this module, and are to load nothing of memory with it
+    from fastserve.core.memory.table import BlockTable
 
 
 class FinishReason(StrEnum):

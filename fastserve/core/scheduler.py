@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from fastserve.core.memory.eviction import RecomputeBudget
-from fastserve.core.memory.memory import BlockTable, KVCacheManager
+from fastserve.core.memory.memory import KVCacheManager
+from fastserve.core.memory.table import BlockTable
 from fastserve.core.memory.victims import VictimRanking
 from fastserve.core.messages import (
     ExecutorOutput,

@@ -11,24 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from fastserve.core.memory.block import Block, BlockPool
+from fastserve.core.memory.table import BlockTable
 from fastserve.core.request import Request
-
-
-class BlockTable:
-    """The Blocks of one request in one epoch, by position.
-
-    `num_sent` of them are known to the worker; `num_published` are findable as prefix.
-    """
-
-    __slots__ = ("blocks", "is_closed", "num_published", "num_sent", "request", "steps_in_flight")
-
-    def __init__(self, request: Request, blocks: list[Block]) -> None:
-        self.request = request
-        self.blocks = blocks
-        self.num_sent = 0
-        self.num_published = len(blocks)
-        self.steps_in_flight = 0
-        self.is_closed = False
 
 
 class KVCacheManager:
@@ -41,7 +25,7 @@ class KVCacheManager:
         self.block_size = block_size
         self._enable_prefix_caching = enable_prefix_caching
         self._salt = salt
-        self._tables: dict[BlockTable, None] = {}
+        self._tables: dict[BlockTable, Request] = {}
         self._num_leaving = 0
         self._num_closed = 0
 
@@ -62,7 +46,7 @@ class KVCacheManager:
 
     def holders(self) -> Iterator[Request]:
         """Yield the requests that hold KV."""
-        return (table.request for table in self._tables if not table.is_closed)
+        return (request for table, request in self._tables.items() if not table.is_closed)
 
     def num_blocks(self, num_tokens: int) -> int:
         """Return the blocks that hold `num_tokens` positions."""
@@ -89,8 +73,8 @@ class KVCacheManager:
         blocks = self.match_prefix(request)
         for block in blocks:
             self.pool.retain(block)
-        table = BlockTable(request, blocks)
-        self._tables[table] = None
+        table = BlockTable(blocks)
+        self._tables[table] = request
         request.table = table
         request.num_computed_tokens = len(blocks) * self.block_size
         request.num_scheduled_tokens = request.num_computed_tokens
@@ -141,8 +125,8 @@ class KVCacheManager:
         assert all(table.steps_in_flight > 0 for table in closed), "a closed table was not released"
         assert len(live) + len(closed) == len(self._tables), "a table has no owner"
         refs: dict[Block, int] = {}
-        for table in self._tables:
-            assert table.is_closed or table.request.table is table
+        for table, request in self._tables.items():
+            assert table.is_closed or request.table is table
             assert len(set(table.blocks)) == len(table.blocks)
             for block in table.blocks:
                 refs[block] = refs.get(block, 0) + 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fastserve.core.memory.block import BlockPool
-from fastserve.core.memory.memory import BlockTable, KVCacheManager
+from fastserve.core.memory.memory import KVCacheManager
+from fastserve.core.memory.table import BlockTable
 from fastserve.core.request import Request, SamplingParams
 
 BLOCK_SIZE = 4
