@@ -1,17 +1,14 @@
 """LocalExecutor: one worker on one compute thread of this process.
 
 Rules: everything torch happens on that thread (its thread pool belongs to it), except that on CUDA
-a second one waits for launched steps; callers wait on a condition, never poll. A slot is free again
-once `wait` has handed its step out, so that a plan never splits a batch that could run together. A
-step that cannot be launched is reported as failed, and the next one runs. A failure of the device
-ends the executor: `wait` raises it, after what finished before it. Must not know: scheduling.
+a second one waits for launched steps. A step that cannot be launched is reported as failed, and the
+next one runs; a plan without work has no step to report, so that its failure is one of the device.
+Must not know: scheduling, what is in flight.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +20,7 @@ import torch
 
 from fastserve.core.cost_model import CostModel
 from fastserve.core.messages import ExecutorOutput, SchedulerOutput, StepDone
+from fastserve.executor.in_flight import InFlight
 from fastserve.executor.profiler import load_or_measure
 from fastserve.executor.worker import ExecutorFacts, Worker
 from fastserve.settings.engine import EngineConfig
@@ -49,11 +47,6 @@ class LocalExecutor:
         is_async: bool | None = None,
     ) -> None:
         self._on_progress = on_progress
-        self._changed = threading.Condition()
-        self._done: list[StepDone] = []
-        self._num_unreported = 0
-        self._is_woken = False
-        self._error: BaseException | None = None
         self._num_threads = config.num_threads or torch.get_num_threads()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastserve-compute")
         try:
@@ -72,6 +65,7 @@ class LocalExecutor:
             self._thread.shutdown()
             raise
         self.lookahead = int(self._worker.is_async) if lookahead is None else lookahead
+        self._in_flight = InFlight(self.num_slots, self.lookahead)
         # Where a launched step is not a finished one, another thread waits for its end.
         self._reporter = (
             ThreadPoolExecutor(1, "fastserve-report") if self._worker.is_async else None
@@ -90,37 +84,20 @@ class LocalExecutor:
 
     def can_submit(self) -> bool:
         """Whether a compute slot is free."""
-        with self._changed:
-            return self._num_unreported < self.num_slots + self.lookahead
+        return self._in_flight.can_begin()
 
     def submit(self, plan: SchedulerOutput) -> None:
         """Begin to carry out a plan and return at once."""
-        with self._changed:
-            self._num_unreported += 1
+        self._in_flight.begin(plan)
         self._thread.submit(self._run, plan)
 
     def wait(self, until: float) -> ExecutorOutput | None:
         """Return everything that finished, or None once woken or late."""
-        with self._changed:
-            while not (self._done or self._is_woken or self._error):
-                timeout = until - time.monotonic()
-                if timeout <= 0.0:
-                    break
-                self._changed.wait(None if math.isinf(timeout) else timeout)
-            self._is_woken = False
-            if self._done:
-                steps, self._done = tuple(self._done), []
-                self._num_unreported -= len(steps)
-                return ExecutorOutput(steps)
-            if self._error is not None:
-                raise RuntimeError(f"a step failed: {self._error!r}") from self._error
-            return None
+        return self._in_flight.wait(until)
 
     def wake(self) -> None:
         """End a `wait` in progress, or the next one."""
-        with self._changed:
-            self._is_woken = True
-            self._changed.notify_all()
+        self._in_flight.wake()
 
     def close(self) -> None:
         """Finish the step in progress and stop the thread."""
@@ -129,39 +106,39 @@ class LocalExecutor:
             self._reporter.shutdown(cancel_futures=True)
 
     def _run(self, plan: SchedulerOutput) -> None:
-        if self._error is not None:
+        if self._in_flight.has_failed:
             return
         started = time.perf_counter()
         try:
             finish = self._worker.launch(plan)
         except Exception as error:
-            logger.exception("step %d failed; its requests end with an error", plan.step_id)
-            done = StepDone(plan.step_id, (), time.perf_counter() - started, error=_one_line(error))
-            finish = partial(self._fail, done)
-        except BaseException as error:  # raised again by `wait`, on the engine's thread
+            if plan.work:
+                logger.exception("step %d failed; its requests end with an error", plan.step_id)
+                seconds = time.perf_counter() - started
+                done = StepDone(plan.step_id, (), seconds, error=_one_line(error))
+                finish = partial(self._unless_broken, done)
+            else:
+                finish = partial(_raise, error)
+        except BaseException as error:
             finish = partial(_raise, error)
         if self._reporter is None:
             self._report(finish)
         else:
             self._reporter.submit(self._report, finish)
 
-    def _fail(self, done: StepDone) -> StepDone:
+    def _unless_broken(self, failed: StepDone) -> StepDone:
         self._worker.check_device()
-        return done
+        return failed
 
     def _report(self, finish: Callable[[], StepDone]) -> None:
-        if self._error is not None:
+        if self._in_flight.has_failed:
             return
         try:
             done = finish()
-        except BaseException as error:  # the same, and after the steps before it
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+        except BaseException as error:  # raised again by `wait`, on the engine's thread
+            self._in_flight.fail(error)
             return
-        with self._changed:
-            self._done.append(done)
-            self._changed.notify_all()
+        self._in_flight.finish(done)
 
     def _call(self, function: Callable[[], T]) -> T:
         return self._thread.submit(function).result()

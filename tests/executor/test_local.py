@@ -200,6 +200,34 @@ def test_a_device_that_is_gone_surfaces_in_wait(open_executor, monkeypatch):
         assert isinstance(caught.value.__cause__, RuntimeError)
 
 
+def test_a_plan_without_work_takes_no_slot_and_yields_no_step(open_executor):
+    """It is carried out behind a step in flight, and the next wait is for the next step."""
+    executor = open_executor()
+    executor.submit(first_plan(0, 0))
+    assert not executor.can_submit()
+    executor.submit(SchedulerOutput(1, (), (), forget=(0,)))
+    assert next_step(executor).step_id == 0
+    executor.submit(SchedulerOutput(2, (), (), forget=(5,)))
+    executor.submit(first_plan(3, 1))
+    assert next_step(executor).step_id == 3
+    assert executor.wait(-math.inf) is None
+    with pytest.raises(KeyError):
+        executor._worker.table[0]
+
+
+def test_a_plan_without_work_that_fails_ends_the_executor(open_executor, monkeypatch):
+    """There is no step to report it with, and what it was to do is not done."""
+    executor = open_executor()
+
+    def fail(handle: int) -> None:
+        raise KeyError(handle)
+
+    monkeypatch.setattr(executor._worker.table, "forget", fail)
+    executor.submit(SchedulerOutput(0, (), (), forget=(7,)))
+    with pytest.raises(RuntimeError, match=r"a step failed: KeyError\(7\)"):
+        executor.wait(math.inf)
+
+
 def test_wake_ends_a_wait(open_executor):
     """wake ends a wait in progress, or the next one, once."""
     executor = open_executor()

@@ -1,0 +1,93 @@
+"""InFlight: the steps that an executor has begun and not yet handed out.
+
+Rules: one engine thread begins plans and waits; any thread tells what became of them. Steps are
+handed out in the order they began, whatever the order they ended in. A slot is free again once
+`wait` has handed its step out, so that a plan never splits a batch that could run together. A plan
+without work takes no slot and yields no StepDone. A failure of the device, or of a plan without
+work, ends it all: `wait` raises it, after the steps that can be handed out before it. Waiting
+is on a condition, never polling. Must not know: what carries a plan out.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+
+from fastserve.core.messages import ExecutorOutput, SchedulerOutput, StepDone
+
+
+class InFlight:
+    """What `can_submit`, `wait` and `wake` of an executor come to."""
+
+    def __init__(self, num_slots: int, lookahead: int) -> None:
+        self._max_steps = num_slots + lookahead
+        self._changed = threading.Condition()
+        self._steps: dict[int, StepDone | None] = {}  # None: still under way
+        self._is_woken = False
+        self._error: BaseException | None = None
+
+    def can_begin(self) -> bool:
+        """Whether a compute slot is free."""
+        with self._changed:
+            return len(self._steps) < self._max_steps
+
+    def begin(self, plan: SchedulerOutput) -> None:
+        """Take a slot for a plan with work. Raises RuntimeError where none is free."""
+        if not plan.work:
+            return
+        with self._changed:
+            if len(self._steps) >= self._max_steps:
+                raise RuntimeError(f"step {plan.step_id} was submitted without a free slot")
+            self._steps[plan.step_id] = None
+
+    def finish(self, done: StepDone) -> None:
+        """Say how a plan ended; where it took no slot, nothing comes of it."""
+        with self._changed:
+            if done.step_id in self._steps:
+                self._steps[done.step_id] = done
+                self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Say that nothing more can be carried out, and why; the first reason counts."""
+        with self._changed:
+            if self._error is None:
+                self._error = error
+                self._changed.notify_all()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `fail` was called."""
+        return self._error is not None
+
+    def wait(self, until: float) -> ExecutorOutput | None:
+        """Fit `Executor.wait`, by the machine's steady clock."""
+        with self._changed:
+            while not (steps := self._take()) and not (self._is_woken or self._error):
+                timeout = until - time.monotonic()
+                if timeout <= 0.0:
+                    break
+                self._changed.wait(None if math.isinf(timeout) else timeout)
+            self._is_woken = False
+            if steps:
+                return ExecutorOutput(steps)
+            if self._error is not None:
+                raise RuntimeError(f"a step failed: {self._error!r}") from self._error
+            return None
+
+    def wake(self) -> None:
+        """End a `wait` in progress, or the next one."""
+        with self._changed:
+            self._is_woken = True
+            self._changed.notify_all()
+
+    def _take(self) -> tuple[StepDone, ...]:
+        """Take out the ended steps that no step under way began before."""
+        steps = []
+        for done in self._steps.values():
+            if done is None:
+                break
+            steps.append(done)
+        for done in steps:
+            del self._steps[done.step_id]
+        return tuple(steps)
