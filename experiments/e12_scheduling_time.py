@@ -17,7 +17,7 @@ from experiments.harness import Lab, Setup
 from experiments.lengths import named_lengths
 from experiments.sweep import saturation
 from fastserve.core.build import build_scheduler
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Arrival, SamplingParams
 from fastserve.engine.process import quiet_garbage_collector
 from fastserve.sim.sim_executor import SimExecutor, VirtualClock
 from fastserve.sim.workload import Workload
@@ -48,7 +48,7 @@ def timed_run(setup: Setup, policy: str, workload: Workload) -> dict[str, Any]:
     while due or scheduler.num_requests:
         while due and due[0][0] <= clock.time:
             at, row = heapq.heappop(due)
-            handle = scheduler.add(prompts[row], params, clock.time, arrived_at=at)
+            handle = scheduler.add(Arrival(prompts[row], params, clock.time - at), clock.time)
             ends[handle] = len(prompts[row]) + int(workload.output_tokens[row])
         begun = time.perf_counter()
         plan = scheduler.schedule(clock.time, True)

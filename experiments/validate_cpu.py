@@ -33,7 +33,7 @@ from rich.table import Table
 
 from fastserve.core.cost_model import CostModel
 from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Arrival, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.host.provenance import provenance
 from fastserve.launch import open_engine
@@ -161,7 +161,8 @@ def run_real(engine: Engine, workload: Workload) -> Floats:
             due, num_prompt, num_output = rows[next_row]
             prompt = rng.integers(10, 3000, num_prompt).tolist()
             params = greedy(int(num_output), next_row)
-            row_of[engine.add(prompt, params, arrived_at=start + due)] = next_row
+            arrival = Arrival(prompt, params, age_s=time.monotonic() - start - due)
+            row_of[engine.add(arrival)] = next_row
             next_row += 1
         until = start + rows[next_row][0] if next_row < len(rows) else math.inf
         for update in engine.step(until):

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from fastserve.core import request
 from fastserve.core.messages import RequestFailedError, RequestUpdate
-from fastserve.core.request import FinishReason
+from fastserve.core.request import Arrival, FinishReason
 from fastserve.frontend.answer import shifted_seed
 from fastserve.frontend.request_checks import check_params, check_prompt, fitted
 from fastserve.launch import open_engine, open_tokenizer
@@ -268,7 +268,7 @@ class LLM:
             )
             text = TextStream(self._tokenizer, ids, own, self.info.eos_token_ids)
             choice = Choice(text, self._token_text)
-            handle = self._engine.add(ids, own, priority=job.priority)
+            handle = self._engine.add(Arrival(ids, own, priority=job.priority))
             self._live[handle] = choice
             job.choices.append(choice)
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 import pytest
 
 from fastserve.client.async_engine import AsyncEngine, EngineDeadError, RequestStream
-from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.launch import open_async_engine, open_engine, open_tokenizer
 from fastserve.settings.engine import EngineConfig
@@ -49,7 +49,7 @@ def run(test: Callable[[], Awaitable[T]]) -> T:
 
 def generate(engine: Engine, params: SamplingParams) -> list[int]:
     """Run one request alone to its end."""
-    engine.add(PROMPT, params)
+    engine.add(Arrival(PROMPT, params))
     ids: list[int] = []
     while engine.num_requests:
         ids += [sample.token_id for update in engine.step() for sample in update.samples]
@@ -193,7 +193,7 @@ def test_a_killed_engine_goes_on_with_the_same_tokens() -> None:
         await served.start()
         try:
             await served.ready()
-            stream = served.submit(PROMPT, params)
+            stream = served.submit(Arrival(PROMPT, params))
             num_scores = 0
             async for update in stream:
                 num_scores += len(update.prompt_logprobs)
@@ -246,10 +246,12 @@ def test_a_failing_step_of_a_real_worker_leaves_the_engine_process_whole() -> No
             await served.ready()
             process = served.process
             for _ in range(3):
-                *_, last = [update async for update in served.submit([666, *PROMPT], params)]
+                *_, last = [
+                    update async for update in served.submit(Arrival([666, *PROMPT], params))
+                ]
                 assert last.finish_reason is FinishReason.ERROR
                 assert last.error == "FloatingPointError: in the middle of a step"
-                ids, reason = await read(served.submit(PROMPT, params))
+                ids, reason = await read(served.submit(Arrival(PROMPT, params)))
                 assert (ids, reason) == (undisturbed, FinishReason.LENGTH)
             assert served.process is process
             while served.stats is None or served.stats.scheduler.device_blocks_used:
@@ -276,7 +278,7 @@ def test_requests_share_the_engine_process_under_pressure() -> None:
         await served.start()
         try:
             await served.ready()
-            streams = [served.submit(PROMPT, params(seed)) for seed in range(8)]
+            streams = [served.submit(Arrival(PROMPT, params(seed))) for seed in range(8)]
             results = await asyncio.gather(*map(read, streams))
             assert results == [(alone, FinishReason.LENGTH)] * 8
             while served.stats is None or served.stats.num_requests:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastserve import LLM, SamplingParams
+from fastserve.core.request import Arrival
 from fastserve.core.request import SamplingParams as CoreParams
 from fastserve.llm import RequestOutput
 from fastserve.settings.option import ConfigError
@@ -315,7 +316,7 @@ def test_a_prompt_that_fills_the_window_is_scored(llm: LLM) -> None:
     """The engine computes all of it in a pool of just its size, and draws the token behind it."""
     size = llm.info.max_request_tokens
     params = CoreParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-    handle = llm._engine.add([5 + i % 50 for i in range(size)], params)
+    handle = llm._engine.add(Arrival([5 + i % 50 for i in range(size)], params))
     num_scores, reason = 0, None
     while reason is None:
         for update in llm._engine.step():

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fastserve.bench.config import OfflineBenchConfig
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Arrival, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.engine.process import quiet_garbage_collector
 from fastserve.host.machine import num_cores
@@ -102,7 +102,7 @@ class Offline:
     def _add(self, input_len: int, output_len: int) -> int:
         ids = [self._random.randrange(self.info.vocab_size) for _ in range(input_len)]
         params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True, seed=0)
-        return self.engine.add(ids, params)
+        return self.engine.add(Arrival(ids, params))
 
     def _drain(self) -> None:
         """Wait for steps that ran ahead of the end."""

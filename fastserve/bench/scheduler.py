@@ -23,7 +23,7 @@ from fastserve.bench.config import SchedulerBenchConfig
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
 from fastserve.core.messages import ExecutorOutput, Sample, SchedulerOutput, StepDone
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Arrival, SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.process import quiet_garbage_collector
 from fastserve.host.provenance import output_path, provenance, write_result
@@ -79,7 +79,7 @@ class Population:
             params = SamplingParams(
                 max_tokens=self.random.randint(*OUTPUT_TOKENS), ignore_eos=True, seed=0
             )
-            self.scheduler.add(prompt, params, now)
+            self.scheduler.add(Arrival(prompt, params), now)
 
 
 def measure_row(config: SchedulerBenchConfig, waiting: int, running: int) -> Row:

@@ -24,12 +24,11 @@ from fastserve.client.metrics import EngineMetrics
 from fastserve.client.streams import RequestStream
 from fastserve.client.suspects import DEATHS_OF_A_SUSPECT, Suspects
 from fastserve.core.messages import RequestFailedError, RequestUpdate, Sample
-from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.core.request import Arrival, FinishReason
 from fastserve.settings.engine import EngineConfig
 from fastserve.wire.child import Child
 from fastserve.wire.engine_messages import (
     Abort,
-    Add,
     Configure,
     EngineInfo,
     EngineStats,
@@ -40,10 +39,10 @@ from fastserve.wire.engine_messages import (
     Ready,
     Rejected,
     Updates,
-    decode_command,
+    checked,
     decode_event,
 )
-from fastserve.wire.frames import encode_frame, payload_of
+from fastserve.wire.frames import encode_frame
 
 __all__ = ["AsyncEngine", "EngineDeadError", "RequestFailedError", "RequestStream"]
 
@@ -132,14 +131,7 @@ class AsyncEngine:
         """Wait until no request is left."""
         await self._all_ended.wait()
 
-    def submit(
-        self,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        priority: int = 0,
-        client: str = "",
-    ) -> RequestStream:
+    def submit(self, arrival: Arrival) -> RequestStream:
         """Accept one request; ValueError if its values are not what the wire carries.
 
         That it can never run (no room for it) is found by the engine: its stream then raises
@@ -147,24 +139,15 @@ class AsyncEngine:
         """
         if self.error is not None:
             raise EngineDeadError(self.error)
-        if params.seed is None:
-            params = dataclasses.replace(params, seed=self._seeds.getrandbits(63))
-        add = Add(
-            request=self._next_request,
-            prompt_token_ids=tuple(prompt_token_ids),
-            params=params,
-            arrived_at=time.monotonic(),
-            priority=priority,
-            client=client,
-        )
+        if arrival.params.seed is None:
+            params = dataclasses.replace(arrival.params, seed=self._seeds.getrandbits(63))
+            arrival = dataclasses.replace(arrival, params=params)
         # The engine would refuse a wrong type by ending; so it is refused here, and harms nobody.
-        frame = encode_frame(add)
-        decode_command(payload_of(frame))
-        stream = RequestStream(self, add)
+        stream = RequestStream(self, self._next_request, checked(arrival), time.monotonic())
         self._next_request += 1
-        self._streams[add.request] = stream
+        self._streams[stream.request_id] = stream
         self._all_ended.clear()
-        self._give(add.request, frame)
+        self._give(stream)
         return stream
 
     def tell(self, command: Abort | Finish) -> None:
@@ -172,12 +155,12 @@ class AsyncEngine:
         if self._is_serving and self._child is not None and command.request in self._given:
             self._child.send(encode_frame(command))
 
-    def _give(self, request: int, frame: bytes) -> None:
+    def _give(self, stream: RequestStream) -> None:
         """Send a request's Add, if there is an engine and the request may run now."""
-        may_run = self._suspects.on_trial in (None, request)
+        may_run = self._suspects.on_trial in (None, stream.request_id)
         if self._is_serving and self._child is not None and may_run:
-            self._child.send(frame)
-            self._given.add(request)
+            self._child.send(encode_frame(stream.as_command(time.monotonic())))
+            self._given.add(stream.request_id)
 
     def drop(self, stream: RequestStream) -> None:
         """Forget a stream whose client has left."""
@@ -304,7 +287,7 @@ class AsyncEngine:
                 self._update(RequestUpdate(request, (), FinishReason.STOP))
                 continue
             stream.num_to_skip = stream.num_prompt_logprobs
-            self._give(request, encode_frame(stream.as_command()))
+            self._give(stream)
 
     # ── requests that kill the engine ────────────────────────────────────────────────────────
 

@@ -7,13 +7,12 @@ read yet are handed out as one. Must not know: processes, sockets, text.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
-import msgspec
-
 from fastserve.core.messages import RequestUpdate
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Arrival, SamplingParams
 from fastserve.wire.engine_messages import Abort, Add, Finish
 
 
@@ -30,8 +29,9 @@ class StreamOwner(Protocol):
 class RequestStream:
     """The news of one request, as an async iterator that ends after the terminal update."""
 
-    def __init__(self, owner: StreamOwner, add: Add) -> None:
-        self.request_id = add.request
+    def __init__(self, owner: StreamOwner, request_id: int, arrival: Arrival, now: float) -> None:
+        self.request_id = request_id
+        self.arrived_at = now - arrival.age_s  # in seconds of the caller's clock
         self.output_token_ids: list[int] = []
         self.error: Exception | None = None
         self.is_ended = False  # nothing more will come
@@ -41,28 +41,26 @@ class RequestStream:
         self.num_to_skip = 0  # of those a restarted engine sends again
         self.finish_at: int | None = None  # a stop string matched after so many ids
         self._owner = owner
-        self._add = add
+        self._arrival = arrival
         self._pending: list[RequestUpdate] = []
-        self._arrival = asyncio.Event()
+        self._has_news = asyncio.Event()
 
     @property
     def prompt_token_ids(self) -> Sequence[int]:
         """The prompt."""
-        return self._add.prompt_token_ids
+        return self._arrival.prompt_token_ids
 
     @property
     def params(self) -> SamplingParams:
         """How its tokens are drawn."""
-        return self._add.params
+        return self._arrival.params
 
-    @property
-    def arrived_at(self) -> float:
-        """When the request was accepted, in seconds of the monotonic clock."""
-        return self._add.arrived_at
-
-    def as_command(self) -> Add:
-        """Return the message that makes an engine go on with this request."""
-        return msgspec.structs.replace(self._add, output_token_ids=self.output_token_ids)
+    def as_command(self, now: float) -> Add:
+        """Return the message that makes an engine run this request, or go on with it."""
+        arrival = dataclasses.replace(
+            self._arrival, age_s=now - self.arrived_at, output_token_ids=self.output_token_ids
+        )
+        return Add(self.request_id, arrival)
 
     def __aiter__(self) -> RequestStream:
         """Iterate over the updates that are still to come."""
@@ -75,8 +73,8 @@ class RequestStream:
                 raise self.error
             if self.is_ended:
                 raise StopAsyncIteration
-            self._arrival.clear()
-            await self._arrival.wait()
+            self._has_news.clear()
+            await self._has_news.wait()
         pending, self._pending = self._pending, []
         return pending[0] if len(pending) == 1 else merged(pending)
 
@@ -97,13 +95,13 @@ class RequestStream:
         self.output_token_ids.extend(sample.token_id for sample in update.samples)
         self._pending.append(update)
         self.is_ended = update.finish_reason is not None
-        self._arrival.set()
+        self._has_news.set()
 
     def end(self, error: Exception | None = None) -> None:
         """Let nothing more come; an error is raised once all pending updates were read."""
         self.error = error
         self.is_ended = True
-        self._arrival.set()
+        self._has_news.set()
 
 
 def merged(updates: Sequence[RequestUpdate]) -> RequestUpdate:

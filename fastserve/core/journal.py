@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastserve.core.cost_model import CostModel
 from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput, StepDone
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Arrival, SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.settings.scheduler import SchedulerConfig
 
@@ -84,42 +84,10 @@ class JournaledScheduler(Scheduler):
         super().__init__(*parts)
         self._journal = journal
 
-    def add(
-        self,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        now: float,
-        *,
-        arrived_at: float | None = None,
-        output_token_ids: Sequence[int] = (),
-        block_hashes: Sequence[bytes] | None = None,
-        priority: int = 0,
-        client: str = "",
-    ) -> int:
+    def add(self, arrival: Arrival, now: float) -> int:
         """Write the request down and add it."""
-        hashes = None if block_hashes is None else [item.hex() for item in block_hashes]
-        arrival = None if arrived_at is None else arrived_at.hex()
-        self._journal.write(
-            "add",
-            now,
-            prompt_token_ids,
-            params,
-            arrival,
-            output_token_ids,
-            hashes,
-            priority,
-            client,
-        )
-        return super().add(
-            prompt_token_ids,
-            params,
-            now,
-            arrived_at=arrived_at,
-            output_token_ids=output_token_ids,
-            block_hashes=block_hashes,
-            priority=priority,
-            client=client,
-        )
+        self._journal.write("add", now, written(arrival))
+        return super().add(arrival, now)
 
     def abort(self, handle: int, now: float) -> RequestUpdate | None:
         """Write the abort down and do it."""
@@ -141,6 +109,26 @@ class JournaledScheduler(Scheduler):
         """Write down what finished: ids and times, not log probabilities, which decide nothing."""
         self._journal.write("update", now, [_outcome(done) for done in output.steps], output.copies)
         return super().update(output, now)
+
+
+def written(arrival: Arrival) -> dict[str, Any]:
+    """Return an arrival as a line has it; `read_arrival` is the way back."""
+    fields = {spec.name: getattr(arrival, spec.name) for spec in dataclasses.fields(arrival)}
+    exact = {"age_s": arrival.age_s.hex(), "block_hashes": [h.hex() for h in arrival.block_hashes]}
+    return fields | exact
+
+
+def read_arrival(fields: Mapping[str, Any]) -> Arrival:
+    """Return the arrival of a parsed line."""
+    prompt, params = fields["prompt_token_ids"], fields["params"]
+    biases = {int(token_id): bias for token_id, bias in params["logit_bias"].items()}
+    read = {
+        "prompt_token_ids": range(*prompt["range"]) if isinstance(prompt, Mapping) else prompt,
+        "params": SamplingParams(**(params | {"logit_bias": biases})),
+        "age_s": float.fromhex(fields["age_s"]),
+        "block_hashes": [bytes.fromhex(item) for item in fields["block_hashes"]],
+    }
+    return Arrival(**{**fields, **read})
 
 
 def _outcome(done: StepDone) -> list[Any]:

@@ -101,6 +101,31 @@ class SamplingParams:
         return self.temperature < 1e-5
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What is known of a request when it is added: all that the core is told of it.
+
+    The same value travels from the API over the wire to the scheduler, its journal and a replay.
+    `prompt_token_ids` is kept as a tuple or a range, which nobody can change afterwards. A policy
+    learns and decides from what stands here: what it may know of a request is a field here.
+    """
+
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    age_s: float = 0.0  # since it arrived, when it is added: clocks of two processes may differ
+    output_token_ids: Sequence[int] = ()  # generated in an earlier process, to go on from
+    block_hashes: Sequence[bytes] = ()  # of the prompt's full blocks, where ids do not give them
+    priority: int = 0
+    client: str = ""
+
+    def __post_init__(self) -> None:
+        """Copy what could be changed from outside."""
+        for name in ("prompt_token_ids", "output_token_ids", "block_hashes"):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, range)):
+                object.__setattr__(self, name, tuple(value))
+
+
 class Request:
     """Progress of one request.
 
@@ -146,28 +171,23 @@ class Request:
     def __init__(
         self,
         handle: int,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
+        arrival: Arrival,
+        now: float = 0.0,
         *,
         max_output_tokens: int,
         stop_token_ids: frozenset[int] = frozenset(),
-        output_token_ids: Sequence[int] = (),
-        block_hashes: Sequence[bytes] | None = None,
-        priority: int = 0,
-        client: str = "",
-        arrived_at: float = 0.0,
     ) -> None:
         self.handle = handle
-        self.prompt_token_ids = prompt_token_ids
-        self.output_token_ids = list(output_token_ids)
-        self.params = params
-        self.max_num_tokens = len(prompt_token_ids) + max_output_tokens
+        self.prompt_token_ids = arrival.prompt_token_ids
+        self.output_token_ids = list(arrival.output_token_ids)
+        self.params = arrival.params
+        self.num_prompt_tokens = len(self.prompt_token_ids)
+        self.max_num_tokens = self.num_prompt_tokens + max_output_tokens
         self.stop_token_ids = stop_token_ids
-        self.priority = priority
-        self.client = client
-        self.arrived_at = arrived_at
-        self.block_hashes = list(block_hashes) if block_hashes is not None else []
-        self.num_prompt_tokens = len(prompt_token_ids)
+        self.priority = arrival.priority
+        self.client = arrival.client
+        self.arrived_at = now - arrival.age_s
+        self.block_hashes = list(arrival.block_hashes)
         self.num_tokens = self.num_prompt_tokens + len(self.output_token_ids)
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0
@@ -179,7 +199,7 @@ class Request:
         self.stop_reason: int | None = None
         self.first_scheduled_at: float | None = None
         self.first_token_at: float | None = None
-        self.last_ran_at = arrived_at
+        self.last_ran_at = self.arrived_at
         self.queue_s = 0.0
         self.max_computed_tokens = 0  # over all epochs
         self.num_scored_tokens = 0

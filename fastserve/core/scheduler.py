@@ -30,7 +30,7 @@ from fastserve.core.messages import (
 )
 from fastserve.core.packing import Packing
 from fastserve.core.policies.protocol import Policy, Share, StepBill
-from fastserve.core.request import FinishReason, Request, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, Request
 from fastserve.settings.scheduler import SchedulerConfig
 
 
@@ -85,25 +85,11 @@ class Scheduler:
         """Live requests."""
         return len(self._requests)
 
-    def add(
-        self,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        now: float,
-        *,
-        arrived_at: float | None = None,
-        output_token_ids: Sequence[int] = (),
-        block_hashes: Sequence[bytes] | None = None,
-        priority: int = 0,
-        client: str = "",
-    ) -> int:
-        """Take a request in and return its handle.
-
-        `output_token_ids` are those of an earlier life, to go on from. Raises ValueError when the
-        request could never run.
-        """
+    def add(self, arrival: Arrival, now: float) -> int:
+        """Take a request in and return its handle; ValueError when it could never run."""
+        params = arrival.params
         window = self.config.max_model_len
-        num_prompt_tokens = len(prompt_token_ids)
+        num_prompt_tokens = len(arrival.prompt_token_ids)
         max_output_tokens = params.max_tokens or window - num_prompt_tokens
         if num_prompt_tokens < 1:
             raise ValueError("The prompt is empty.")
@@ -114,22 +100,17 @@ class Scheduler:
                 f"The prompt of {num_prompt_tokens} tokens and {max_output_tokens} output tokens "
                 f"exceed the {window} tokens that fit."
             )
-        if len(output_token_ids) >= max_output_tokens:
+        if len(arrival.output_token_ids) >= max_output_tokens:
             raise ValueError("The request has all of its output tokens already.")
         stop_token_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_token_ids |= self.config.eos_token_ids
         request = Request(
             self._next_handle,
-            prompt_token_ids,
-            params,
+            arrival,
+            now,
             max_output_tokens=max_output_tokens,
             stop_token_ids=stop_token_ids,
-            output_token_ids=output_token_ids,
-            block_hashes=block_hashes,
-            priority=priority,
-            client=client,
-            arrived_at=now if arrived_at is None else arrived_at,
         )
         request.num_cached_tokens = len(self.cache.match_prefix(request)) * self.config.block_size
         self._next_handle += 1

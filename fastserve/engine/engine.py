@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Arrival
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.interfaces import Clock, Executor, Observer
 from fastserve.wire.engine_messages import EngineStats
@@ -97,26 +97,9 @@ class Engine:
         """Whether nothing is left to run, and nothing that ended still holds memory."""
         return not self.num_requests and not self.steps_in_flight
 
-    def add(
-        self,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        arrived_at: float | None = None,
-        output_token_ids: Sequence[int] = (),
-        priority: int = 0,
-        client: str = "",
-    ) -> int:
+    def add(self, arrival: Arrival) -> int:
         """Accept a request and return its handle; ValueError if it can never run."""
-        return self.scheduler.add(
-            prompt_token_ids,
-            params,
-            self.clock.now(),
-            arrived_at=arrived_at,
-            output_token_ids=output_token_ids,
-            priority=priority,
-            client=client,
-        )
+        return self.scheduler.add(arrival, self.clock.now())
 
     def abort(self, handle: int) -> RequestUpdate | None:
         """End a request; return its terminal update, None if it has ended already."""

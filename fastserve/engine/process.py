@@ -155,14 +155,7 @@ class Loop:
 
     def _add(self, command: Add) -> None:
         try:
-            handle = self.engine.add(
-                command.prompt_token_ids,
-                command.params,
-                arrived_at=command.arrived_at,
-                output_token_ids=command.output_token_ids,
-                priority=command.priority,
-                client=command.client,
-            )
+            handle = self.engine.add(command.arrival)
         except ValueError as error:
             self._outbox.send(Rejected(command.request, str(error)))
             return

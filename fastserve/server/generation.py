@@ -15,7 +15,7 @@ from starlette.types import Receive
 
 from fastserve.client.async_engine import RequestFailedError, RequestStream
 from fastserve.core.messages import RequestMetrics, RequestUpdate, TokenLogprobs
-from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.frontend.answer import Answer, shifted_seed
 from fastserve.server.context import ServerContext
 from fastserve.server.errors import invalid
@@ -90,9 +90,8 @@ def submit(
                 seed = None if first.seed is None else shifted_seed(first.seed, i)
                 own = dataclasses.replace(first, seed=seed)
                 text = TextStream(context.tokenizer, prompt.token_ids, own, info.eos_token_ids)
-                stream = context.engine.submit(
-                    prompt.token_ids, own, priority=priority, client=client
-                )
+                arrival = Arrival(prompt.token_ids, own, priority=priority, client=client)
+                stream = context.engine.submit(arrival)
                 choices.append(
                     Choice(len(choices), prompt_index, prompt, own, stream, Answer(text))
                 )

@@ -18,7 +18,7 @@ from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
 from fastserve.core.journal import Journal
 from fastserve.core.messages import RequestMetrics, RequestUpdate, SchedulerStats
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Arrival, SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.engine import Engine
 from fastserve.engine.interfaces import Observer
@@ -171,12 +171,13 @@ class _Run:
         self._rows.append(row)
         self._lengths[handle] = self._output_tokens[row]
         self._ends[handle] = len(prompt) + self._output_tokens[row]
-        added = self._scheduler.add(
-            prompt,
-            self._params[row],
-            self._clock.time,
-            arrived_at=due,
-            block_hashes=self._prompts.block_hashes(row, self._block_size),
+        added = self.engine.add(
+            Arrival(
+                prompt,
+                self._params[row],
+                age_s=self._clock.time - due,
+                block_hashes=self._prompts.block_hashes(row, self._block_size) or (),
+            )
         )
         assert added == handle
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
-from fastserve.core.journal import Journal
+from fastserve.core.journal import Journal, read_arrival
 from fastserve.core.messages import ExecutorOutput, Sample, StepDone
-from fastserve.core.request import SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.host.terminal import say
 from fastserve.settings.option import ConfigError
@@ -125,21 +124,9 @@ def _fresh(fields: Sequence[Any], sink: Callable[[str], object]) -> Scheduler:
 
 
 def _add(scheduler: Scheduler, now: float, fields: Sequence[Any]) -> None:
-    prompt, params, arrived_at, output, hashes, priority, client = fields
-    if isinstance(prompt, Mapping):
-        prompt = range(*prompt["range"])
-    params = params | {"logit_bias": {int(k): v for k, v in params["logit_bias"].items()}}
+    arrival = read_arrival(fields[0])
     with contextlib.suppress(ValueError):  # it was refused then as well
-        scheduler.add(
-            prompt,
-            SamplingParams(**params),
-            now,
-            arrived_at=None if arrived_at is None else float.fromhex(arrived_at),
-            output_token_ids=output,
-            block_hashes=None if hashes is None else [bytes.fromhex(item) for item in hashes],
-            priority=priority,
-            client=client,
-        )
+        scheduler.add(arrival, now)
 
 
 def _abort(scheduler: Scheduler, now: float, fields: Sequence[Any]) -> None:

@@ -9,13 +9,14 @@ Must not know: sockets' owners, the scheduler, text.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from fastserve.core.messages import RequestUpdate, SchedulerStats
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Arrival
 from fastserve.settings.engine import EngineConfig
 
 
@@ -52,16 +53,11 @@ class Configure(msgspec.Struct, frozen=True, tag="configure"):
     config: EngineConfig
 
 
-class Add(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
-    """Run a request; `output_token_ids` are those a previous engine process had produced."""
+class Add(msgspec.Struct, frozen=True, tag="add"):
+    """Run a request, or go on with one that an engine process before this one had."""
 
     request: int
-    prompt_token_ids: Sequence[int]
-    params: SamplingParams
-    arrived_at: float
-    output_token_ids: Sequence[int] = ()
-    priority: int = 0
-    client: str = ""
+    arrival: Arrival
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -116,7 +112,18 @@ Command = Configure | Add | Abort | Finish
 Event = Progress | Ready | Updates | Rejected | Failed
 
 _command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_arrival_decoder: msgspec.msgpack.Decoder[Arrival] = msgspec.msgpack.Decoder(Arrival)
 _event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+
+
+def checked(arrival: Arrival) -> Arrival:
+    """Return an arrival as the wire carries it; ValueError where a value is of a wrong type.
+
+    The ids, which may be many, are only looked at; the rest goes there and back.
+    """
+    ids = msgspec.convert(tuple(arrival.prompt_token_ids), tuple[int, ...])
+    rest = msgspec.msgpack.encode(dataclasses.replace(arrival, prompt_token_ids=()))
+    return dataclasses.replace(_arrival_decoder.decode(rest), prompt_token_ids=ids)
 
 
 def decode_command(payload: bytes) -> Command:

@@ -22,7 +22,7 @@ from fastserve.client.async_engine import (
 )
 from fastserve.client.streams import merged
 from fastserve.core.messages import RequestUpdate, Sample, TokenLogprobs
-from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.settings.engine import EngineConfig
 from tests.engine.engine_process import FAILING_STEP, POISON
 from tests.fake_executor import default_token
@@ -110,13 +110,13 @@ def test_streams_run_side_by_side() -> None:
 
     async def body() -> None:
         async with running() as engine:
-            early = [engine.submit([1, 2, 3], params(seed, 40)) for seed in range(6)]
+            early = [engine.submit(Arrival([1, 2, 3], params(seed, 40))) for seed in range(6)]
             assert not engine.is_ready
             info = await engine.ready()
             assert info.model == "paced"
             assert engine.is_ready
             assert engine.progress == ("ready", 1.0)
-            late = [engine.submit([seed], params(seed, 25)) for seed in range(6, 12)]
+            late = [engine.submit(Arrival([seed], params(seed, 25))) for seed in range(6, 12)]
             results = await asyncio.gather(*map(read, early + late))
             assert [ids for ids, _ in results] == [
                 expected(seed, 40 if seed < 6 else 25) for seed in range(12)
@@ -134,7 +134,7 @@ def test_a_killed_engine_is_restarted_and_streams_go_on() -> None:
     async def body() -> None:
         async with running() as engine:
             await engine.ready()
-            streams = [engine.submit([1, 2], params(seed, 300)) for seed in range(4)]
+            streams = [engine.submit(Arrival([1, 2], params(seed, 300))) for seed in range(4)]
             heads = await asyncio.gather(*(read_at_least(s, 20) for s in streams))
             assert all(len(head) < 300 for head in heads)
             first_process = engine.process
@@ -158,7 +158,7 @@ def test_an_engine_that_keeps_dying_is_given_up() -> None:
     async def body() -> None:
         async with running("failing") as engine:
             await engine.ready()
-            stream = engine.submit([1], params(1, 2000))
+            stream = engine.submit(Arrival([1], params(1, 2000)))
             with pytest.raises(EngineDeadError, match="the device fell off the bus"):
                 await read(stream)
             assert engine.is_dead
@@ -166,7 +166,7 @@ def test_an_engine_that_keeps_dying_is_given_up() -> None:
             assert len(stream.output_token_ids) > MAX_RESTARTS * (FAILING_STEP - 5)
             assert stream.output_token_ids == expected(1, len(stream.output_token_ids))
             with pytest.raises(EngineDeadError):
-                engine.submit([1], params(1, 1))
+                engine.submit(Arrival([1], params(1, 1)))
             with pytest.raises(EngineDeadError):
                 await engine.ready()
 
@@ -186,11 +186,11 @@ def test_a_request_that_kills_the_engine_ends_alone(model: str, reason: str) -> 
     async def body() -> None:
         async with running(model) as engine:
             await engine.ready()
-            streams = [engine.submit([1, 2], params(seed, 400)) for seed in range(4)]
+            streams = [engine.submit(Arrival([1, 2], params(seed, 400))) for seed in range(4)]
             readers = [asyncio.create_task(read(stream)) for stream in streams]
             for seed in range(4, 7):
-                poisoned = engine.submit([1, POISON], params(seed, 5))
-                late = engine.submit([3], params(seed, 5))
+                poisoned = engine.submit(Arrival([1, POISON], params(seed, 5)))
+                late = engine.submit(Arrival([3], params(seed, 5)))
                 with pytest.raises(RequestFailedError, match=f"cannot be run: {reason}"):
                     await read(poisoned)
                 assert await read(late) == (expected(seed, 5), FinishReason.LENGTH)
@@ -212,10 +212,12 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_engine() -> None:
             await engine.ready()
             process = engine.process
             for seed in range(3):
-                updates = [update async for update in engine.submit([1, POISON], params(seed, 5))]
+                updates = [
+                    update async for update in engine.submit(Arrival([1, POISON], params(seed, 5)))
+                ]
                 assert updates[-1].finish_reason is FinishReason.ERROR
                 assert updates[-1].error == "it was told to fail"
-                assert await read(engine.submit([1, 2], params(seed, 40))) == (
+                assert await read(engine.submit(Arrival([1, 2], params(seed, 40)))) == (
                     expected(seed, 40),
                     FinishReason.LENGTH,
                 )
@@ -233,8 +235,8 @@ def test_a_suspect_whose_client_leaves_holds_nobody_up() -> None:
     async def body() -> None:
         async with running("dies-on-poison") as engine:
             await engine.ready()
-            streams = [engine.submit([1, 2], params(seed, 1000)) for seed in range(3)]
-            poisoned = engine.submit([1, POISON], params(4, 5))
+            streams = [engine.submit(Arrival([1, 2], params(seed, 1000))) for seed in range(3)]
+            poisoned = engine.submit(Arrival([1, POISON], params(4, 5)))
             deaths = 0
             process = engine.process
             while deaths < 2:
@@ -244,7 +246,7 @@ def test_a_suspect_whose_client_leaves_holds_nobody_up() -> None:
             streams[0].abort()
             streams[1].finish(len(streams[1].output_token_ids))
             poisoned.abort()
-            assert (await read(engine.submit([9], params(5, 5))))[0] == expected(5, 5)
+            assert (await read(engine.submit(Arrival([9], params(5, 5)))))[0] == expected(5, 5)
             assert (await read(streams[1]))[1] is FinishReason.STOP
             assert (await read(streams[2]))[0] == expected(2, 1000)
             await until_idle(engine)
@@ -257,7 +259,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line() -> None:
 
     async def body() -> None:
         async with running("unloadable") as engine:
-            stream = engine.submit([1], params(1, 5))
+            stream = engine.submit(Arrival([1], params(1, 5)))
             with pytest.raises(EngineDeadError, match=r"^the weights are not there$"):
                 await engine.ready()
             with pytest.raises(EngineDeadError, match=r"^the weights are not there$"):
@@ -274,8 +276,8 @@ def test_an_aborted_request_frees_its_blocks() -> None:
     async def body() -> None:
         async with running() as engine:
             await engine.ready()
-            stream = engine.submit(range(500), params(1, 1500))
-            other = engine.submit([7], params(2, 60))
+            stream = engine.submit(Arrival(range(500), params(1, 1500)))
+            other = engine.submit(Arrival([7], params(2, 60)))
             await read_at_least(stream, 5)
             aborted_at = time.monotonic()
             stream.abort()
@@ -299,7 +301,7 @@ def test_a_stop_string_ends_a_request_once() -> None:
     async def body() -> None:
         async with running() as engine:
             await engine.ready()
-            stream = engine.submit([1], params(3, 2000))
+            stream = engine.submit(Arrival([1], params(3, 2000)))
             head = await read_at_least(stream, 10)
             finished_at = time.monotonic()
             stream.finish(10)
@@ -318,7 +320,7 @@ def test_a_stop_string_survives_the_death_of_the_engine() -> None:
     async def body() -> None:
         async with running() as engine:
             await engine.ready()
-            stream = engine.submit([1], params(3, 2000))
+            stream = engine.submit(Arrival([1], params(3, 2000)))
             await read_at_least(stream, 10)
             kill(engine)
             stream.finish(10)
@@ -334,9 +336,9 @@ def test_a_request_that_cannot_run_is_refused_alone() -> None:
     async def body() -> None:
         async with running() as engine:
             await engine.ready()
-            other = engine.submit([1], params(5, 30))
+            other = engine.submit(Arrival([1], params(5, 30)))
             with pytest.raises(ValueError, match="exceed"):
-                await read(engine.submit(range(4000), params(1, 10)))
+                await read(engine.submit(Arrival(range(4000), params(1, 10))))
             assert (await read(other))[0] == expected(5, 30)
 
     run(body)
@@ -349,9 +351,9 @@ def test_values_of_a_wrong_type_are_refused_at_the_door() -> None:
         async with running() as engine:
             await engine.ready()
             with pytest.raises(ValueError, match="int"):
-                engine.submit(["x"], params(1, 10))  # type: ignore[list-item]
+                engine.submit(Arrival(["x"], params(1, 10)))  # type: ignore[list-item]
             assert engine.num_requests == 0
-            assert (await read(engine.submit([1], params(5, 3))))[0] == expected(5, 3)
+            assert (await read(engine.submit(Arrival([1], params(5, 3)))))[0] == expected(5, 3)
 
     run(body)
 
@@ -362,8 +364,8 @@ def test_a_request_without_a_seed_is_given_one() -> None:
     async def body() -> None:
         async with running() as engine:
             await engine.ready()
-            ids, _ = await read(engine.submit([1], SamplingParams(max_tokens=5)))
-            again, _ = await read(engine.submit([1], SamplingParams(max_tokens=5)))
+            ids, _ = await read(engine.submit(Arrival([1], SamplingParams(max_tokens=5))))
+            again, _ = await read(engine.submit(Arrival([1], SamplingParams(max_tokens=5))))
             assert len(ids) == len(again) == 5
             assert ids != again
 
@@ -376,7 +378,7 @@ def test_close_ends_open_streams_and_the_process() -> None:
     async def body() -> None:
         async with running() as engine:
             await engine.ready()
-            stream = engine.submit([1], params(1, 2000))
+            stream = engine.submit(Arrival([1], params(1, 2000)))
             await read_at_least(stream, 3)
         with pytest.raises(EngineDeadError, match="closed"):
             await read(stream)
@@ -411,7 +413,7 @@ def test_terminal_signals_leave_the_engine_alone() -> None:
                 await asyncio.sleep(0)
             assert os.getpgid(engine.process.pid) == engine.process.pid
             await engine.ready()
-            stream = engine.submit([1], params(1, 100))
+            stream = engine.submit(Arrival([1], params(1, 100)))
             engine.process.send_signal(signal.SIGINT)
             engine.process.send_signal(signal.SIGTERM)
             ids, _ = await read(stream)

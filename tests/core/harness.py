@@ -11,7 +11,7 @@ from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
 from fastserve.core.journal import Journal
 from fastserve.core.messages import RequestUpdate, SchedulerOutput, TokenLogprobs
-from fastserve.core.request import FinishReason, Request, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, Request, SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.engine import Engine
 from fastserve.settings.scheduler import SchedulerConfig
@@ -95,7 +95,7 @@ class Harness:
         seed = kw.pop("seed", None)
         seed = self.rng.randrange(2**31) if seed is None else seed
         params = SamplingParams(max_tokens=max_tokens, seed=seed, **kw)
-        handle = self.engine.add(prompt, params, priority=priority)
+        handle = self.engine.add(Arrival(prompt, params, priority=priority))
         owed, reason, stop_reason = self.undisturbed(params, seed, max_tokens)
         scores = [prompt_score(token_id, p) for p, token_id in enumerate(prompt) if p]
         if params.prompt_logprobs is None:

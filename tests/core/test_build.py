@@ -10,7 +10,7 @@ from fastserve.core.journal import Journal, JournaledScheduler
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.mlfq import MLFQ
 from fastserve.core.policies.srpt import SRPT
-from fastserve.core.request import Request, SamplingParams
+from fastserve.core.request import Arrival, Request, SamplingParams
 from tests.core.harness import small_config
 
 COST = CostModel(base_s=1.0, prefill_token_s=1.0)
@@ -52,7 +52,7 @@ def test_quanta_come_from_settings_and_costs(changes: dict[str, object], level: 
     """q₁ is the setting or the least iteration, the ratio and the chunks are the settings'."""
     config = small_config(**({"scheduling_policy": "skip-join-mlfq"} | changes))
     policy = build_policy(config, COST)
-    request = Request(0, range(8), SamplingParams(), max_output_tokens=4)
+    request = Request(0, Arrival(range(8), SamplingParams()), max_output_tokens=4)
     policy.admit(request, 0.0)
     assert policy.level(request) == level
 
@@ -66,7 +66,7 @@ def test_a_journal_makes_it_a_journaled_scheduler() -> None:
 
 def test_the_salt_keeps_tenants_apart() -> None:
     """Two schedulers with other salts name the same ids otherwise."""
-    request = Request(0, range(8), SamplingParams(), max_output_tokens=4)
+    request = Request(0, Arrival(range(8), SamplingParams()), max_output_tokens=4)
     hashes = set()
     for salt in ("", "a", "b"):
         cache = build_scheduler(small_config(cache_salt=salt), COST, 4).cache

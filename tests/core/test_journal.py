@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
 
 from fastserve.core.build import build_scheduler
-from fastserve.core.journal import Journal
+from fastserve.core.journal import Journal, encode_line, read_arrival, written
 from fastserve.core.messages import ExecutorOutput, Sample, StepDone
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Arrival, SamplingParams
+from tests.core.arrivals import arrivals
 from tests.core.harness import UNIT_COST, Harness, small_config
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +66,7 @@ def busy_run(lines: list[str], *, slots: int, lookahead: int) -> Harness:
         if number == 4:
             harness.fail_next_step()
     with pytest.raises(ValueError, match="exceed"):
-        harness.engine.add([1], SamplingParams(max_tokens=99))
+        harness.engine.add(Arrival([1], SamplingParams(max_tokens=99)))
     harness.abort(harness.live[0])
     harness.finish(harness.live[-1])
     harness.drain()
@@ -84,22 +86,11 @@ def replay(lines: list[str], harness: Harness) -> list[str]:
         kind, at, *rest = json.loads(line)
         now = float.fromhex(at)
         if kind == "add":
-            prompt, params, arrived_at, output, hashes, priority, client = rest
-            ids = range(*prompt["range"]) if isinstance(prompt, dict) else prompt
-            params["logit_bias"] = {int(key): bias for key, bias in params["logit_bias"].items()}
+            arrival = read_arrival(rest[0])
             try:
-                scheduler.add(
-                    ids,
-                    SamplingParams(**params),
-                    now,
-                    arrived_at=None if arrived_at is None else float.fromhex(arrived_at),
-                    output_token_ids=output,
-                    block_hashes=hashes,
-                    priority=priority,
-                    client=client,
-                )
+                scheduler.add(arrival, now)
             except ValueError:
-                assert params["max_tokens"] == 99
+                assert arrival.params.max_tokens == 99
         elif kind == "schedule":
             scheduler.schedule(now, rest[0])
         elif kind == "update":
@@ -144,6 +135,12 @@ def test_a_changed_fact_changes_the_hash() -> None:
             journal.write(kind, now, value)
         hashes.add(journal.sha256)
     assert len(hashes) == 4
+
+
+@given(arrivals())
+def test_an_arrival_reads_back_as_it_was_written(arrival: Arrival) -> None:
+    """Every field, floats to the last bit."""
+    assert read_arrival(json.loads(encode_line([written(arrival)]))[0]) == arrival
 
 
 def test_what_has_no_words_is_refused() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from fastserve.core.build import build_scheduler
 from fastserve.core.messages import ExecutorOutput, Sample, SchedulerOutput, StepDone
-from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from tests.core.harness import UNIT_COST, Harness, small_config
 
 EOS, STOP = 900, 901
@@ -89,25 +89,26 @@ def test_what_could_never_run_is_refused(
     scheduler = build_scheduler(small_config(), UNIT_COST, 64)
     with pytest.raises(ValueError, match=message):
         scheduler.add(
-            range(num_prompt), SamplingParams(**params), 0.0, output_token_ids=[1] * earlier
+            Arrival(range(num_prompt), SamplingParams(**params), output_token_ids=[1] * earlier),
+            0.0,
         )
     assert scheduler.num_requests == 0
-    assert scheduler.add([1], SamplingParams(), 0.0) == 0
-    assert scheduler.add([1], SamplingParams(), 0.0) == 1
+    assert scheduler.add(Arrival([1], SamplingParams()), 0.0) == 0
+    assert scheduler.add(Arrival([1], SamplingParams()), 0.0) == 1
 
 
 def test_the_pool_bounds_the_window() -> None:
     """A request that fits the window but not the whole pool is refused at the door."""
     scheduler = build_scheduler(small_config(), UNIT_COST, 3)
     with pytest.raises(ValueError, match="12 tokens"):
-        scheduler.add(range(10), SamplingParams(max_tokens=3), 0.0)
-    scheduler.add(range(10), SamplingParams(max_tokens=2), 0.0)
+        scheduler.add(Arrival(range(10), SamplingParams(max_tokens=3)), 0.0)
+    scheduler.add(Arrival(range(10), SamplingParams(max_tokens=2)), 0.0)
 
 
 def test_no_limit_means_what_the_window_leaves() -> None:
     """max_tokens=None runs to the end of the window, and the last block is enough."""
     harness = Harness(small_config(max_model_len=16, block_size=4), 4, step_s=one_second)
-    handle = harness.engine.add(range(10), SamplingParams(max_tokens=None, seed=1))
+    handle = harness.engine.add(Arrival(range(10), SamplingParams(max_tokens=None, seed=1)))
     received = 0
     while harness.is_busy:
         for update in harness.engine.step():
@@ -121,7 +122,7 @@ def test_an_earlier_life_goes_on_where_it_was() -> None:
     harness = Harness(small_config(), 64, step_s=one_second)
     params = SamplingParams(max_tokens=9, seed=5)
     whole, _, _ = harness.undisturbed(params, 5, 9)
-    harness.engine.add([1, 2, 3], params, output_token_ids=whole[:4], arrived_at=-3.0)
+    harness.engine.add(Arrival([1, 2, 3], params, age_s=3.0, output_token_ids=whole[:4]))
     rest, last = [], None
     while harness.is_busy:
         for last in harness.engine.step():
@@ -178,7 +179,7 @@ def test_unknown_and_ended_requests_end_quietly() -> None:
     assert scheduler.abort(7, 0.0) is None
     assert scheduler.finish(7, 0, 0.0) is None
     assert scheduler.schedule(0.0, True) is None
-    handle = scheduler.add([1], SamplingParams(), 0.0)
+    handle = scheduler.add(Arrival([1], SamplingParams()), 0.0)
     assert scheduler.schedule(0.0, False) is None
     update = scheduler.abort(handle, 1.0)
     assert update is not None
@@ -289,7 +290,9 @@ def test_nothing_grows_with_the_requests_that_were() -> None:
     scheduler = build_scheduler(config, UNIT_COST, 16)
     now = 0.0
     for number in range(6000):
-        handle = scheduler.add([number, 1], SamplingParams(max_tokens=2), now, priority=number % 2)
+        handle = scheduler.add(
+            Arrival([number, 1], SamplingParams(max_tokens=2), priority=number % 2), now
+        )
         while scheduler.num_requests:
             plan = scheduler.schedule(now, True)
             assert plan is not None

@@ -6,7 +6,7 @@ import pytest
 
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Arrival, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.settings.scheduler import SchedulerConfig
 from tests.fake_executor import FakeExecutor, VirtualClock
@@ -47,7 +47,7 @@ def test_mean_latency(policy: str, finished: tuple[float, ...], mean: float) -> 
     engine = Engine(scheduler, executor, clock)
     for index, num_tokens in enumerate(PROMPTS):
         prompt = [1000 * index + position for position in range(num_tokens)]
-        engine.add(prompt, SamplingParams(max_tokens=2, seed=index))
+        engine.add(Arrival(prompt, SamplingParams(max_tokens=2, seed=index)))
     ends: dict[int, float] = {}
     while scheduler.num_requests:
         for update in engine.step():

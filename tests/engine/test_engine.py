@@ -10,7 +10,7 @@ import pytest
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
 from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput
-from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.engine.engine import Engine, MonotonicClock
 from fastserve.engine.interfaces import Observer
 from fastserve.settings.scheduler import SchedulerConfig
@@ -51,7 +51,7 @@ def test_every_request_gets_its_ids_and_one_end(num_slots: int, lookahead: int) 
     """However many steps are in flight, ids are the request's own and it ends once."""
     engine = make_engine(num_slots=num_slots, lookahead=lookahead)
     handles = [
-        engine.add(range(5 + seed), SamplingParams(seed=seed, max_tokens=10 + seed))
+        engine.add(Arrival(range(5 + seed), SamplingParams(seed=seed, max_tokens=10 + seed)))
         for seed in range(6)
     ]
     updates = run_all(engine)
@@ -64,7 +64,7 @@ def test_every_request_gets_its_ids_and_one_end(num_slots: int, lookahead: int) 
 def test_the_sizes_of_steps_are_counted() -> None:
     """Every step once, with all its tokens: a prompt in two pieces, then a token a step."""
     engine = make_engine()
-    engine.add(range(20), SamplingParams(seed=1, max_tokens=5))
+    engine.add(Arrival(range(20), SamplingParams(seed=1, max_tokens=5)))
     run_all(engine)
     stats = engine.stats()
     assert stats.step_tokens == 20 + 4
@@ -75,7 +75,7 @@ def test_the_sizes_of_steps_are_counted() -> None:
 def test_a_step_waits_no_longer_than_asked() -> None:
     """`until` bounds the wait; the step in flight is reported by a later call."""
     engine = make_engine()
-    engine.add([1, 2], SamplingParams(seed=1, max_tokens=1))
+    engine.add(Arrival([1, 2], SamplingParams(seed=1, max_tokens=1)))
     assert engine.step(until=0.25) == []
     assert engine.clock.now() == 0.25
     assert not engine.is_idle
@@ -87,7 +87,7 @@ def test_a_step_waits_no_longer_than_asked() -> None:
 def test_abort_holds_memory_until_the_step_is_done() -> None:
     """An aborted request is gone at once, the engine is idle when its step is."""
     engine = make_engine()
-    handle = engine.add([1, 2], SamplingParams(seed=1, max_tokens=9))
+    handle = engine.add(Arrival([1, 2], SamplingParams(seed=1, max_tokens=9)))
     engine.step(until=0.5)
     update = engine.abort(handle)
     assert update is not None
@@ -103,7 +103,7 @@ def test_abort_holds_memory_until_the_step_is_done() -> None:
 def test_finish_ends_with_stop() -> None:
     """A stop string's end is reported by the call itself, and only once."""
     engine = make_engine()
-    handle = engine.add([1, 2], SamplingParams(seed=1, max_tokens=9))
+    handle = engine.add(Arrival([1, 2], SamplingParams(seed=1, max_tokens=9)))
     engine.step()
     update = engine.finish(handle, 1)
     assert update is not None
@@ -118,7 +118,9 @@ def test_a_failed_step_costs_its_own_requests_and_nothing_else(
     """They end with an error, whatever else of them is in flight; others come out whole."""
     engine = make_engine(num_slots=num_slots, lookahead=lookahead)
     assert isinstance(engine.executor, FakeExecutor)
-    lost = [engine.add(range(5), SamplingParams(seed=seed, max_tokens=9)) for seed in range(2)]
+    lost = [
+        engine.add(Arrival(range(5), SamplingParams(seed=seed, max_tokens=9))) for seed in range(2)
+    ]
     engine.step()
     engine.executor.fails_next = True
     updates = run_all(engine)
@@ -127,14 +129,14 @@ def test_a_failed_step_costs_its_own_requests_and_nothing_else(
     assert len(failed) == (2 if num_slots == 1 else 1)
     assert all(ends[handle] == (FinishReason.ERROR, "it was told to fail") for handle in failed)
     assert engine.stats().scheduler.device_blocks_used == 0
-    later = engine.add(range(5), SamplingParams(seed=7, max_tokens=9))
+    later = engine.add(Arrival(range(5), SamplingParams(seed=7, max_tokens=9)))
     assert ids_of(run_all(engine), later) == [default_token(7, i) for i in range(9)]
 
 
 def test_stats_tell_what_was_done() -> None:
     """Device seconds are the steps' own; the scheduler's counters are in."""
     engine = make_engine()
-    engine.add([1, 2], SamplingParams(seed=1, max_tokens=5))
+    engine.add(Arrival([1, 2], SamplingParams(seed=1, max_tokens=5)))
     run_all(engine)
     stats = engine.stats()
     assert stats.device_s == 5.0
@@ -170,7 +172,7 @@ def test_observers_see_every_plan_and_result() -> None:
     """Plans are seen before their results, with the engine's times."""
     recorder = Recorder()
     engine = make_engine(observers=[recorder])
-    engine.add([1, 2], SamplingParams(seed=1, max_tokens=2))
+    engine.add(Arrival([1, 2], SamplingParams(seed=1, max_tokens=2)))
     run_all(engine)
     assert recorder.seen == [
         ("planned", 0.0, 0), ("updated", 1.0, [0]), ("planned", 1.0, 1), ("updated", 2.0, [1]),
@@ -183,7 +185,7 @@ def test_an_observer_that_fails_is_logged_and_stops_nothing(
     """The failure is in the log with its trace; requests and other observers go on."""
     recorder = Recorder()
     engine = make_engine(observers=[Faulty(), recorder])
-    handle = engine.add([1, 2], SamplingParams(seed=1, max_tokens=3))
+    handle = engine.add(Arrival([1, 2], SamplingParams(seed=1, max_tokens=3)))
     with caplog.at_level(logging.ERROR):
         updates = run_all(engine)
     assert len(ids_of(updates, handle)) == 3

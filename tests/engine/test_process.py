@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Arrival, SamplingParams
 from fastserve.engine.process import Inbox, Outbox
 from fastserve.settings.engine import EngineConfig
 from fastserve.wire.engine_messages import (
@@ -111,10 +111,7 @@ def test_a_request_that_ends_before_its_abort_arrives_is_no_fault() -> None:
         news = events(connection)
         assert next(news) == Progress("loading weights", 0.5)
         assert isinstance(next(news), Ready)
-        add = Add(
-            request=7, prompt_token_ids=[1], params=SamplingParams(seed=1, max_tokens=5),
-            arrived_at=0.0,
-        )  # fmt: skip
+        add = Add(7, Arrival([1], SamplingParams(seed=1, max_tokens=5)))
         send(connection, Abort(99), Finish(98, 1), add)
         tokens = 0
         for event in news:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from fastserve.client.async_engine import AsyncEngine
 from fastserve.client.metrics import EngineMetrics
 from fastserve.core.messages import RequestMetrics, RequestUpdate, Sample, TokenLogprobs
-from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.core.request import Arrival, FinishReason
 from fastserve.server.app import create_app
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.server import ServerConfig
@@ -36,13 +36,11 @@ Script = Callable[["ScriptedStream"], Sequence[Item]]
 class ScriptedStream:
     """One request: yields its script, then waits until finished or aborted."""
 
-    def __init__(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, priority: int, client: str
-    ) -> None:
-        self.prompt_token_ids = list(prompt_token_ids)
-        self.params = params
-        self.priority = priority
-        self.client = client
+    def __init__(self, arrival: Arrival) -> None:
+        self.prompt_token_ids = list(arrival.prompt_token_ids)
+        self.params = arrival.params
+        self.priority = arrival.priority
+        self.client = arrival.client
         self.finished_at: int | None = None
         self.is_aborted = False
         self.is_ended = False
@@ -91,15 +89,8 @@ class ScriptedEngine:
         self.streams: list[ScriptedStream] = []
         self.num_requests = 0
 
-    def submit(
-        self,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        priority: int = 0,
-        client: str = "",
-    ) -> ScriptedStream:
-        stream = ScriptedStream(prompt_token_ids, params, priority, client)
+    def submit(self, arrival: Arrival) -> ScriptedStream:
+        stream = ScriptedStream(arrival)
         self.streams.append(stream)
         for item in self.script(stream):
             stream.items.put_nowait(item)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastserve import cli
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Arrival, SamplingParams
 from fastserve.launch import open_engine
 from fastserve.settings.engine import EngineConfig
 from tests.failing_step import REASON, fail_once
@@ -29,9 +29,9 @@ def live_journal(tmp_path_factory):
             max_tokens=40, ignore_eos=True, seed=1, logit_bias={65: 2.0}, temperature=0.7
         )
         prompts = [list(range(20 + 3 * index, 50 + 5 * index)) for index in range(6)]
-        handles = [engine.add(prompt, params, client="é") for prompt in prompts]
+        handles = [engine.add(Arrival(prompt, params, client="é")) for prompt in prompts]
         with pytest.raises(ValueError, match="fit"):
-            engine.add([1] * 10_000, params)
+            engine.add(Arrival([1] * 10_000, params))
         has_failed = False
         for step in range(10_000):
             if engine.is_idle:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import msgspec
 import pytest
+from hypothesis import given
 
 from fastserve.core.messages import (
     RequestMetrics,
@@ -12,7 +16,7 @@ from fastserve.core.messages import (
     SchedulerStats,
     TokenLogprobs,
 )
-from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.settings.engine import EngineConfig
 from fastserve.wire.engine_messages import (
     Abort,
@@ -28,10 +32,12 @@ from fastserve.wire.engine_messages import (
     Ready,
     Rejected,
     Updates,
+    checked,
     decode_command,
     decode_event,
 )
 from fastserve.wire.frames import encode_frame, payload_of
+from tests.core.arrivals import arrivals
 
 METRICS = RequestMetrics(
     arrival=1.5, first_scheduled=None, first_token=2.0, finished=3.0, queue_s=0.1,
@@ -57,10 +63,13 @@ PARAMS = SamplingParams(
 
 COMMANDS: list[Command] = [
     Configure(EngineConfig(model="some/where", num_device_blocks=7, starvation_limit=1.0)),
-    Add(request=0, prompt_token_ids=[1, 2**31], params=PARAMS, arrived_at=12.25),
+    Add(0, Arrival([1, 2**31], PARAMS, age_s=12.25)),
     Add(
-        request=1, prompt_token_ids=[3], params=SamplingParams(stop_token_ids=[]), arrived_at=0.0,
-        output_token_ids=[4, 5], priority=-3, client="a",
+        1,
+        Arrival(
+            [3], SamplingParams(stop_token_ids=[]), output_token_ids=[4, 5],
+            block_hashes=[b"\0\xff"], priority=-3, client="a",
+        ),
     ),
     Abort(3),
     Finish(4, 17),
@@ -112,14 +121,39 @@ def test_events_arrive_as_sent(event: Event) -> None:
         assert all(type(update) is RequestUpdate for update in arrived.updates)
 
 
+@given(arrivals())
+def test_an_arrival_arrives_as_sent(arrival: Arrival) -> None:
+    """Every field of it, to the last bit, and as immutable as it was."""
+    arrived = decode_command(payload_of(encode_frame(Add(3, arrival))))
+    assert arrived == Add(3, arrival)
+    assert checked(arrival) == arrival
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt_token_ids": [1, "2"]},
+        {"prompt_token_ids": [1, 2.5]},
+        {"params": SamplingParams(stop_token_ids=["a"])},  # type: ignore[list-item]
+        {"priority": "high"},
+        {"client": 7},
+    ],
+    ids=str,
+)
+def test_what_the_wire_cannot_carry_is_refused_before_it_is_sent(change: dict[str, Any]) -> None:
+    """A wrong type anywhere in an arrival is a ValueError."""
+    with pytest.raises(ValueError, match="Expected"):
+        checked(dataclasses.replace(Arrival([1], PARAMS), **change))
+
+
 def test_params_arrive_as_their_own_class() -> None:
     """Parameters are checked anew on arrival: the class is built, with its properties."""
     arrived = decode_command(payload_of(encode_frame(COMMANDS[1])))
     assert isinstance(arrived, Add)
-    assert isinstance(arrived.params, SamplingParams)
-    assert arrived.params.stop_strings == ("\n", "é")
-    assert arrived.params.is_greedy
-    assert arrived.params.logit_bias == {7: -1.5}
+    assert isinstance(arrived.arrival.params, SamplingParams)
+    assert arrived.arrival.params.stop_strings == ("\n", "é")
+    assert arrived.arrival.params.is_greedy
+    assert arrived.arrival.params.logit_bias == {7: -1.5}
 
 
 @pytest.mark.parametrize(
@@ -129,8 +163,8 @@ def test_params_arrive_as_their_own_class() -> None:
         {"type": "abort"},
         {"type": "abort", "request": "1"},
         {"type": "failed", "message": "an event is no command"},
-        {"type": "add", "request": 1, "prompt_token_ids": [1], "params": {"top_p": 7},
-         "arrived_at": 0.0},
+        {"type": "add", "request": 1,
+         "arrival": {"prompt_token_ids": [1], "params": {"top_p": 7}}},
         ["abort", 1],
     ],
     ids=str,

@@ -7,14 +7,15 @@ import pytest
 from fastserve.core.memory.block import BlockPool
 from fastserve.core.memory.memory import KVCacheManager
 from fastserve.core.memory.table import BlockTable
-from fastserve.core.request import Request, SamplingParams
+from fastserve.core.request import Arrival, Request, SamplingParams
 
 BLOCK_SIZE = 4
 
 
 def make_request(handle: int, prompt: list[int], **params: int) -> Request:
     """Return a request that has done nothing yet."""
-    return Request(handle, prompt, SamplingParams(**params), max_output_tokens=8)  # type: ignore[arg-type]
+    arrival = Arrival(prompt, SamplingParams(**params))  # type: ignore[arg-type]
+    return Request(handle, arrival, max_output_tokens=8)
 
 
 def make_cache(

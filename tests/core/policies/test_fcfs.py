@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.protocol import StepBill
-from fastserve.core.request import Request, SamplingParams
+from fastserve.core.request import Arrival, Request, SamplingParams
 
 
 def make_request(handle: int) -> Request:
     """Return a request that has done nothing yet."""
-    return Request(handle, [1, 2, 3], SamplingParams(), max_output_tokens=4)
+    return Request(handle, Arrival([1, 2, 3], SamplingParams()), max_output_tokens=4)
 
 
 def order(policy: FCFS) -> list[int]:

@@ -11,7 +11,7 @@ import pytest
 from fastserve.core.cost_model import CostModel
 from fastserve.core.policies.mlfq import MLFQ
 from fastserve.core.policies.protocol import StepBill
-from fastserve.core.request import Request, SamplingParams
+from fastserve.core.request import Arrival, Request, SamplingParams
 
 # A decode takes 1 s, a prefill of n tokens (3 + n) / 4. Quanta: 1, 2, 4, 8, 16, …
 COST = CostModel(base_s=0.75, prefill_token_s=0.25, decode_seq_s=0.25)
@@ -32,7 +32,7 @@ def make_policy(**changes: Any) -> MLFQ:
 
 def make_request(handle: int, num_prompt: int = 1, num_cached: int = 0) -> Request:
     """Return a request that has done nothing yet."""
-    request = Request(handle, range(num_prompt), SamplingParams(), max_output_tokens=99)
+    request = Request(handle, Arrival(range(num_prompt), SamplingParams()), max_output_tokens=99)
     request.num_cached_tokens = num_cached
     return request
 

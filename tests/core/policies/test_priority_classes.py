@@ -11,7 +11,7 @@ from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.mlfq import MLFQ
 from fastserve.core.policies.priority_classes import PriorityClasses
 from fastserve.core.policies.protocol import Policy, StepBill
-from fastserve.core.request import Request, SamplingParams
+from fastserve.core.request import Arrival, Request, SamplingParams
 
 AGING = 10.0
 
@@ -19,7 +19,7 @@ AGING = 10.0
 def make_request(handle: int, priority: int) -> Request:
     """Return a request that has done nothing yet."""
     params = SamplingParams()
-    return Request(handle, [1, 2], params, max_output_tokens=99, priority=priority)
+    return Request(handle, Arrival([1, 2], params, priority=priority), max_output_tokens=99)
 
 
 def make_mlfq() -> Policy:

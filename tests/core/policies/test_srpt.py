@@ -9,14 +9,14 @@ import pytest
 from fastserve.core.cost_model import CostModel
 from fastserve.core.policies.protocol import StepBill
 from fastserve.core.policies.srpt import SRPT
-from fastserve.core.request import Request, SamplingParams
+from fastserve.core.request import Arrival, Request, SamplingParams
 
 COST = CostModel(base_s=1.0, prefill_token_s=0.1)
 
 
 def make_request(handle: int, num_prompt: int) -> Request:
     """Return a request that has done nothing yet."""
-    return Request(handle, range(num_prompt), SamplingParams(), max_output_tokens=50)
+    return Request(handle, Arrival(range(num_prompt), SamplingParams()), max_output_tokens=50)
 
 
 def test_remaining_time_by_hand() -> None:
