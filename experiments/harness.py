@@ -38,7 +38,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastserve.host.cache_dir import cache_dir
 from fastserve.host.provenance import ROOT, provenance
-from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.settings.scheduler import SchedulerConfig, pool_window
 from fastserve.sim.hardware import resolve_cost_model
 from fastserve.sim.report import alone_s, latencies, make_report
 from fastserve.sim.sim_executor import EOS_TOKEN_ID
@@ -46,6 +46,7 @@ from fastserve.sim.simulator import Machine, simulate
 from fastserve.sim.workload import Workload
 
 NICENESS = 10
+BLOCK_SIZE = 16
 TOKENS_PER_S = 150_000
 """Answer tokens that one core simulates in a second, for the estimate; fewer where plans thrash."""
 SIMULATING_CODE = ("settings/*.py", "core/**/*.py", "engine/engine.py", "sim/*.py", "sim/*.json")
@@ -87,11 +88,12 @@ class Setup:
             pipeline_parallel_size=self.pipeline_parallel_size,
             num_device_blocks=self.num_device_blocks,
         )
-        window = min(fit.max_model_len, fit.num_device_blocks * 16)
+        window = pool_window(fit.max_model_len, fit.num_device_blocks, BLOCK_SIZE)
         values: dict[str, Any] = {
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": max(window, 2048),
             "max_model_len": window,
+            "block_size": BLOCK_SIZE,
             "enable_chunked_prefill": False,
             "enable_prefix_caching": False,
             "num_slots": self.pipeline_parallel_size,
@@ -104,7 +106,7 @@ class Setup:
     def describe(self) -> dict[str, Any]:
         """Return everything a figure depends on but policy and workload."""
         scheduler = dataclasses.asdict(self.config("-"))
-        for name in ("scheduling_policy", "preemption_mode", "eos_token_ids", "cache_salt"):
+        for name in ("scheduling_policy", "preemption_mode", "eos_token_ids"):
             del scheduler[name]
         return {
             **{name: getattr(self, name) for name in ("model", "hardware", "tensor_parallel_size",

@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.harness import Lab
+from experiments.harness import BLOCK_SIZE, Lab
 from experiments.lengths import traces_folder
 from experiments.workloads import SETUP, at_load, load_traces
 from fastserve.core.messages import SchedulerOutput
 from fastserve.host.provenance import ROOT, provenance
 from fastserve.host.terminal import say
+from fastserve.settings.scheduler import pool_window
 from fastserve.sim.simulator import simulate
 from fastserve.sim.workload import Workload
 
@@ -60,12 +61,14 @@ class PlanHash:
 
 def run(name: str, trace: Workload, policy: str, mode: str) -> tuple[str, dict[str, Any]]:
     """Return the label and the figures of one simulation."""
-    machine, changes = SETUP.machine(), {}
+    machine = SETUP.machine()
+    changes: dict[str, int] = {}
     if mode == "recompute":
         longest = int((trace.prompt_tokens + trace.output_tokens).max())
-        num_blocks = int(SHORT_BLOCKS * (longest // 16 + 2))
+        num_blocks = int(SHORT_BLOCKS * (longest // BLOCK_SIZE + 2))
         machine = dataclasses.replace(machine, num_device_blocks=num_blocks)
-        changes = {"max_num_seqs": 64}
+        window = pool_window(SETUP.config(policy).max_model_len, num_blocks, BLOCK_SIZE)
+        changes = {"max_num_seqs": 64, "max_model_len": window}
     plans = PlanHash()
     outcome = simulate(SETUP.config(policy, mode, **changes), machine, trace,
                        on_step=plans.on_step)  # fmt: skip

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from experiments.published_tables import PROFILES, rows_of
 from fastserve.host.provenance import ROOT, provenance
-from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.settings.scheduler import SchedulerConfig, pool_window
 from fastserve.sim.hardware import resolve_cost_model
 from fastserve.sim.sim_executor import EOS_TOKEN_ID, StepOverhead
 from fastserve.sim.simulator import Machine, simulate
@@ -98,7 +98,7 @@ def replay(run: Run, num_device_blocks: int, overhead: StepOverhead | None) -> d
     config = SchedulerConfig(
         max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
-        max_model_len=fit.max_model_len,
+        max_model_len=pool_window(fit.max_model_len, num_device_blocks, BLOCK_SIZE),
         block_size=BLOCK_SIZE,
         enable_chunked_prefill=False,
         enable_prefix_caching=False,

@@ -24,7 +24,7 @@ from fastserve.engine.engine import Engine, MonotonicClock
 from fastserve.host.machine import num_cores
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
-from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.settings.scheduler import SchedulerConfig, pool_window
 from fastserve.settings.server import ServerConfig
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.wire.engine_messages import EngineInfo
@@ -69,8 +69,10 @@ def open_engine(
         facts = executor.facts
         scheduler_config = SchedulerConfig.resolve(
             config,
-            max_model_len=facts.max_model_len,
-            is_cpu=facts.device.startswith("cpu"),
+            facts.limits,
+            max_model_len=pool_window(
+                facts.max_model_len, facts.num_device_blocks, config.block_size
+            ),
             num_slots=executor.num_slots,
             lookahead=executor.lookahead,
             eos_token_ids=eos_token_ids,
@@ -92,9 +94,7 @@ def open_engine(
         info = EngineInfo(
             model=config.model,
             max_model_len=facts.max_model_len,
-            max_request_tokens=min(
-                facts.max_model_len, facts.num_device_blocks * config.block_size
-            ),
+            max_request_tokens=scheduler_config.max_model_len,
             vocab_size=facts.vocab_size,
             block_size=config.block_size,
             num_device_blocks=facts.num_device_blocks,

@@ -92,16 +92,17 @@ def build_scheduler(
     lengths: Mapping[int, int] | None = None,
     journal: Journal | None = None,
 ) -> Scheduler:
-    """Return a scheduler over empty pools."""
-    config = replace(
-        config, max_model_len=min(config.max_model_len, num_device_blocks * config.block_size)
-    )
+    """Return a scheduler over empty pools. Raises ValueError where one request might not fit."""
+    if config.max_model_len > num_device_blocks * config.block_size:
+        raise ValueError(
+            f"{num_device_blocks} blocks of {config.block_size} tokens do not hold the window of "
+            f"{config.max_model_len}"
+        )
     is_ideal = config.preemption_mode == "ideal"
     cache = KVCacheManager(
         BlockPool(NUM_BOUNDLESS_BLOCKS if is_ideal else num_device_blocks, num_host_blocks),
         config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
-        salt=config.cache_salt.encode(),
     )
     policy = PriorityClasses(
         lambda: build_policy(config, cost_model, lengths), config.priority_aging

@@ -162,7 +162,7 @@ def device_name(device: torch.device) -> str:
 
 def kinds_of_steps(worker: Worker) -> list[Shares]:
     """Return the steps to measure: from one decode to the longest prefill that fits."""
-    facts, limits = worker.facts, worker.scheduler_config
+    facts, limits = worker.facts, worker.limits
     block_size = worker.config.block_size
     num_blocks = num_profiled_blocks(worker)
     room = min(facts.max_model_len - 1, num_blocks * block_size)

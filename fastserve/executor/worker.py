@@ -35,7 +35,7 @@ from fastserve.model.families.architectures import Network, load_network
 from fastserve.model.loader import open_weights
 from fastserve.model.ops.interfaces import Ops
 from fastserve.settings.engine import EngineConfig
-from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.settings.scheduler import StepLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,7 @@ class ExecutorFacts:
     """What was found out about the model and the machine."""
 
     max_model_len: int
+    limits: StepLimits
     vocab_size: int
     num_device_blocks: int
     block_bytes: int
@@ -68,14 +69,7 @@ class Worker:
         self.device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, self.model_config, self.device)
         max_model_len = choose_max_model_len(config.max_model_len, self.model_config)
-        self.scheduler_config = SchedulerConfig.resolve(
-            config,
-            max_model_len=max_model_len,
-            is_cpu=self.device.type == "cpu",
-            num_slots=1,
-            lookahead=0,
-            eos_token_ids=eos_token_ids,
-        )
+        self.limits = StepLimits.resolve(config, max_model_len, is_cpu=self.device.type == "cpu")
         self.is_captured = choose_capture(config.enforce_eager, self.model_config, self.device)
         on_progress("loading weights", 0.0)
         kernels = choose_cpu_kernels(config.cpu_kernels, dtype, self.device)
@@ -87,7 +81,7 @@ class Worker:
         num_blocks = count_blocks(
             config,
             bytes_per_block=bytes_per_block,
-            max_num_seqs=self.scheduler_config.max_num_seqs,
+            max_num_seqs=self.limits.max_num_seqs,
             max_model_len=max_model_len,
             device=self.device,
         )
@@ -106,6 +100,7 @@ class Worker:
         self.runner = self._make_runner(max_model_len, on_progress)
         self.facts = ExecutorFacts(
             max_model_len=max_model_len,
+            limits=self.limits,
             vocab_size=self.model_config.vocab_size,
             num_device_blocks=num_blocks,
             block_bytes=bytes_per_block,
@@ -132,7 +127,7 @@ class Worker:
             self.model,
             self.kv.device,
             self.table,
-            max_num_seqs=self.scheduler_config.max_num_seqs,
+            max_num_seqs=self.limits.max_num_seqs,
             max_model_len=max_model_len,
             vocab_size=self.model_config.vocab_size,
             capture=CudaCapture() if self.is_captured else None,

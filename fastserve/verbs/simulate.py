@@ -22,7 +22,7 @@ from fastserve.host.machine import num_cores
 from fastserve.host.provenance import output_path, provenance, write_result
 from fastserve.host.terminal import make_bar, make_table, say
 from fastserve.settings.option import ConfigError
-from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.settings.scheduler import SchedulerConfig, StepLimits, pool_window
 from fastserve.sim.config import SIMULATED_POLICIES, SimulateConfig
 from fastserve.sim.generators import EXAMPLE_MEDIAN, EXAMPLE_RATE, arrivals, example, jittered
 from fastserve.sim.hardware import HardwareFit, resolve_cost_model
@@ -160,18 +160,18 @@ def step_overhead(config: SimulateConfig, fit: HardwareFit) -> StepOverhead:
 
 def resolve_scheduler_config(config: SimulateConfig, fit: HardwareFit) -> SchedulerConfig:
     """Return the settings of the scheduler; the window is what the pool can hold, at most."""
-    window = min(
-        config.max_model_len or fit.max_model_len, fit.num_device_blocks * config.block_size
+    window = pool_window(
+        config.max_model_len or fit.max_model_len, fit.num_device_blocks, config.block_size
     )
-    resolved = SchedulerConfig.resolve(
+    return SchedulerConfig.resolve(
         config,
+        StepLimits.resolve(config, window, is_cpu=False),
         max_model_len=window,
-        is_cpu=False,
         num_slots=config.pipeline_parallel_size,
         lookahead=config.lookahead,
         eos_token_ids=frozenset({EOS_TOKEN_ID}),
+        is_strict=True,
     )
-    return dataclasses.replace(resolved, is_strict=True)
 
 
 def resolve_workload(config: SimulateConfig, window: int) -> Workload:

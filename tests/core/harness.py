@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastserve.core.build import build_scheduler
@@ -14,7 +14,7 @@ from fastserve.core.messages import RequestUpdate, SchedulerOutput, TokenLogprob
 from fastserve.core.request import Arrival, FinishReason, Request, SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.engine import Engine
-from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.settings.scheduler import SchedulerConfig, pool_window
 from tests.fake_executor import (
     FakeExecutor,
     VirtualClock,
@@ -72,7 +72,8 @@ class Harness:
         sink: Callable[[str], object] | None = None,
     ) -> None:
         self.rng = random.Random(seed)
-        self.config = config
+        window = pool_window(config.max_model_len, num_device_blocks, config.block_size)
+        self.config = config = replace(config, max_model_len=window)
         self.journal = Journal(sink)
         self.clock = VirtualClock()
         self.executor = FakeExecutor(

@@ -59,17 +59,13 @@ def test_quanta_come_from_settings_and_costs(changes: dict[str, object], level: 
 
 def test_a_journal_makes_it_a_journaled_scheduler() -> None:
     """Without a journal nothing is written and nothing is paid."""
-    config = small_config()
+    config = small_config(max_model_len=16)
     assert not isinstance(build_scheduler(config, COST, 4), JournaledScheduler)
     assert isinstance(build_scheduler(config, COST, 4, journal=Journal()), JournaledScheduler)
 
 
-def test_the_salt_keeps_tenants_apart() -> None:
-    """Two schedulers with other salts name the same ids otherwise."""
-    request = Request(0, Arrival(range(8), SamplingParams()), max_output_tokens=4)
-    hashes = set()
-    for salt in ("", "a", "b"):
-        cache = build_scheduler(small_config(cache_salt=salt), COST, 4).cache
-        request.block_hashes.clear()
-        hashes.add(request.block_hash(0, 4, cache._salt))
-    assert len(hashes) == 3
+def test_a_window_beyond_the_pool_is_refused() -> None:
+    """A request that is let in could else wait for ever."""
+    build_scheduler(small_config(max_model_len=16), COST, 4)
+    with pytest.raises(ValueError, match="4 blocks of 4 tokens do not hold the window of 17"):
+        build_scheduler(small_config(max_model_len=17), COST, 4)

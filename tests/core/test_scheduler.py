@@ -10,6 +10,7 @@ import pytest
 from fastserve.core.build import build_scheduler
 from fastserve.core.messages import ExecutorOutput, Sample, SchedulerOutput, StepDone
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
+from fastserve.settings.scheduler import pool_window
 from tests.core.harness import UNIT_COST, Harness, small_config
 
 EOS, STOP = 900, 901
@@ -99,7 +100,8 @@ def test_what_could_never_run_is_refused(
 
 def test_the_pool_bounds_the_window() -> None:
     """A request that fits the window but not the whole pool is refused at the door."""
-    scheduler = build_scheduler(small_config(), UNIT_COST, 3)
+    window = pool_window(small_config().max_model_len, 3, small_config().block_size)
+    scheduler = build_scheduler(small_config(max_model_len=window), UNIT_COST, 3)
     with pytest.raises(ValueError, match="12 tokens"):
         scheduler.add(Arrival(range(10), SamplingParams(max_tokens=3)), 0.0)
     scheduler.add(Arrival(range(10), SamplingParams(max_tokens=2)), 0.0)
@@ -175,7 +177,7 @@ def test_the_length_limit_drops_nothing() -> None:
 
 def test_unknown_and_ended_requests_end_quietly() -> None:
     """abort and finish answer None where there is nothing to end."""
-    scheduler = build_scheduler(small_config(), UNIT_COST, 8)
+    scheduler = build_scheduler(small_config(max_model_len=32), UNIT_COST, 8)
     assert scheduler.abort(7, 0.0) is None
     assert scheduler.finish(7, 0, 0.0) is None
     assert scheduler.schedule(0.0, True) is None

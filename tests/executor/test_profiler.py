@@ -79,14 +79,14 @@ def test_kinds_of_steps_fit_the_limits(checkpoint, settings):
     """Whatever the limits, there is something to measure, and nothing beyond them."""
     worker = open_worker(checkpoint, **{"max_num_seqs": None, **settings})
     kinds = kinds_of_steps(worker)
-    limits, block_size = worker.scheduler_config, worker.config.block_size
+    limits, block_size = worker.limits, worker.config.block_size
     assert kinds
     for kind in kinds:
         assert len(kind) <= limits.max_num_seqs
         assert sum(tokens for tokens, _ in kind) <= max(limits.max_num_batched_tokens, len(kind))
         blocks = sum(-(-(tokens + start) // block_size) for tokens, start in kind)
         assert blocks <= worker.facts.num_device_blocks
-        assert all(tokens + start <= limits.max_model_len for tokens, start in kind)
+        assert all(tokens + start <= worker.facts.max_model_len for tokens, start in kind)
 
 
 def test_a_profile_is_measured_once(checkpoint, cache, monkeypatch):

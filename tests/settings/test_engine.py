@@ -17,24 +17,20 @@ from fastserve.settings.option import (
     from_mapping,
     takes_many,
 )
-from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.settings.scheduler import SchedulerConfig, StepLimits
 from fastserve.settings.server import ServerConfig
 from fastserve.verbs.config import TextConfig, TopConfig
 from scripts.write_configuration import PAGE, render
 
+WINDOW = 2048
 CLASSES = (EngineConfig, ServerConfig, TextConfig, TopConfig, SchedulerBenchConfig)
 
 
-def resolve(config, **changes):
+def resolve(config, *, is_cpu=True):
     """Resolve as a one-slot CPU engine with a window of 2,048 tokens would."""
-    facts: dict[str, Any] = {
-        "max_model_len": 2048,
-        "is_cpu": True,
-        "num_slots": 1,
-        "lookahead": 0,
-        "eos_token_ids": frozenset({2}),
-    }
-    return SchedulerConfig.resolve(config, **(facts | changes))
+    limits = StepLimits.resolve(config, WINDOW, is_cpu=is_cpu)
+    facts: dict[str, Any] = {"num_slots": 1, "lookahead": 0, "eos_token_ids": frozenset({2})}
+    return SchedulerConfig.resolve(config, limits, max_model_len=WINDOW, **facts)
 
 
 @pytest.mark.parametrize("owner", CLASSES)
@@ -129,6 +125,14 @@ def test_resolution_carries_every_shared_setting():
     }
     derived = {"max_num_seqs", "max_num_batched_tokens", "max_model_len", "enable_chunked_prefill"}
     assert shared - derived == set(given)
+
+
+def test_a_default_is_the_engines():
+    """What neither the user nor the device decides has one default, that of the flag."""
+    bare = SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=1, max_model_len=1)
+    for spec in dataclasses.fields(EngineConfig):
+        if hasattr(bare, spec.name) and spec.default is not None:
+            assert getattr(bare, spec.name) == spec.default
 
 
 @pytest.mark.parametrize("owner", CLASSES)

@@ -71,6 +71,6 @@ def test_a_failure_in_one_process_ends_the_others():
         dataclasses.replace(make_job(), machine=num_blocks),
         dataclasses.replace(make_job(), workload=make_workload(*rows)),
     ]
-    with pytest.raises(ValueError, match="tokens that fit"):
+    with pytest.raises(ValueError, match="do not hold the window"):
         run_side_by_side(jobs, 2, told.__setitem__)
     assert told.get(1, 0) < len(rows)
