@@ -100,7 +100,7 @@ def build_scheduler(
         )
     is_ideal = config.preemption_mode == "ideal"
     cache = KVCacheManager(
-        BlockPool(NUM_BOUNDLESS_BLOCKS if is_ideal else num_device_blocks, num_host_blocks),
+        BlockPool(NUM_BOUNDLESS_BLOCKS if is_ideal else num_device_blocks),
         config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
     )

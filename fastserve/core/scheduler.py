@@ -414,7 +414,7 @@ class Scheduler:
             device_blocks_free=pool.num_free,
             device_blocks_cached=pool.num_cached,
             device_blocks_used=pool.num_used,
-            host_blocks_total=pool.num_host_blocks,
+            host_blocks_total=0,
             host_blocks_used=0,
             num_steps=self._next_step_id,
             num_preemptions=self._num_preemptions,

@@ -86,10 +86,6 @@ class HardwareFit:
     overhead: StepOverhead
     source: str
 
-    def num_host_blocks(self, swap_space_gib: float) -> int:
-        """Return how many blocks so much host memory, of all devices together, can hold."""
-        return int(swap_space_gib * _GIB) // self.block_bytes
-
 
 @dataclass(frozen=True, slots=True)
 class Fits:

@@ -148,7 +148,6 @@ def test_kv_bytes_count_shared_heads():
     assert roofline("llama-3-8b", ranks=16).layer_kv_bytes == 2 * 1 * 128 * 2
     fit = resolve_cost_model("llama-3-8b", "h100")
     assert fit.block_bytes == 16 * 32 * 2 * 8 * 128 * 2
-    assert fit.num_host_blocks(4) == 4 * 2**30 // fit.block_bytes
 
 
 def test_sizes_are_those_of_the_published_models():

@@ -9,16 +9,6 @@ recently used first to go. Must not know: requests, policies, tensors.
 from __future__ import annotations
 
 from collections import OrderedDict
-from enum import Enum, auto
-
-
-class Residence(Enum):
-    """Whether a tier holds a copy of a Block."""
-
-    ABSENT = auto()
-    ARRIVING = auto()
-    PRESENT = auto()
-    LEAVING = auto()
 
 
 class Block:
@@ -28,13 +18,10 @@ class Block:
     it; None until the block is full and its ids are known.
     """
 
-    __slots__ = ("device", "device_id", "hash", "host", "host_id", "refs")
+    __slots__ = ("device_id", "hash", "refs")
 
     def __init__(self, device_id: int) -> None:
         self.device_id = device_id
-        self.device = Residence.PRESENT
-        self.host_id = -1
-        self.host = Residence.ABSENT
         self.refs = 0
         self.hash: bytes | None = None
 
@@ -48,9 +35,8 @@ class BlockPool:
     free + cached + used = total, always.
     """
 
-    def __init__(self, num_device_blocks: int, num_host_blocks: int = 0) -> None:
+    def __init__(self, num_device_blocks: int) -> None:
         self.num_device_blocks = num_device_blocks
-        self.num_host_blocks = num_host_blocks
         self._free: list[int] = []
         self._num_touched = 0  # places from here on have never been used
         # Unreferenced, least recently used first; a plain dict is slow to give up its first key.
