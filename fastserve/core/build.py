@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 from fastserve.core.cost_model import CostModel
 from fastserve.core.journal import Journal, JournaledScheduler
 from fastserve.core.memory.block import BlockPool
-from fastserve.core.memory.eviction import BudgetedPacking, IdealPacking, RecomputeBudget
+from fastserve.core.memory.eviction import Defer, Eviction, Recompute, RecomputeBudget
 from fastserve.core.memory.memory import KVCacheManager
-from fastserve.core.packing import Packing
+from fastserve.core.memory.victims import VictimRanking
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.fixed_priority import FixedPriority
 from fastserve.core.policies.mlfq import MLFQ
@@ -98,27 +97,36 @@ def build_scheduler(
             f"{num_device_blocks} blocks of {config.block_size} tokens do not hold the window of "
             f"{config.max_model_len}"
         )
+    policy = PriorityClasses(
+        lambda: build_policy(config, cost_model, lengths), config.priority_aging
+    )
     is_ideal = config.preemption_mode == "ideal"
     cache = KVCacheManager(
         BlockPool(NUM_BOUNDLESS_BLOCKS if is_ideal else num_device_blocks),
         config.block_size,
+        VictimRanking(policy),
+        build_eviction(config, cost_model),
+        max_tables=config.max_live_seqs,
+        num_resident_blocks=num_device_blocks if is_ideal else None,
         enable_prefix_caching=config.enable_prefix_caching,
     )
-    policy = PriorityClasses(
-        lambda: build_policy(config, cost_model, lengths), config.priority_aging
-    )
+    if journal is None:
+        return Scheduler(config, policy, cache)
+    return JournaledScheduler(config, policy, cache, journal=journal)
+
+
+def build_eviction(config: SchedulerConfig, cost_model: CostModel) -> Eviction:
+    """Return what the configured mode lets requests take; `ideal` bounds no recomputation."""
+    if config.preemption_mode == "defer":
+        return Defer()
+    is_ideal = config.preemption_mode == "ideal"
     budget = RecomputeBudget(
         cost_model,
-        share=0.0 if config.preemption_mode == "defer" else config.max_recompute_share,
+        share=float("inf") if is_ideal else config.max_recompute_share,
         max_chunk=max_chunk(config),
         window=config.max_model_len,
     )
-    packing: Callable[..., Packing] = partial(BudgetedPacking, budget=budget)
-    if is_ideal:
-        packing = partial(IdealPacking, num_resident_blocks=num_device_blocks)
-    if journal is None:
-        return Scheduler(config, policy, cache, packing, budget)
-    return JournaledScheduler(config, policy, cache, packing, budget, journal=journal)
+    return Recompute(budget)
 
 
 def max_chunk(config: SchedulerConfig) -> int:

@@ -1,8 +1,8 @@
 """One request as the core sees it: what was asked, how far it has come, and why it ended.
 
 Rules: a request has no phases. `num_computed_tokens` catches up with `num_tokens`, so prefill,
-chunked prefill, decode, prefix hits and recomputation are one rule. Only the scheduler and its
-cache write here.
+chunked prefill, decode, prefix hits and recomputation are one rule. The memory room writes `table`
+and `num_computed_tokens` and begins and ends epochs; the scheduler writes everything else.
 Must not know: text, public ids, tensors, wall-clock time.
 """
 
@@ -229,8 +229,14 @@ class Request:
         """Whether this epoch has not yet computed more than the earlier ones had."""
         return self.epoch > 0 and self.num_computed_tokens <= self.num_lost_tokens
 
+    def begin(self, table: BlockTable, num_computed_tokens: int) -> None:
+        """Start an epoch's KV in a table whose first tokens are computed already."""
+        self.table = table
+        self.num_computed_tokens = num_computed_tokens
+        self.num_scheduled_tokens = num_computed_tokens
+
     def restart(self) -> None:
-        """Begin a new epoch: the KV is gone. Steps in flight still are, but yield nothing."""
+        """End the epoch: its KV is gone. Steps in flight still are, but yield nothing."""
         self.epoch += 1
         self.num_lost_tokens = self.max_computed_tokens
         self.table = None

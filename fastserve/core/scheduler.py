@@ -10,12 +10,10 @@ Must not know: tensors, text, how long anything really takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from fastserve.core.memory.eviction import RecomputeBudget
 from fastserve.core.memory.memory import KVCacheManager
 from fastserve.core.memory.table import BlockTable
-from fastserve.core.memory.victims import VictimRanking
 from fastserve.core.messages import (
     ExecutorOutput,
     NewRequest,
@@ -51,15 +49,10 @@ class Scheduler:
         config: SchedulerConfig,
         policy: Policy,
         cache: KVCacheManager,
-        packing: Callable[..., Packing],
-        budget: RecomputeBudget,
     ) -> None:
         self.config = config
-        self._packing = packing
-        self._budget = budget
         self.policy = policy
         self.cache = cache
-        self._victims = VictimRanking(cache, policy)
         self._requests: dict[int, Request] = {}
         self._next_handle = 0
         self._next_step_id = 0
@@ -112,7 +105,7 @@ class Scheduler:
             max_output_tokens=max_output_tokens,
             stop_token_ids=stop_token_ids,
         )
-        request.num_cached_tokens = len(self.cache.match_prefix(request)) * self.config.block_size
+        request.num_cached_tokens = self.cache.probe(request)
         self._next_handle += 1
         self._requests[request.handle] = request
         self.policy.admit(request, now)
@@ -137,9 +130,8 @@ class Scheduler:
         """Return the next step, or None when there is nothing to do now."""
         if not can_compute or not self._requests:
             return None
-        packing = self._packing(
-            self.config, self.cache, self.policy, self._victims, len(self._requests), now
-        )
+        self.cache.begin_plan(now)
+        packing = Packing(self.config, self.cache, self.policy, len(self._requests))
         order: Iterator[Request] = iter((self._solo,)) if self._solo else self.policy.ordered(now)
         packing.scan(order)
         if packing.chosen:
@@ -251,7 +243,7 @@ class Scheduler:
             request.last_ran_at = now
             table.steps_in_flight -= 1
             if table.is_closed:
-                self.cache.land(table)
+                self.cache.landed(table)
                 self._num_dropped_samples += sample is not None
                 continue
             has_progress |= self._advance(request, work)
@@ -274,7 +266,7 @@ class Scheduler:
                 updates.append(RequestUpdate(request.handle, (sample,), None, None, None, scored))
             shares.append((request, work.num_tokens))
         self._note_progress(has_progress)
-        self._budget.earn(done.device_s)
+        self.cache.worked(done.device_s)
         if shares:
             self.policy.charge(StepBill(done.device_s, shares), now)
 
@@ -287,22 +279,20 @@ class Scheduler:
             request.last_ran_at = now
             table.steps_in_flight -= 1
             if table.is_closed:
-                self.cache.land(table)
+                self.cache.landed(table)
                 self._num_dropped_samples += work.sample
             else:
                 updates.append(self._end(request, FinishReason.ERROR, (), now, error=error))
-        self._budget.earn(done.device_s)
+        self.cache.worked(done.device_s)
 
     def _advance(self, request: Request, work: Work) -> bool:
         """Confirm computed tokens; return whether any of them had never been computed before."""
         before = request.num_computed_tokens
         end = before + work.num_tokens
-        request.num_computed_tokens = end
+        assert request.table is not None
+        self.cache.advance(request, request.table, end)
         if before < request.num_prompt_tokens:
             self._num_computed_prompt_tokens += min(end, request.num_prompt_tokens) - before
-        assert request.table is not None
-        if end // self.config.block_size > request.table.num_published:
-            self.cache.publish(request, request.table)
         if end <= request.max_computed_tokens:
             repeated = work.num_tokens
         else:
@@ -349,9 +339,7 @@ class Scheduler:
             self._forget.append(request.handle)
         if not request.steps_in_flight:
             request.queue_s += now - request.last_ran_at
-        if request.table is not None:
-            self.cache.close(request.table)
-            request.table = None
+        self.cache.release(request)
         if self._solo is request:
             self._solo = None
         request.finish_reason = reason
@@ -429,7 +417,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert every invariant of the scheduler, the cache and the pool."""
-        self.cache.check(r.table for r in self._requests.values() if r.table is not None)
+        self.cache.check(self._requests.values())
         flying: dict[int, int] = {}
         pending: dict[int, int] = {}
         for flight in self._in_flight.values():

@@ -105,7 +105,7 @@ def fill_pool(harness: Harness, num_requests: int, length: int) -> None:
     """Let requests in until they hold all the blocks there are."""
     for handle in range(num_requests):
         harness.add(prompt_of(handle, length), 8, priority=5)
-    while harness.scheduler.cache.num_available:
+    while harness.scheduler.cache.num_left:
         harness.step()
 
 
@@ -155,7 +155,7 @@ def test_only_the_head_takes_kv_from_those_needed_sooner() -> None:
     config = small_config(max_model_len=32, max_num_batched_tokens=32)
     harness = Harness(config, 8, step_s=one_second)
     policy = harness.scheduler.policy = Warm()
-    harness.scheduler._victims._policy = policy
+    harness.scheduler.cache._victims._policy = policy
     holder = harness.add(prompt_of(0, 17), 14)
     harness.step()
     head, second = harness.add(prompt_of(1, 5), 2), harness.add(prompt_of(2, 9), 3)
@@ -178,7 +178,7 @@ def test_holders_fill_a_step_that_the_scan_left_room_in() -> None:
     config = small_config(max_num_seqs=2, max_live_seqs=2)
     harness = Harness(config, 400, step_s=one_second)
     policy = harness.scheduler.policy = Warm()
-    harness.scheduler._victims._policy = policy
+    harness.scheduler.cache._victims._policy = policy
     for handle in range(2):
         harness.add(prompt_of(handle, 2), 12)
     harness.step()

@@ -1,16 +1,15 @@
-"""Who loses KV first when blocks run out: the largest estimated next schedule time.
+"""Victims: which request loses its KV first, the one with the largest estimated next schedule time.
 
-Rules: ranking costs as many estimates as there are holders, so a ranking of n holders serves for
-n / 64 plans, and the cost of a plan does not grow with the number of requests that hold KV. What
-an old ranking says is checked against the present before it is acted on: only who is the very
-coldest may be out of date. Must not know: why blocks are needed, or by whom.
+Rules: ranking n holders of KV costs n estimates, so a ranking serves for n / 64 plans and the cost
+per plan is bounded. Within them it goes stale in one way: a request that has become colder since is
+not moved up. Whether a ranked request may lose KV is checked again before it is named.
+Must not know: why blocks are needed, how many there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection, Iterable
 
-from fastserve.core.memory.memory import KVCacheManager
 from fastserve.core.policies.protocol import Policy
 from fastserve.core.request import Request
 
@@ -20,25 +19,39 @@ NUM_RANKED_PER_PLAN = 64
 class VictimRanking:
     """Holders of KV, coldest last."""
 
-    def __init__(self, cache: KVCacheManager, policy: Policy) -> None:
-        self._cache = cache
+    def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._ranked: list[tuple[float, int, Request]] = []
         self._num_plans_left = 0
         self._is_fresh = False
+        self._now = 0.0
 
-    def begin_plan(self) -> None:
+    def begin_plan(self, now: float) -> None:
         """Note that time has moved on since the last ranking."""
+        self._now = now
         self._is_fresh = False
         self._num_plans_left -= 1
         if self._num_plans_left < 0:
             self._ranked.clear()
 
-    def coldest(self, now: float, excluded: Container[int]) -> Request | None:
-        """Return the holder that loses its KV first, the youngest among equals.
+    def find(
+        self, claimant: Request, scanned: Collection[int], holders: Iterable[Request]
+    ) -> Request | None:
+        """Return the coldest of the holders, if it may lose its KV to the claimant.
 
-        A request that recomputes is never named: it would lose the same KV again and again.
+        None of the `scanned` handles is named; the claimant is one of them. If it is the only one,
+        it heads the order and may take from any other; else only from those that are needed no
+        sooner than itself.
         """
+        victim = self._coldest(scanned, holders)
+        if victim is None or len(scanned) == 1:
+            return victim
+        estimate = self._policy.estimated_next_schedule_time
+        is_colder = estimate(victim, self._now) >= estimate(claimant, self._now)
+        return victim if is_colder else None
+
+    def _coldest(self, excluded: Collection[int], holders: Iterable[Request]) -> Request | None:
+        """Return the coldest holder, the youngest among equals."""
         while True:
             while self._ranked:
                 request = self._ranked[-1][2]
@@ -47,13 +60,13 @@ class VictimRanking:
                 self._ranked.pop()
             if self._is_fresh:
                 return None
-            self._rank(now, excluded)
+            self._rank(excluded, holders)
 
-    def _rank(self, now: float, excluded: Container[int]) -> None:
-        estimate = self._policy.estimated_next_schedule_time
+    def _rank(self, excluded: Collection[int], holders: Iterable[Request]) -> None:
+        estimate, now = self._policy.estimated_next_schedule_time, self._now
         self._ranked = sorted(
             (estimate(request, now), request.handle, request)
-            for request in self._cache.holders()
+            for request in holders
             if self._may_lose(request) and request.handle not in excluded
         )
         self._is_fresh = True
@@ -61,4 +74,5 @@ class VictimRanking:
 
     @staticmethod
     def _may_lose(request: Request) -> bool:
+        # One that recomputes is exempt: it would lose the same KV again and again.
         return request.table is not None and not request.is_recomputing
