@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastserve.executor import model_runner
+from fastserve.executor.opening import open_worker
 from fastserve.executor.profiler import run_step
 from fastserve.executor.worker import Worker
 from fastserve.model.ops import packed_linear
@@ -75,8 +76,12 @@ def main() -> None:
     config = EngineConfig(
         model=args.model, dtype=args.dtype, load_format="dummy", num_device_blocks=1024
     )
-    worker = Worker(
-        config, Path(args.model), eos_token_ids=frozenset(), on_progress=lambda stage, share: None
+    worker, _ = open_worker(
+        config,
+        Path(args.model),
+        num_threads=args.threads,
+        eos_token_ids=frozenset(),
+        on_progress=lambda stage, share: None,
     )
     worker.kv.touch(1024)
     stopwatch = Stopwatch(time.thread_time if args.threads == 1 else time.perf_counter)
@@ -85,7 +90,7 @@ def main() -> None:
         steps = []
         for _ in range(STEPS):
             stopwatch.seconds.clear()
-            run_step(worker, ((1, CONTEXT - 1),) * batch_size)
+            run_step(worker.execute, ((1, CONTEXT - 1),) * batch_size, config.block_size)
             steps.append(dict(stopwatch.seconds))
         fastest = sorted(steps, key=lambda step: step["the step in all"])[: STEPS // 2]
         print(f"batch {batch_size}, context {CONTEXT}")

@@ -120,18 +120,24 @@ def combined(costs: Sequence[CostModel], factor: float = 1.0) -> CostModel:
 
 def profiled(engine: Engine) -> CostModel:
     """Measure the step times now, not as they were on another day."""
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["XDG_CACHE_HOME"] = cache
-        cost: CostModel = engine.executor.cost_model()  # type: ignore[attr-defined]
-    return cost
+    # Not before: how the threads of torch wait is settled by open_engine before it loads torch.
+    from fastserve.executor.fitting import fit
+    from fastserve.executor.local import LocalExecutor
+
+    executor = engine.executor
+    assert isinstance(executor, LocalExecutor)
+    return fit(executor.measure(lambda stage, fraction: None))
 
 
 def open_real(policy: str, num_threads: int) -> Engine:
     """Return the engine over the bundled model."""
     config = EngineConfig(
-        scheduling_policy=policy, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=False
+        scheduling_policy=policy,
+        max_num_seqs=MAX_NUM_SEQS,
+        enable_prefix_caching=False,
+        num_threads=num_threads,
     )
-    return open_engine(config, num_threads=num_threads)[0]
+    return open_engine(config)[0]
 
 
 def greedy(num_output_tokens: int, seed: int) -> SamplingParams:

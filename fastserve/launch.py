@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastserve.checkpoint import locate as checkpoint
 from fastserve.client.async_engine import AsyncEngine
@@ -29,30 +30,55 @@ from fastserve.settings.server import ServerConfig
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.wire.engine_messages import EngineInfo
 
+if TYPE_CHECKING:
+    from fastserve.executor.local import LocalExecutor
+
 # Threads that spin between steps take the cores of whoever else works on this machine; those that
 # sleep at once are woken by the kernel for every operation (docs/performance.md). This many turns
 # last from one operation of a step to the next, some tens of microseconds. Without the policy,
 # libgomp takes a tenth of them as soon as a second thread of the process has used torch.
 WAITING = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
+SERVER_CORES = 1  # the API process': text, HTTP and the other end of the socket
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"  # a request's line fits 80 columns
 LOG_TIME = "%Y-%m-%d %H:%M:%S"
 logger = logging.getLogger(__name__)
+
+
+def count_threads(config: EngineConfig, reserved_cores: int = 0) -> int:
+    """Return the threads of one CPU operation: as told, else all cores but the reserved ones."""
+    return config.num_threads or max(1, num_cores() - reserved_cores)
+
+
+def open_executor(
+    config: EngineConfig,
+    model_dir: Path,
+    *,
+    eos_token_ids: frozenset[int],
+    on_progress: Callable[[str, float], None],
+    reserved_cores: int,
+) -> LocalExecutor:
+    """Load a model; how the threads of torch wait is settled here, unless torch has been loaded."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        for name, value in WAITING.items():
+            os.environ.setdefault(name, value)  # read once, when torch loads its thread pool
+    from fastserve.executor.local import LocalExecutor
+
+    return LocalExecutor(
+        config,
+        model_dir,
+        num_threads=count_threads(config, reserved_cores),
+        eos_token_ids=eos_token_ids,
+        on_progress=on_progress,
+    )
 
 
 def open_engine(
     config: EngineConfig,
     on_progress: Callable[[str, float], None] = lambda stage, fraction: None,
     *,
-    num_threads: int | None = None,
+    reserved_cores: int = 0,
 ) -> tuple[Engine, EngineInfo]:
-    """Load a model into this process; `num_threads` counts where the configuration names none."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        for name, value in WAITING.items():
-            os.environ.setdefault(name, value)  # read once, when torch loads its thread pool
-    import torch
-
-    from fastserve.executor.local import LocalExecutor
-
+    """Load a model into this process; `reserved_cores` are left to others."""
     directory = checkpoint.locate(config.model, config.revision)
     eos_token_ids = checkpoint.eos_token_ids(
         directory, of_tokenizer=Tokenizer.find_eos(_tokenizer_dir(config))
@@ -60,13 +86,18 @@ def open_engine(
     sampling_defaults = (
         checkpoint.sampling_defaults(directory) if config.generation_config == "auto" else {}
     )
-    torch.set_num_threads(config.num_threads or num_threads or num_cores())
-    executor = LocalExecutor(
-        config, directory, eos_token_ids=eos_token_ids, on_progress=on_progress
+    executor = open_executor(
+        config,
+        directory,
+        eos_token_ids=eos_token_ids,
+        on_progress=on_progress,
+        reserved_cores=reserved_cores,
     )
     with contextlib.ExitStack() as opened:  # closed here if anything below fails
         opened.callback(executor.close)
-        facts = executor.facts
+        from fastserve.executor.profile_file import load_or_measure  # loads torch
+
+        facts = executor.setup.facts
         scheduler_config = SchedulerConfig.resolve(
             config,
             facts.limits,
@@ -77,7 +108,7 @@ def open_engine(
             lookahead=executor.lookahead,
             eos_token_ids=eos_token_ids,
         )
-        cost_model = executor.cost_model()
+        cost_model = load_or_measure(executor.setup, lambda: executor.measure(on_progress))
         clock = MonotonicClock()
         journal = None
         if config.journal is not None:
@@ -163,11 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.WARNING, format=LOG_FORMAT, datefmt=LOG_TIME, stream=sys.stderr
     )
-    # One core is the API process': text, HTTP and the other end of the socket.
-    num_threads = max(1, num_cores() - 1)
     return process.run(
         args.engine_fd,
-        lambda config, on_progress: open_engine(config, on_progress, num_threads=num_threads),
+        lambda config, on_progress: open_engine(config, on_progress, reserved_cores=SERVER_CORES),
     )
 
 

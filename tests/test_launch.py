@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import pytest
 
+from fastserve import launch
 from fastserve.client.async_engine import AsyncEngine, EngineDeadError, RequestStream
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.engine.engine import Engine
@@ -76,6 +77,16 @@ def test_info_is_what_was_measured() -> None:
     assert info.device == "cpu"
     assert info.eos_token_ids
     assert info.sampling_defaults["temperature"] > 0
+
+
+def test_threads_of_an_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As told, else as many as there are cores that nothing else needs; one at least."""
+    monkeypatch.setattr(launch, "num_cores", lambda: 4)
+    assert launch.count_threads(EngineConfig()) == 4
+    assert launch.count_threads(EngineConfig(), reserved_cores=1) == 3
+    assert launch.count_threads(EngineConfig(num_threads=7), reserved_cores=1) == 7
+    monkeypatch.setattr(launch, "num_cores", lambda: 1)
+    assert launch.count_threads(EngineConfig(), reserved_cores=1) == 1
 
 
 def test_the_tokenizers_end_ends_a_text_too(tmp_path: Path) -> None:

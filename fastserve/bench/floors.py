@@ -18,7 +18,8 @@ PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
 class Floors:
     """Holds the operands, so that measuring again allocates nothing."""
 
-    def __init__(self, dtype: str, device: str) -> None:
+    def __init__(self, dtype: str, device: str, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
         self._device = torch.device(device)
         self._source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=self._device)
         self._target = torch.empty_like(self._source)

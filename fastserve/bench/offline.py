@@ -27,10 +27,9 @@ from fastserve.bench.config import OfflineBenchConfig
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.engine.process import quiet_garbage_collector
-from fastserve.host.machine import num_cores
 from fastserve.host.provenance import output_path, provenance, write_result
 from fastserve.host.terminal import make_bar, make_table
-from fastserve.launch import open_engine
+from fastserve.launch import count_threads, open_engine
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.wire.engine_messages import EngineInfo
@@ -125,7 +124,8 @@ def measure_offline(bench: OfflineBenchConfig, config: EngineConfig) -> int:
     try:
         check_fits(bench, info)
         quiet_garbage_collector()  # as the engine process does
-        offline, floors = Offline(engine, info, config.seed), Floors(info.dtype, info.device)
+        offline = Offline(engine, info, config.seed)
+        floors = Floors(info.dtype, info.device, count_threads(config))
         with make_bar(*Progress.get_default_columns()) as progress:
             parts = len(bench.batch_sizes()) + 1
             task = progress.add_task("measuring", total=(1 + ROUNDS) * parts)
@@ -212,7 +212,7 @@ def figures(
         "model": info.model,
         "dtype": info.dtype,
         "device": info.device,
-        "threads": config.num_threads or num_cores(),
+        "threads": count_threads(config),
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "decode": rows,
         "prefill": {

@@ -1,4 +1,4 @@
-"""What the flags leave open: device, dtype, window, the parts of the network, CUDA graphs.
+"""What the flags leave open: device, dtype, window, limits, parts of the network, CUDA graphs.
 
 Rules: a flag that would have no effect here is refused in one line, not ignored, but for
 `--enforce-eager`: what it asks for is what happens without CUDA.
@@ -12,6 +12,7 @@ Must not know: plans, requests, weights, KV.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import cast
 
@@ -27,7 +28,9 @@ from fastserve.model.ops.deterministic_ops import DeterministicOps
 from fastserve.model.ops.interfaces import Ops
 from fastserve.model.ops.rowwise_ops import RowwiseCpuOps, RowwiseOps
 from fastserve.model.ops.torch_ops import TorchOps
+from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
+from fastserve.settings.scheduler import StepLimits
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +39,30 @@ BFLOAT16_HIDDEN_SIZE = 384
 BFLOAT16_HIDDEN_SIZE_EMULATED = 1024
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """What all ranks have in common, but for the index of the device."""
+
+    device: torch.device
+    dtype: torch.dtype
+    max_model_len: int
+    limits: StepLimits
+
+
+def choose(config: EngineConfig, model_config: ModelConfig) -> Choices:
+    """Return what a model runs with here, for the first rank. Raises ConfigError."""
+    device = choose_device(config.device)
+    max_model_len = choose_max_model_len(config.max_model_len, model_config)
+    return Choices(
+        device=device,
+        dtype=choose_dtype(config.dtype, model_config, device),
+        max_model_len=max_model_len,
+        limits=StepLimits.resolve(config, max_model_len, is_cpu=device.type == "cpu"),
+    )
+
+
 def choose_device(name: str) -> torch.device:
-    """Return the device of `--device`; auto takes CUDA where there is some."""
+    """Return the device of `--device`, CUDA's first; auto takes CUDA where there is some."""
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise ConfigError("--device cuda: torch finds no CUDA device here")

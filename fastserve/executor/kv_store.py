@@ -9,11 +9,11 @@ Must not know: which request owns a block.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from fastserve.checkpoint.model_config import ModelConfig
 from fastserve.host.machine import available_memory
 from fastserve.model.attention.interfaces import PagedKV
 from fastserve.settings.engine import EngineConfig
@@ -21,8 +21,19 @@ from fastserve.settings.option import ConfigError
 
 CPU_SHARE = 0.25
 CPU_LIMIT = 4 * 2**30
-CPU_WINDOWS_PER_SEQ = 64
-"""Blocks beyond this many full windows for each running sequence would never be used."""
+
+
+class KVShape(NamedTuple):
+    """What a rank keeps of a token: the KV of its layers and of its heads."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+    def block_bytes(self, block_size: int, dtype: torch.dtype) -> int:
+        """Return the bytes of one block."""
+        per_token = self.num_layers * 2 * self.num_kv_heads * self.head_dim
+        return per_token * block_size * dtype.itemsize
 
 
 class KVStore:
@@ -30,7 +41,7 @@ class KVStore:
 
     def __init__(
         self,
-        config: ModelConfig,
+        kv_shape: KVShape,
         *,
         num_blocks: int,
         block_size: int,
@@ -38,16 +49,8 @@ class KVStore:
         device: torch.device,
         is_poisoned: bool = False,
     ) -> None:
-        self.num_blocks = num_blocks
-        self.block_bytes = block_bytes(config, block_size, dtype)
-        shape = (
-            num_blocks,
-            config.num_layers,
-            2,
-            block_size,
-            config.num_kv_heads,
-            config.head_dim,
-        )
+        num_layers, num_kv_heads, head_dim = kv_shape
+        shape = (num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)
         self.device = PagedKV(_lazy_zeros(shape, dtype, device))
         self.is_poisoned = is_poisoned
         if is_poisoned:
@@ -75,21 +78,8 @@ class KVStore:
             self.device.tensor[block_id].fill_(torch.nan)
 
 
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one block over all layers."""
-    per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim
-    return per_token * block_size * dtype.itemsize
-
-
-def count_blocks(
-    config: EngineConfig,
-    *,
-    bytes_per_block: int,
-    max_num_seqs: int,
-    max_model_len: int,
-    device: torch.device,
-) -> int:
-    """Return how many device blocks to have: as told, else as memory allows.
+def room_for_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -> int:
+    """Return for how many blocks there is room: as told, else as memory allows.
 
     Raises ConfigError when not even one fits.
     """
@@ -103,12 +93,9 @@ def count_blocks(
         source = "--gpu-memory-utilization"
     else:
         budget, source = min(int(available_memory() * CPU_SHARE), CPU_LIMIT), "free memory"
-    num_blocks = budget // bytes_per_block
-    if config.kv_cache_memory_bytes is None:
-        window = -(-max_model_len // config.block_size)
-        num_blocks = min(num_blocks, CPU_WINDOWS_PER_SEQ * max_num_seqs * window)
+    num_blocks = budget // block_bytes
     if num_blocks < 1:
-        raise ConfigError(f"{source}: {budget} bytes hold no KV block of {bytes_per_block} bytes")
+        raise ConfigError(f"{source}: {budget} bytes hold no KV block of {block_bytes} bytes")
     return num_blocks
 
 

@@ -18,11 +18,11 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from fastserve.core.cost_model import CostModel
 from fastserve.core.messages import ExecutorOutput, SchedulerOutput, StepDone
+from fastserve.executor.fitting import Measurement
 from fastserve.executor.in_flight import InFlight
-from fastserve.executor.profiler import load_or_measure
-from fastserve.executor.worker import ExecutorFacts, Worker
+from fastserve.executor.opening import open_worker
+from fastserve.executor.profiler import measure, num_profiled_blocks
 from fastserve.settings.engine import EngineConfig
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class LocalExecutor:
-    """Fits engine.interfaces.Executor."""
+    """Fits engine.interfaces.Executor; `setup` is what was found out in opening."""
 
     num_slots = 1
 
@@ -40,21 +40,21 @@ class LocalExecutor:
         config: EngineConfig,
         model_dir: Path,
         *,
+        num_threads: int,  # of one CPU operation
         eos_token_ids: frozenset[int],
         on_progress: Callable[[str, float], None],
         lookahead: int | None = None,
         is_poisoned: bool = False,
         is_async: bool | None = None,
     ) -> None:
-        self._on_progress = on_progress
-        self._num_threads = config.num_threads or torch.get_num_threads()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastserve-compute")
         try:
-            self._call(lambda: torch.set_num_threads(self._num_threads))
-            self._worker = self._call(
-                lambda: Worker(
+            self._call(lambda: torch.set_num_threads(num_threads))
+            self._worker, self.setup = self._call(
+                lambda: open_worker(
                     config,
                     model_dir,
+                    num_threads=num_threads,
                     eos_token_ids=eos_token_ids,
                     on_progress=on_progress,
                     is_poisoned=is_poisoned,
@@ -71,16 +71,14 @@ class LocalExecutor:
             ThreadPoolExecutor(1, "fastserve-report") if self._worker.is_async else None
         )
 
-    @property
-    def facts(self) -> ExecutorFacts:
-        """Sizes of the model and of the KV pool."""
-        return self._worker.facts
+    def measure(self, on_progress: Callable[[str, float], None]) -> list[Measurement]:
+        """Measure step times while no request is known: KV from the start of the pool is lost."""
 
-    def cost_model(self) -> CostModel:
-        """Return the fitted step times, measured now unless a fitting profile is at hand."""
-        return self._call(
-            lambda: load_or_measure(self._worker, self._num_threads, self._on_progress)
-        )
+        def measure_here() -> list[Measurement]:
+            self._worker.kv.touch(num_profiled_blocks(self.setup))
+            return measure(self.setup, self._worker.execute, on_progress)
+
+        return self._call(measure_here)
 
     def can_submit(self) -> bool:
         """Whether a compute slot is free."""

@@ -1,141 +1,122 @@
-"""Worker: one rank. `execute(plan)` is its only entry point.
+"""Worker: one rank; it loads weights, says its room for KV, allocates, then carries out plans.
 
-Rules: owns the model, the KV and the state per request; all of it is used from one thread. What
-makes or runs the network is in inference mode, which a thread is in only where it says so.
-Sizes are measured here once and handed out as ExecutorFacts.
-Must not know: scheduling, sockets, which thread runs it.
+Rules: `load`, `room`, `allocate`, once each and in this order, then `launch`. Owns the model, the
+KV and the state per request; all of it is used from one thread, but for the end of a launched step,
+which any thread may wait for and which writes the ids drawn. What makes or runs the network is in
+inference mode, which a thread is in only where it says so. What ranks must have in common is handed
+in. Must not know: scheduling, sockets, which thread runs it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from fastserve.checkpoint.model_config import read_model_config
+from fastserve.checkpoint.model_config import ModelConfig
 from fastserve.core.messages import Sample, SchedulerOutput, StepDone, TokenLogprobs, Work
 from fastserve.executor.async_runner import AsyncModelRunner, PendingStep, make_async_runner
-from fastserve.executor.choices import (
-    choose_capture,
-    choose_cpu_kernels,
-    choose_device,
-    choose_dtype,
-    choose_max_model_len,
-    choose_ops,
-)
+from fastserve.executor.choices import Choices, choose_capture, choose_cpu_kernels, choose_ops
 from fastserve.executor.cuda_graphs import CudaCapture
-from fastserve.executor.kv_store import KVStore, block_bytes, count_blocks
+from fastserve.executor.facts import RankFacts
+from fastserve.executor.kv_store import KVShape, KVStore, room_for_blocks
 from fastserve.executor.model_runner import ModelRunner
 from fastserve.executor.request_table import RequestTable
 from fastserve.model.families.architectures import Network, load_network
 from fastserve.model.loader import open_weights
 from fastserve.model.ops.interfaces import Ops
 from fastserve.settings.engine import EngineConfig
-from fastserve.settings.scheduler import StepLimits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExecutorFacts:
-    """What was found out about the model and the machine."""
-
-    max_model_len: int
-    limits: StepLimits
-    vocab_size: int
-    num_device_blocks: int
-    block_bytes: int
-    dtype: str
-    device: str
 
 
 class Worker:
     """Carries out plans with one model on one device."""
 
+    model: Network  # from `load` on
+    kv: KVStore  # from `allocate` on, as is the runner
+    runner: ModelRunner
+
     def __init__(
         self,
         config: EngineConfig,
-        model_dir: Path,
+        model_config: ModelConfig,
+        choices: Choices,
         *,
         eos_token_ids: frozenset[int],
-        on_progress: Callable[[str, float], None],
         is_poisoned: bool = False,
         is_async: bool | None = None,  # whether `launch` returns before the end; None: on CUDA
     ) -> None:
         self.config = config
-        self.model_config = read_model_config(model_dir)
-        self.device = choose_device(config.device)
-        dtype = choose_dtype(config.dtype, self.model_config, self.device)
-        max_model_len = choose_max_model_len(config.max_model_len, self.model_config)
-        self.limits = StepLimits.resolve(config, max_model_len, is_cpu=self.device.type == "cpu")
-        self.is_captured = choose_capture(config.enforce_eager, self.model_config, self.device)
-        on_progress("loading weights", 0.0)
-        kernels = choose_cpu_kernels(config.cpu_kernels, dtype, self.device)
-        self.cpu_kernels = "torch" if kernels is None else kernels.name
-        ops = choose_ops(dtype, self.device, kernels, config.deterministic)
-        self.model = self._load_network(model_dir, dtype, ops, max_model_len)
-        on_progress("loading weights", 1.0)
-        bytes_per_block = block_bytes(self.model_config, config.block_size, dtype)
-        num_blocks = count_blocks(
-            config,
-            bytes_per_block=bytes_per_block,
-            max_num_seqs=self.limits.max_num_seqs,
-            max_model_len=max_model_len,
-            device=self.device,
+        self.model_config = model_config
+        self.choices = choices
+        self.device = choices.device
+        self.is_poisoned = is_poisoned
+        self.is_async = self.device.type == "cuda" if is_async is None else is_async
+        self.kv_shape = KVShape(
+            model_config.num_layers, model_config.num_kv_heads, model_config.head_dim
         )
-        self.kv = KVStore(
-            self.model_config,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            dtype=dtype,
-            device=self.device,
-            is_poisoned=is_poisoned,
-        )
-        vocab_size = self.model_config.vocab_size
+        self.block_bytes = self.kv_shape.block_bytes(config.block_size, choices.dtype)
+        vocab_size = model_config.vocab_size
         self.table = RequestTable(frozenset(i for i in eos_token_ids if i < vocab_size))
         self._lost: dict[int, int] = {}  # handle → epoch whose state went with a failed step
-        self.is_async = self.device.type == "cuda" if is_async is None else is_async
-        self.runner = self._make_runner(max_model_len, on_progress)
-        self.facts = ExecutorFacts(
-            max_model_len=max_model_len,
-            limits=self.limits,
-            vocab_size=self.model_config.vocab_size,
-            num_device_blocks=num_blocks,
-            block_bytes=bytes_per_block,
-            dtype=str(dtype).removeprefix("torch."),
-            device=str(self.device),
+
+    def load(self, model_dir: Path, on_progress: Callable[[str, float], None]) -> RankFacts:
+        """Read the weights. Raises ConfigError where settings do not fit the model."""
+        config, dtype = self.config, self.choices.dtype
+        on_progress("loading weights", 0.0)
+        kernels = choose_cpu_kernels(config.cpu_kernels, dtype, self.device)
+        ops = choose_ops(dtype, self.device, kernels, config.deterministic)
+        self.model = self._load_network(model_dir, ops)
+        on_progress("loading weights", 1.0)
+        return RankFacts(
+            block_bytes=self.block_bytes,
+            cpu_kernels="torch" if kernels is None else kernels.name,
         )
 
     @torch.inference_mode()
-    def _load_network(
-        self, model_dir: Path, dtype: torch.dtype, ops: Ops, max_model_len: int
-    ) -> Network:
-        weights = open_weights(model_dir, self.config.load_format, dtype, self.device)
+    def _load_network(self, model_dir: Path, ops: Ops) -> Network:
+        choices = self.choices
+        weights = open_weights(model_dir, self.config.load_format, choices.dtype, self.device)
         return load_network(
-            self.model_config, weights, ops, max_len=max_model_len, device=self.device
+            self.model_config, weights, ops, max_len=choices.max_model_len, device=self.device
         )
 
+    def room(self) -> int:
+        """Return for how many KV blocks there is room; ConfigError when not even one fits."""
+        return room_for_blocks(self.config, self.block_bytes, self.device)
+
+    def allocate(self, num_device_blocks: int, on_progress: Callable[[str, float], None]) -> None:
+        """Make the KV pool and all else that plans need."""
+        self.kv = KVStore(
+            self.kv_shape,
+            num_blocks=num_device_blocks,
+            block_size=self.config.block_size,
+            dtype=self.choices.dtype,
+            device=self.device,
+            is_poisoned=self.is_poisoned,
+        )
+        self.runner = self._make_runner(on_progress)
+
     @torch.inference_mode()
-    def _make_runner(
-        self, max_model_len: int, on_progress: Callable[[str, float], None]
-    ) -> ModelRunner:
+    def _make_runner(self, on_progress: Callable[[str, float], None]) -> ModelRunner:
         if not self.is_async:
             return ModelRunner(self.model, self.kv.device, self.table, self.device)
+        is_captured = choose_capture(self.config.enforce_eager, self.model_config, self.device)
         return make_async_runner(
             self.model,
             self.kv.device,
             self.table,
-            max_num_seqs=self.limits.max_num_seqs,
-            max_model_len=max_model_len,
+            max_num_seqs=self.choices.limits.max_num_seqs,
+            max_model_len=self.choices.max_model_len,
             vocab_size=self.model_config.vocab_size,
-            capture=CudaCapture() if self.is_captured else None,
+            capture=CudaCapture() if is_captured else None,
             on_progress=on_progress,
         )
 
     def execute(self, plan: SchedulerOutput) -> StepDone:
-        """Carry out one plan."""
+        """Carry out one plan, and wait for its end."""
         return self.launch(plan)()
 
     @torch.inference_mode()

@@ -1,25 +1,23 @@
 """`fastserve profile MODEL`: measures the step times of a model and says how well they fit.
 
-Rules: measures as a server would run, on all cores but the one of the API process, so that
+Rules: opens the model as a server does, on all cores but the one of the API process, so that
 `serve --profile FILE` accepts the result. Must not know: how steps are timed and fitted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from fastserve.checkpoint import locate as checkpoint
 from fastserve.core.cost_model import CostModel
-from fastserve.executor import profiler
-from fastserve.executor.worker import Worker
-from fastserve.host.machine import num_cores
 from fastserve.host.provenance import output_path
 from fastserve.host.terminal import make_table, say
+from fastserve.launch import SERVER_CORES, open_executor
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 
@@ -38,30 +36,34 @@ def profile_model(config: EngineConfig, output: str | None) -> int:
         raise ConfigError("--profile: this command measures one; --output names the file")
     directory = checkpoint.locate(config.model, config.revision)
     path = None if output is None else output_path(output)
-    num_threads = config.num_threads or max(1, num_cores() - 1)
-    torch.set_num_threads(num_threads)
     console = Console(stderr=True)
     with console.status("loading") as status:
 
         def on_progress(stage: str, fraction: float) -> None:
             status.update(f"{stage} {fraction:.0%}")
 
-        worker = Worker(
+        executor = open_executor(
             config,
             directory,
             eos_token_ids=checkpoint.eos_token_ids(directory),
             on_progress=on_progress,
+            reserved_cores=SERVER_CORES,
         )
-        fingerprint = profiler.make_fingerprint(worker, num_threads)
-        if path is None:
-            kept = profiler.cache_path(worker, fingerprint)
-            path = output_path(str(kept), "without --output:")
-        measurements = profiler.measure(worker, on_progress)
-    cost_model = profiler.write_profile(path, fingerprint, measurements)
+        # Not before: how the threads of torch wait is settled before it is loaded.
+        from fastserve.executor import profile_file
+
+        with contextlib.closing(executor):
+            fingerprint = profile_file.make_fingerprint(executor.setup)
+            if path is None:
+                kept = profile_file.cache_path(executor.setup, fingerprint)
+                path = output_path(str(kept), "without --output:")
+            measurements = executor.measure(on_progress)
+    cost_model = profile_file.write_profile(path, fingerprint, measurements)
     Console().print(as_table(config.model, cost_model))
     fit_error = json.loads(path.read_text(encoding="utf-8"))["fit_error"]
     say(
-        f"{len(measurements)} kinds of step on {fingerprint['device']}, threads: {num_threads}; "
+        f"{len(measurements)} kinds of step on {fingerprint['device']}, "
+        f"threads: {fingerprint['num_threads']}; "
         f"off by {fit_error['mean']:.1%} on average, {fit_error['max']:.1%} at most; "
         f"written to {path}",
         stderr=False,

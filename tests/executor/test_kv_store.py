@@ -5,58 +5,50 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastserve.checkpoint.model_config import parse_model_config
 from fastserve.executor import kv_store
-from fastserve.executor.kv_store import KVStore, block_bytes, count_blocks
+from fastserve.executor.kv_store import KVShape, KVStore, room_for_blocks
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
-from tests.checkpoints import SHAPE
 
 CPU = torch.device("cpu")
-CONFIG = parse_model_config({**SHAPE, "architectures": ["LlamaForCausalLM"]}, source="test")
+SHAPE = KVShape(num_layers=3, num_kv_heads=2, head_dim=8)
 
 
-def count(bytes_per_block=1000, max_num_seqs=4, max_model_len=100, **settings) -> int:
-    """Count blocks on the CPU."""
-    return count_blocks(
-        EngineConfig(block_size=10, **settings),
-        bytes_per_block=bytes_per_block,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        device=CPU,
-    )
+def room(block_bytes=1000, **settings) -> int:
+    """Count the blocks that fit on the CPU."""
+    return room_for_blocks(EngineConfig(block_size=10, **settings), block_bytes, CPU)
 
 
 def test_block_bytes():
-    """A block holds keys and values of every layer."""
-    assert block_bytes(CONFIG, 16, torch.float32) == 3 * 2 * 16 * 2 * 8 * 4
-    assert block_bytes(CONFIG, 16, torch.bfloat16) == 3 * 2 * 16 * 2 * 8 * 2
+    """A block holds keys and values of every layer and head that the rank keeps."""
+    assert SHAPE.block_bytes(16, torch.float32) == 3 * 2 * 16 * 2 * 8 * 4
+    assert SHAPE.block_bytes(16, torch.bfloat16) == 3 * 2 * 16 * 2 * 8 * 2
+    assert SHAPE._replace(num_layers=1, num_kv_heads=1).block_bytes(16, torch.float32) == 1024
 
 
 def test_blocks_as_told():
     """A number of blocks wins over bytes, and bytes over what memory allows."""
-    assert count(num_device_blocks=7, kv_cache_memory_bytes=10**6) == 7
-    assert count(kv_cache_memory_bytes=123_456) == 123
+    assert room(num_device_blocks=7, kv_cache_memory_bytes=10**6) == 7
+    assert room(kv_cache_memory_bytes=123_456) == 123
     with pytest.raises(ConfigError, match="hold no KV block"):
-        count(kv_cache_memory_bytes=999)
+        room(kv_cache_memory_bytes=999)
 
 
 def test_blocks_by_memory(monkeypatch):
-    """A quarter of free memory, at most 4 GiB, and no more than can ever be used."""
+    """A quarter of free memory, at most 4 GiB."""
     monkeypatch.setattr(kv_store, "available_memory", lambda: 40_000_000)
-    assert count(bytes_per_block=10_000) == 1000
-    assert count() == 64 * 4 * 10
+    assert room(10_000) == 1000
     monkeypatch.setattr(kv_store, "available_memory", lambda: 2**50)
-    assert count(bytes_per_block=2**21, max_num_seqs=1000) == 2048
+    assert room(2**21) == 2048
     monkeypatch.setattr(kv_store, "available_memory", lambda: 100)
     with pytest.raises(ConfigError, match="free memory"):
-        count()
+        room()
 
 
 def make_store(num_blocks, **settings) -> KVStore:
     """Return a pool of the test's shape."""
     return KVStore(
-        CONFIG, num_blocks=num_blocks, block_size=16, dtype=torch.float32, device=CPU, **settings
+        SHAPE, num_blocks=num_blocks, block_size=16, dtype=torch.float32, device=CPU, **settings
     )
 
 

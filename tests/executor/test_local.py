@@ -37,7 +37,7 @@ def open_executor(checkpoint):
 
     def open_one(**settings) -> LocalExecutor:
         config = EngineConfig(
-            model=str(checkpoint), device="cpu", block_size=8, num_device_blocks=64, num_threads=1
+            model=str(checkpoint), device="cpu", block_size=8, num_device_blocks=64
         )
         executor = LocalExecutor(
             config,
@@ -45,7 +45,7 @@ def open_executor(checkpoint):
             eos_token_ids=frozenset({EOS_TOKEN_ID}),
             on_progress=lambda stage, fraction: None,
             is_poisoned=True,
-            **settings,
+            **{"num_threads": 1, **settings},
         )
         opened.append(executor)
         return executor
@@ -81,7 +81,7 @@ def test_fits_the_interface_and_generates(open_executor):
     Driver(step, 64, 8).run(request)
     assert len(request.output) == 10
     assert (executor.num_slots, executor.lookahead) == (1, 0)
-    assert executor.facts.num_device_blocks == 64
+    assert executor.setup.facts.num_device_blocks == 64
 
 
 @pytest.mark.parametrize(
@@ -256,6 +256,7 @@ def test_a_model_that_cannot_load_leaves_no_thread(tmp_path):
         LocalExecutor(
             EngineConfig(model=str(tmp_path)),
             tmp_path,
+            num_threads=1,
             eos_token_ids=frozenset(),
             on_progress=lambda stage, fraction: None,
         )
@@ -263,6 +264,9 @@ def test_a_model_that_cannot_load_leaves_no_thread(tmp_path):
 
 
 def test_threads_of_the_compute_thread(open_executor):
-    """--num-threads holds on the compute thread, where the operations run."""
-    executor = open_executor()
-    assert executor._call(torch.get_num_threads) == 1
+    """They are those it is given, and the thread that opened it keeps its own."""
+    before = torch.get_num_threads()
+    executor = open_executor(num_threads=before + 1)
+    assert executor._call(torch.get_num_threads) == before + 1
+    assert executor.setup.num_threads == before + 1
+    assert torch.get_num_threads() == before

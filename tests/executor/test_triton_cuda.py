@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from fastserve.executor.worker import Worker
+from fastserve.executor.opening import open_worker
 from fastserve.llm import LLM
 from fastserve.offline.sampling_params import SamplingParams
 from fastserve.settings.engine import EngineConfig
@@ -25,7 +25,7 @@ PROMPTS = [
 
 def run_worker(path, dtype: str, *, is_eager: bool) -> list[list[int]]:
     """Decode all prompts in one batch on the device; returns their tokens."""
-    worker = Worker(
+    worker = open_worker(
         EngineConfig(
             model=str(path),
             device="cuda",
@@ -36,10 +36,11 @@ def run_worker(path, dtype: str, *, is_eager: bool) -> list[list[int]]:
             enforce_eager=is_eager,
         ),
         path,
+        num_threads=1,
         eos_token_ids=frozenset({EOS_TOKEN_ID}),
         on_progress=lambda stage, fraction: None,
         is_poisoned=True,
-    )
+    ).worker
     requests = [Driven(prompt, num_tokens=24, chunk=20) for prompt in PROMPTS]
     Driver(worker.execute, 128, 8).run(*requests)
     return [request.output for request in requests]

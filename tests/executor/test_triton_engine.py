@@ -16,7 +16,7 @@ import torch
 import fastserve
 from fastserve.core.messages import NewRequest, SchedulerOutput, StepDone, Work
 from fastserve.core.request import SamplingParams
-from fastserve.executor import local, profiler, worker
+from fastserve.executor import local, opening, profiler, worker
 from fastserve.executor.async_runner import make_async_runner
 from fastserve.executor.cuda_graphs import ladder
 from fastserve.executor.local import LocalExecutor
@@ -71,20 +71,20 @@ def config(path) -> EngineConfig:
         num_device_blocks=64,
         max_num_seqs=6,
         max_model_len=64,
-        num_threads=1,
     )
 
 
 def open_worker(path, *, is_async: bool) -> Worker:
     """Load a checkpoint into a worker whose free blocks are NaN."""
-    return Worker(
+    return opening.open_worker(
         config(path),
         path,
+        num_threads=1,
         eos_token_ids=frozenset({EOS_TOKEN_ID}),
         on_progress=lambda stage, fraction: None,
         is_poisoned=True,
         is_async=is_async,
-    )
+    ).worker
 
 
 def run_requests(step) -> list[Driven]:
@@ -186,6 +186,7 @@ def test_a_failed_step_is_reported_in_order_and_its_requests_are_left_out(replay
     executor = LocalExecutor(
         config(tmp_path),
         tmp_path,
+        num_threads=1,
         eos_token_ids=frozenset({EOS_TOKEN_ID}),
         on_progress=lambda stage, fraction: None,
         is_async=True,

@@ -11,6 +11,8 @@ import torch
 
 from fastserve.core.messages import Copy, CopyDirection, NewRequest, SchedulerOutput, Work
 from fastserve.core.request import SamplingParams
+from fastserve.executor import opening
+from fastserve.executor.opening import Opened
 from fastserve.executor.profiler import run_step
 from fastserve.executor.worker import Worker
 from fastserve.settings.engine import EngineConfig
@@ -29,25 +31,30 @@ NUM_BLOCKS = 96
 BLOCK_SIZE = 8
 
 
-def open_worker(path: Path, **settings) -> Worker:
+def open_opened(path: Path, **settings) -> Opened:
     """Load a checkpoint into a worker whose free blocks are NaN."""
     config = EngineConfig(
         model=str(path),
-        device="cpu",
-        **{"block_size": BLOCK_SIZE, "num_device_blocks": NUM_BLOCKS, **settings},
+        **{"device": "cpu", "block_size": BLOCK_SIZE, "num_device_blocks": NUM_BLOCKS, **settings},
     )
-    return Worker(
+    return opening.open_worker(
         config,
         path,
+        num_threads=1,
         eos_token_ids=frozenset({EOS_TOKEN_ID, 10**6}),  # some configs name ids there are not
         on_progress=lambda stage, fraction: None,
         is_poisoned=True,
     )
 
 
+def open_worker(path: Path, **settings) -> Worker:
+    """Load a checkpoint into a worker."""
+    return open_opened(path, **settings).worker
+
+
 def make_driver(worker: Worker, seed: int = 0) -> Driver:
     """Return a driver over the worker's whole pool, in random order."""
-    return Driver(worker.execute, worker.facts.num_device_blocks, worker.config.block_size, seed)
+    return Driver(worker.execute, NUM_BLOCKS, worker.config.block_size, seed)
 
 
 def random_prompt(length: int, seed: int) -> list[int]:
@@ -292,7 +299,7 @@ def test_more_requests_than_rows_at_first(llama):
 def test_facts(llama):
     """The facts name the window, the pool and the bytes of a block."""
     path, _ = llama
-    facts = open_worker(path, max_model_len=100).facts
+    facts = open_opened(path, max_model_len=100).setup.facts
     assert (facts.max_model_len, facts.vocab_size) == (100, VOCAB_SIZE)
     assert facts.num_device_blocks == NUM_BLOCKS
     assert facts.block_bytes == 3 * 2 * BLOCK_SIZE * 2 * 8 * 4
@@ -311,7 +318,7 @@ def test_the_network_always_runs_in_inference_mode(llama, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "embedding", watch)
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(run_step, worker, ((4, 0),)).result()
+        thread.submit(run_step, worker.execute, ((4, 0),), BLOCK_SIZE).result()
     make_driver(worker).run(Driven(random_prompt(5, seed=1), num_tokens=2))
     assert modes
     assert all(modes)
@@ -329,10 +336,10 @@ def test_dtypes_are_honoured(llama):
     params = SamplingParams(temperature=0.0, prompt_logprobs=0)
     scores = []
     for dtype in ("float32", "bfloat16"):
-        worker = open_worker(path, dtype=dtype)
+        worker, setup = open_opened(path, dtype=dtype)
         request = Driven(random_prompt(30, seed=1), params, num_tokens=2, chunk=11)
         make_driver(worker).run(request)
-        assert worker.facts.dtype == dtype
+        assert setup.facts.dtype == dtype
         assert worker.kv.device.tensor.dtype == getattr(torch, dtype)
         scores.append(torch.tensor([score.logprob for score in request.prompt_logprobs]))
     assert float((scores[0] - scores[1]).abs().mean()) < 0.1
@@ -346,7 +353,7 @@ def test_window_beyond_the_models_is_refused(llama, tmp_path):
     make_checkpoint(tmp_path, "mistral", sliding_window=100)
     with pytest.raises(ConfigError, match="sliding window of 100"):
         open_worker(tmp_path, max_model_len=101)
-    assert open_worker(tmp_path).facts.max_model_len == 100
+    assert open_opened(tmp_path).setup.facts.max_model_len == 100
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -354,9 +361,4 @@ def test_cuda_where_there_is_none_is_refused(llama):
     """--device cuda without one is a ConfigError of one line."""
     path, _ = llama
     with pytest.raises(ConfigError, match="finds no CUDA device"):
-        Worker(
-            EngineConfig(model=str(path), device="cuda"),
-            path,
-            eos_token_ids=frozenset(),
-            on_progress=lambda stage, fraction: None,
-        )
+        open_worker(path, device="cuda")

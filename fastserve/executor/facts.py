@@ -1,0 +1,45 @@
+"""What is found out about a model and its machine before it serves.
+
+Rules: values that a message can carry; none is written back to the configuration.
+Must not know: weights, KV, plans.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastserve.checkpoint.model_config import ModelConfig
+from fastserve.settings.engine import EngineConfig
+from fastserve.settings.scheduler import StepLimits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFacts:
+    """What one rank knows once its weights are loaded."""
+
+    block_bytes: int  # of a KV block: this rank's layers and KV heads
+    cpu_kernels: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorFacts:
+    """What all ranks of an executor have in common, as agreed."""
+
+    max_model_len: int
+    limits: StepLimits
+    vocab_size: int
+    num_device_blocks: int
+    block_bytes: int
+    dtype: str
+    device: str
+    cpu_kernels: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What step times depend on."""
+
+    config: EngineConfig
+    model_config: ModelConfig
+    facts: ExecutorFacts
+    num_threads: int

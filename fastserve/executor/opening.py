@@ -1,0 +1,78 @@
+"""Takes workers from settings and files to where they carry out plans.
+
+Rules: what all ranks must have in common is chosen or agreed here, once: device, dtype, window and
+limits before anything is loaded, the number of KV blocks between `room` and `allocate`. Runs on the
+thread that the worker is used from. Must not know: how a worker does its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fastserve.checkpoint.model_config import read_model_config
+from fastserve.executor.choices import Choices, choose
+from fastserve.executor.facts import ExecutorFacts, Setup
+from fastserve.executor.worker import Worker
+from fastserve.settings.engine import EngineConfig
+
+WINDOWS_PER_SEQ = 64
+"""Blocks beyond this many full windows for each running sequence would never be used."""
+
+
+class Opened(NamedTuple):
+    """A worker that is ready for plans, and what was found out on the way."""
+
+    worker: Worker
+    setup: Setup
+
+
+def open_worker(
+    config: EngineConfig,
+    model_dir: Path,
+    *,
+    num_threads: int,
+    eos_token_ids: frozenset[int],
+    on_progress: Callable[[str, float], None],
+    is_poisoned: bool = False,
+    is_async: bool | None = None,
+) -> Opened:
+    """Open the worker of the only rank. Raises ConfigError where settings do not fit the model."""
+    model_config = read_model_config(model_dir)
+    choices = choose(config, model_config)
+    worker = Worker(
+        config,
+        model_config,
+        choices,
+        eos_token_ids=eos_token_ids,
+        is_poisoned=is_poisoned,
+        is_async=is_async,
+    )
+    rank = worker.load(model_dir, on_progress)
+    num_device_blocks = agree_on_blocks(config, choices, [worker.room()])
+    worker.allocate(num_device_blocks, on_progress)
+    facts = ExecutorFacts(
+        max_model_len=choices.max_model_len,
+        limits=choices.limits,
+        vocab_size=model_config.vocab_size,
+        num_device_blocks=num_device_blocks,
+        block_bytes=rank.block_bytes,
+        dtype=str(choices.dtype).removeprefix("torch."),
+        device=str(choices.device),
+        cpu_kernels=rank.cpu_kernels,
+    )
+    setup = Setup(config=config, model_config=model_config, facts=facts, num_threads=num_threads)
+    return Opened(worker, setup)
+
+
+def agree_on_blocks(config: EngineConfig, choices: Choices, rooms: Sequence[int]) -> int:
+    """Return how many KV blocks every rank gets, of which each has room for so many.
+
+    The least room counts. Where neither blocks nor bytes were asked for, no more are taken than
+    can be of use.
+    """
+    if config.num_device_blocks is not None or config.kv_cache_memory_bytes is not None:
+        return min(rooms)
+    window = -(-choices.max_model_len // config.block_size)
+    return min(*rooms, WINDOWS_PER_SEQ * choices.limits.max_num_seqs * window)
