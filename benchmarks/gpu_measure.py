@@ -28,6 +28,7 @@ from fastserve.checkpoint.model_config import ModelConfig
 from fastserve.model.attention.interfaces import PagedKV
 from fastserve.model.families.architectures import Network
 from fastserve.model.ops.cuda_ops import CudaOps
+from fastserve.model.ops.torch_ops import TorchOps
 from fastserve.model.staged_batch import stage
 
 LLAMA_3_8B: dict[str, Any] = {
@@ -114,7 +115,7 @@ def measure_model(
     weight_bytes = 2 * num_weights(values)
     if weight_bytes + SPARE_BYTES > limit:
         return [skipped(name, "model", 0, f"weights of {weight_bytes} bytes do not fit")]
-    ops = CudaOps(torch.bfloat16)
+    ops = CudaOps(torch.bfloat16, TorchOps(torch.bfloat16))
     network, config = build_network(
         values, ops, torch.bfloat16, device, max_len=min(2048, values["max_position_embeddings"])
     )

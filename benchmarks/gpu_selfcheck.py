@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.gpu_network import Capture, build_network, decode_batch, make_graphs, make_kv
 from fastserve.model.attention.interfaces import PagedKV, ReferenceAttention
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.attention.triton import FIXED_SPLIT_TOKENS, TritonAttention
 from fastserve.model.input_batch import InputBatch, build_input_batch, order_rows
 from fastserve.model.ops.cuda_ops import CudaOps
@@ -108,16 +109,10 @@ def check_attention(
     angles = torch.randn(num_tokens, 1, head_dim // 2)
     rotations = torch.polar(torch.ones_like(angles), angles)
     batch = make_batch(SHARES, NUM_BLOCKS, 16)
-    shape: dict[str, Any] = {
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": head_dim,
-    }
+    shape = AttentionShape.scaled_by_dim(heads, kv_heads, head_dim)
     expected_kv, kv = PagedKV(tensor.clone()), PagedKV(tensor.to(device))
-    expected = ReferenceAttention(**shape).plan(batch)(
-        qkv.clone(), rotations, expected_kv.layers[0]
-    )
-    mixed = TritonAttention(**shape, dtype=dtype, split_tokens=split).plan(stage(batch, device))(
+    expected = ReferenceAttention(shape).plan(batch)(qkv.clone(), rotations, expected_kv.layers[0])
+    mixed = TritonAttention(shape, dtype, split_tokens=split).plan(stage(batch, device))(
         qkv.to(device), rotations.to(device), kv.layers[0]
     )
     return within(TOLERANCE[dtype], (mixed, expected), (kv.tensor, expected_kv.tensor))
@@ -130,7 +125,10 @@ def check_rowwise(device: torch.device) -> tuple[bool, str]:
     x, weight = torch.randn(7, 4096).to(dtype), torch.randn(4096).to(dtype)
     up, down = torch.randn(512, 4096).to(dtype) / 64, torch.randn(4096, 256).to(dtype) / 16
     pairs = []
-    for ops, place in ((CudaOps(dtype), device), (TorchOps(dtype), torch.device("cpu"))):
+    for ops, place in (
+        (CudaOps(dtype, TorchOps(dtype)), device),
+        (TorchOps(dtype), torch.device("cpu")),
+    ):
         normed = ops.rms_norm(weight.to(place), 1e-5)(x.to(place))
         mlp = ops.gated_mlp(ops.linear(up.to(place)), ops.linear(down.to(place)))
         pairs.append((normed, mlp.add_to(torch.zeros_like(normed), x.to(place))))
@@ -142,7 +140,7 @@ def check_network(device: torch.device) -> tuple[bool, str]:
     batch = make_batch(SHARES, NUM_BLOCKS, 16)
     logits = []
     for ops, place in (
-        (CudaOps(torch.float32), device),
+        (CudaOps(torch.float32, TorchOps(torch.float32)), device),
         (TorchOps(torch.float32), torch.device("cpu")),
     ):
         network, config = build_network(TINY, ops, torch.float32, place, on_cpu=True)
@@ -154,7 +152,7 @@ def check_network(device: torch.device) -> tuple[bool, str]:
 def check_graphs(device: torch.device, capture: Capture | None) -> tuple[bool, str]:
     """Compare decodes in graphs, padded and not, with eager ones."""
     network, config = build_network(
-        TINY, CudaOps(torch.float32), torch.float32, device, on_cpu=True
+        TINY, CudaOps(torch.float32, TorchOps(torch.float32)), torch.float32, device, on_cpu=True
     )
     kv = make_kv(config, 64, torch.float32, device)
     kv.tensor.normal_()

@@ -37,6 +37,16 @@ class ModelConfig:
         return self.max_position_embeddings
 
     @property
+    def has_experts(self) -> bool:
+        """Whether some layers send each token to a few of many MLPs."""
+        return False
+
+    @property
+    def has_rotary_positions(self) -> bool:
+        """Whether positions are pairs of a head turned by angles, or rows of a table."""
+        return False
+
+    @property
     def max_model_len(self) -> int:
         """The longest context that is computed exactly: full attention, known positions."""
         if self.sliding_window is None:

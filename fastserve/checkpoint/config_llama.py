@@ -42,6 +42,16 @@ class LlamaConfig(ModelConfig):
         """The positions that the network can tell apart."""
         return self.rope.num_positions(self.max_position_embeddings)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether some layers send each token to a few of many MLPs."""
+        return self.experts is not None
+
+    @property
+    def has_rotary_positions(self) -> bool:
+        """All of the family turn pairs by angles."""
+        return True
+
 
 def parse_llama(values: Values, source: str, architecture: str) -> LlamaConfig:
     """Turn the fields of a config.json, defaults included, into a LlamaConfig."""
@@ -76,19 +86,6 @@ def parse_llama(values: Values, source: str, architecture: str) -> LlamaConfig:
         sliding_window=_sliding_window(values, source, architecture),
         dtype=read_dtype(values, source),
     )
-
-
-def check_llama(config: LlamaConfig, source: str) -> None:
-    """Refuse shapes that do not fit together."""
-    if config.num_heads % config.num_kv_heads:
-        raise ConfigError(
-            f"{source}: {config.num_heads} attention heads cannot share "
-            f"{config.num_kv_heads} key-value heads"
-        )
-    if config.head_dim % 2:
-        raise ConfigError(
-            f"{source}: head_dim {config.head_dim} is odd; rotary pairs need an even one"
-        )
 
 
 def _experts(values: Values, source: str, architecture: str) -> ExpertsConfig | None:

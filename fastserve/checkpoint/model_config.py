@@ -14,7 +14,7 @@ from pathlib import Path
 from fastserve.checkpoint.config_defaults import ARCHITECTURES, with_defaults
 from fastserve.checkpoint.config_fields import ModelConfig, Values
 from fastserve.checkpoint.config_gpt2 import parse_gpt2
-from fastserve.checkpoint.config_llama import LlamaConfig, check_llama, parse_llama
+from fastserve.checkpoint.config_llama import parse_llama
 from fastserve.checkpoint.config_opt import parse_opt
 from fastserve.checkpoint.kinds import describe_quantization
 from fastserve.settings.option import ConfigError
@@ -75,9 +75,21 @@ def parse_model_config(values: Values, *, source: str) -> ModelConfig:
     for name in POSITIVE:
         if getattr(config, name) < 1:
             raise ConfigError(f"{source}: {name} must be positive, got {getattr(config, name)}")
-    if isinstance(config, LlamaConfig):
-        check_llama(config, source)
+    _check_heads(config, source)
     return config
+
+
+def _check_heads(config: ModelConfig, source: str) -> None:
+    """Refuse heads that do not fit together."""
+    if config.num_heads % config.num_kv_heads:
+        raise ConfigError(
+            f"{source}: {config.num_heads} attention heads cannot share "
+            f"{config.num_kv_heads} key-value heads"
+        )
+    if config.has_rotary_positions and config.head_dim % 2:
+        raise ConfigError(
+            f"{source}: head_dim {config.head_dim} is odd; rotary pairs need an even one"
+        )
 
 
 def _architecture(values: Values, source: str) -> str:

@@ -18,15 +18,15 @@ from typing import cast
 
 import torch
 
-from fastserve.checkpoint.config_llama import LlamaConfig
 from fastserve.checkpoint.model_config import ModelConfig
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.kernels.cpu.kernel_choice import KernelChoice, choose_kernels
 from fastserve.model.kernels.cpu.kernels import CpuKernels
 from fastserve.model.kernels.cpu.native import BuildError
 from fastserve.model.ops.cpu_ops import CpuOps
 from fastserve.model.ops.deterministic_ops import DeterministicOps
 from fastserve.model.ops.interfaces import Ops
-from fastserve.model.ops.rowwise_ops import RowwiseCpuOps, RowwiseOps
+from fastserve.model.ops.rowwise_ops import RowwiseOps
 from fastserve.model.ops.torch_ops import TorchOps
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
@@ -109,24 +109,23 @@ def choose_ops(
     is_deterministic: bool,
 ) -> Ops:
     """Return what the network is made of on this device."""
+    parts: Ops = RowwiseOps(dtype) if is_deterministic else TorchOps(dtype)
     if device.type == "cuda" and has_triton():
         from fastserve.model.ops.cuda_ops import CudaOps  # Triton need not be where CUDA is not
 
-        cuda_ops = CudaOps(dtype, is_batch_invariant=is_deterministic)
-        return DeterministicOps(cuda_ops) if is_deterministic else cuda_ops
-    if device.type != "cpu":
-        return DeterministicOps(RowwiseOps(dtype)) if is_deterministic else TorchOps(dtype)
-    if is_deterministic:
-        return DeterministicOps(RowwiseCpuOps(dtype, cpu_kernels))
-    return CpuOps(dtype, cpu_kernels)
+        parts = CudaOps(dtype, parts, is_batch_invariant=is_deterministic)
+    elif device.type == "cpu":
+        parts = CpuOps(cpu_kernels, parts)
+    return DeterministicOps(parts) if is_deterministic else parts
 
 
 def choose_capture(enforce_eager: bool, config: ModelConfig, device: torch.device) -> bool:
     """Whether decodes become CUDA graphs: plain attention and routing to experts ask the host."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not has_triton() or config.has_experts or enforce_eager:
         return False
-    has_experts = isinstance(config, LlamaConfig) and config.experts is not None
-    return has_triton() and not has_experts and not enforce_eager
+    from fastserve.model.attention.triton import TritonAttention
+
+    return TritonAttention.supports(AttentionShape.of(config))
 
 
 def has_triton() -> bool:

@@ -71,6 +71,17 @@ def test_graphs_are_a_matter_of_cuda(tmp_path):
     assert not choose_capture(True, config, CPU)
 
 
+def test_what_asks_the_host_is_not_captured(tmp_path):
+    """Experts are routed by the host, and so is attention where the kernels do not go."""
+    pytest.importorskip("triton")
+    make_checkpoint(tmp_path / "llama", "llama")
+    make_checkpoint(tmp_path / "mixtral", "mixtral")
+    config = read_model_config(tmp_path / "llama")
+    assert choose_capture(False, config, CUDA)
+    assert not choose_capture(False, read_model_config(tmp_path / "mixtral"), CUDA)
+    assert not choose_capture(False, dataclasses.replace(config, head_dim=512), CUDA)
+
+
 def test_a_sliding_window_bounds_the_context_and_says_so(tmp_path, caplog):
     """Beyond it, full attention would be another network: bounded by default, refused if asked."""
     make_checkpoint(tmp_path, "mistral", sliding_window=64)

@@ -57,7 +57,7 @@ def replays(monkeypatch):
     def make(*arguments, **settings):
         return make_async_runner(*arguments, **{**settings, "capture": capture})
 
-    monkeypatch.setattr(worker, "choose_ops", lambda dtype, *_: CudaOps(dtype))
+    monkeypatch.setattr(worker, "choose_ops", lambda dtype, *_: CudaOps(dtype, TorchOps(dtype)))
     monkeypatch.setattr(worker, "make_async_runner", make)
     return replayed
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastserve.model.attention.interfaces import LayerAttention, LayerKV
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.input_batch import InputBatch
 from fastserve.model.kernels.cpu.kernels import CpuKernels, attention_work
 
@@ -16,23 +17,20 @@ from fastserve.model.kernels.cpu.kernels import CpuKernels, attention_work
 class CpuAttention:
     """Fits `Attention`."""
 
-    def __init__(
-        self, kernels: CpuKernels, *, num_heads: int, num_kv_heads: int, head_dim: int
-    ) -> None:
+    def __init__(self, kernels: CpuKernels, shape: AttentionShape) -> None:
         self.kernels = kernels
-        self.num_heads = num_heads
-        self.width = num_heads * head_dim
+        self.shape = shape
 
     def plan(self, batch: InputBatch) -> LayerAttention:
         """Fit `Attention`."""
         work = attention_work(batch.rows)
-        kernels, num_heads = self.kernels, self.num_heads
+        kernels, shape = self.kernels, self.shape
         blocks, offsets = batch.write_blocks, batch.write_offsets
 
         def run(qkv: Tensor, rotations: Tensor | None, layer: LayerKV) -> Tensor:
-            kernels.rotate_and_write(qkv, rotations, layer, blocks, offsets, num_heads)
-            out = qkv.new_empty((qkv.shape[0], self.width))
-            kernels.attend(qkv, layer, work, out, num_heads)
+            kernels.rotate_and_write(qkv, rotations, layer, blocks, offsets, shape.num_heads)
+            out = qkv.new_empty((qkv.shape[0], shape.width))
+            kernels.attend(qkv, layer, work, out, shape)
             return out
 
         return run

@@ -8,7 +8,6 @@ takes without repeating keys. Must not know: requests, weights, who owns the KV.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastserve.model.attention.interfaces import LayerAttention, LayerKV, rotate_and_write
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.input_batch import InputBatch, IntArray
 
 SPLIT_TOKENS = 2048
@@ -52,15 +52,9 @@ class Chunk:
 class GatheredAttention:
     """Batched decodes and per-chunk prefill over gathered blocks."""
 
-    def __init__(
-        self, *, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, shape: AttentionShape, dtype: torch.dtype) -> None:
+        self.shape = shape
         self.dtype = dtype
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.group_size = num_heads // num_kv_heads
-        self.head_dim = head_dim
-        self.scale = 1.0 / math.sqrt(head_dim)
         self._buffers: dict[str, Tensor] = {}
 
     def plan(self, batch: InputBatch) -> LayerAttention:
@@ -68,7 +62,7 @@ class GatheredAttention:
         groups, chunks = self._groups(batch), self._chunks(batch)
 
         def run(qkv: Tensor, rotations: Tensor | None, layer: LayerKV) -> Tensor:
-            rotate_and_write(qkv, rotations, layer, batch, self.num_heads)
+            rotate_and_write(qkv, rotations, layer, batch, self.shape.num_heads)
             parts = [self._decode(qkv, layer, group) for group in groups]
             parts += [self._chunk(qkv, layer, chunk) for chunk in chunks]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -77,7 +71,7 @@ class GatheredAttention:
 
     def _groups(self, batch: InputBatch) -> list[DecodeGroup]:
         rows, device = batch.rows, batch.token_ids.device
-        token_bytes = self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        token_bytes = self.shape.num_kv_heads * self.shape.head_dim * self.dtype.itemsize
         max_tokens = GROUP_BYTES // token_bytes if device.type == "cpu" else None
         groups = []
         for start, stop in split_groups(rows.contexts[: rows.num_single], max_tokens):
@@ -118,41 +112,45 @@ class GatheredAttention:
         return torch.index_select(source, 0, block_ids, out=out)
 
     def _decode(self, qkv: Tensor, layer: LayerKV, group: DecodeGroup) -> Tensor:
-        rows = group.stop - group.start
-        shape = (rows, -1, self.num_kv_heads, self.head_dim)
-        query = qkv[group.start : group.stop, : self.num_heads]
-        query = query.view(rows, self.num_kv_heads, self.group_size, self.head_dim)
-        keys = self._gather("keys", layer.keys, group.block_ids).view(shape)
-        values = self._gather("values", layer.values, group.block_ids).view(shape)
+        rows, shape = group.stop - group.start, self.shape
+        gathered = (rows, -1, shape.num_kv_heads, shape.head_dim)
+        query = qkv[group.start : group.stop, : shape.num_heads]
+        query = query.view(rows, shape.num_kv_heads, shape.group_size, shape.head_dim)
+        keys = self._gather("keys", layer.keys, group.block_ids).view(gathered)
+        values = self._gather("values", layer.values, group.block_ids).view(gathered)
         mixed = F.scaled_dot_product_attention(
             query,  # [rows, kv_heads, group, head_dim]
             keys[:, : group.max_context].transpose(1, 2),  # [rows, kv_heads, context, head_dim]
             values[:, : group.max_context].transpose(1, 2),
             attn_mask=group.mask,
-            scale=self.scale,
+            scale=self.shape.scale,
         )
         return mixed.reshape(rows, -1)
 
     def _chunk(self, qkv: Tensor, layer: LayerKV, chunk: Chunk) -> Tensor:
         tokens = chunk.stop - chunk.start
-        heads, kv_heads = self.num_heads, self.num_kv_heads
+        heads, kv_heads, head_dim = (
+            self.shape.num_heads,
+            self.shape.num_kv_heads,
+            self.shape.head_dim,
+        )
         part = qkv[chunk.start : chunk.stop]
         if chunk.mask is None:  # it begins its sequence: everything it attends to is at hand
             keys, values = part[:, heads : heads + kv_heads], part[:, heads + kv_heads :]
         else:
-            shape = (-1, kv_heads, self.head_dim)
+            shape = (-1, kv_heads, head_dim)
             keys = self._gather("keys", layer.keys, chunk.block_ids).view(shape)[: chunk.context]
             values = self._gather("values", layer.values, chunk.block_ids).view(shape)
             values = values[: chunk.context]
-        query = part[:, :heads].view(tokens, kv_heads, self.group_size, self.head_dim)
-        expanded = (kv_heads, self.group_size, chunk.context, self.head_dim)
+        query = part[:, :heads].view(tokens, kv_heads, self.shape.group_size, head_dim)
+        expanded = (kv_heads, self.shape.group_size, chunk.context, head_dim)
         mixed = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),  # [kv_heads, group, tokens, head_dim]
             keys.transpose(0, 1).unsqueeze(1).expand(expanded),  # stride 0: nothing is repeated
             values.transpose(0, 1).unsqueeze(1).expand(expanded),
             attn_mask=chunk.mask,
             is_causal=chunk.mask is None,
-            scale=self.scale,
+            scale=self.shape.scale,
         )
         return mixed.permute(2, 0, 1, 3).reshape(tokens, -1)
 

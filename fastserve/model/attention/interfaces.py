@@ -7,7 +7,6 @@ tested against ReferenceAttention. Must not know: requests, weights, who owns th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastserve.model.attention.rotary import Rotary
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.input_batch import InputBatch
 
 
@@ -80,12 +80,10 @@ def rotate_and_write(
 
 
 class ReferenceAttention:
-    """The definition, one token at a time: softmax(q Kᵀ / √d) V over the positions before it."""
+    """The definition, one token at a time: softmax(scale · q Kᵀ) V over the positions before it."""
 
-    def __init__(self, *, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
+    def __init__(self, shape: AttentionShape) -> None:
+        self.shape = shape
 
     def plan(self, batch: InputBatch) -> LayerAttention:
         """Fit `Attention`."""
@@ -98,7 +96,7 @@ class ReferenceAttention:
         positions = batch.positions.tolist()
 
         def run(qkv: Tensor, rotations: Tensor | None, layer: LayerKV) -> Tensor:
-            rotate_and_write(qkv, rotations, layer, batch, self.num_heads)
+            rotate_and_write(qkv, rotations, layer, batch, self.shape.num_heads)
             mixed = [
                 self._attend(token, layer, table, position)
                 for token, table, position in zip(qkv, tables, positions, strict=True)
@@ -108,13 +106,13 @@ class ReferenceAttention:
         return run
 
     def _attend(self, token: Tensor, layer: LayerKV, table: Tensor, position: int) -> Tensor:
-        shape = (-1, self.num_kv_heads, self.head_dim)
-        keys = layer.keys[table].view(shape)[: position + 1].float()
-        values = layer.values[table].view(shape)[: position + 1].float()
-        repeats = self.num_heads // self.num_kv_heads
-        keys = keys.repeat_interleave(repeats, dim=1)  # [context, heads, head_dim]
-        values = values.repeat_interleave(repeats, dim=1)
-        query = token[: self.num_heads].float()
-        scores = torch.einsum("hd,chd->hc", query, keys) / math.sqrt(self.head_dim)
+        shape = self.shape
+        rows = (-1, shape.num_kv_heads, shape.head_dim)
+        keys = layer.keys[table].view(rows)[: position + 1].float()
+        values = layer.values[table].view(rows)[: position + 1].float()
+        keys = keys.repeat_interleave(shape.group_size, dim=1)  # [context, heads, head_dim]
+        values = values.repeat_interleave(shape.group_size, dim=1)
+        query = token[: shape.num_heads].float()
+        scores = torch.einsum("hd,chd->hc", query, keys) * shape.scale
         mixed = torch.einsum("hc,chd->hd", scores.softmax(-1), values)
         return mixed.flatten().to(token.dtype)

@@ -10,7 +10,6 @@ Must not know: requests, weights, who owns the KV.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastserve.model.attention.interfaces import LayerAttention, LayerKV, rotate_and_write
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.input_batch import InputBatch, IntArray
 
 NUM_ROWS = 16
@@ -45,33 +45,32 @@ class Group:
 class TiledAttention:
     """Fits `Attention`."""
 
-    def __init__(self, *, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.scale = 1.0 / math.sqrt(head_dim)
+    def __init__(self, shape: AttentionShape) -> None:
+        self.shape = shape
 
     def plan(self, batch: InputBatch) -> LayerAttention:
         """Fit `Attention`."""
         groups: list[Group] = []
+        num_heads, num_kv_heads = self.shape.num_heads, self.shape.num_kv_heads
 
         def run(qkv: Tensor, rotations: Tensor | None, layer: LayerKV) -> Tensor:
             if not groups:  # the first layer
                 groups.extend(make_groups(batch, layer.both.shape[2]))
             if rotations is not None:
-                rotate_(qkv[:, : self.num_heads + self.num_kv_heads], rotations)
-            rotate_and_write(qkv, None, layer, batch, self.num_heads)
+                rotate_(qkv[:, : num_heads + num_kv_heads], rotations)
+            rotate_and_write(qkv, None, layer, batch, num_heads)
             return torch.cat([self._attend(qkv, layer, group) for group in groups])
 
         return run
 
     def _attend(self, qkv: Tensor, layer: LayerKV, group: Group) -> Tensor:
-        shape = (NUM_ROWS, self.num_kv_heads, self.num_heads // self.num_kv_heads)
-        query = qkv[group.tokens, : self.num_heads].float().mul_(self.scale)
-        query = query.view(-1, shape[2], self.head_dim)  # [rows * kv_heads, group, head_dim]
+        group_size, head_dim = self.shape.group_size, self.shape.head_dim
+        shape = (NUM_ROWS, self.shape.num_kv_heads, group_size)
+        query = qkv[group.tokens, : self.shape.num_heads].float().mul_(self.shape.scale)
+        query = query.view(-1, group_size, head_dim)  # [rows * kv_heads, group, head_dim]
         peak = query.new_full((*shape, 1), -torch.inf)
         total = query.new_zeros((*shape, 1))
-        mixed = query.new_zeros((*shape, self.head_dim))
+        mixed = query.new_zeros((*shape, head_dim))
         for tile in group.tiles:
             keys, values = self._read(layer, tile)
             scores = torch.bmm(query, keys.mT).view(*shape, TILE_TOKENS)
@@ -80,7 +79,7 @@ class TiledAttention:
             kept = (peak - higher).exp_()
             weights = scores.sub_(higher).exp_()
             total = total.mul_(kept).add_(weights.sum(-1, keepdim=True))
-            added = torch.bmm(weights.view(-1, shape[2], TILE_TOKENS), values)
+            added = torch.bmm(weights.view(-1, group_size, TILE_TOKENS), values)
             mixed = mixed.mul_(kept).add_(added.view_as(mixed))
             peak = higher
         mixed = mixed.div_(total).view(NUM_ROWS, -1)
@@ -89,7 +88,7 @@ class TiledAttention:
     def _read(self, layer: LayerKV, tile: Tile) -> tuple[Tensor, Tensor]:
         """Return keys and values [rows * kv_heads, TILE_TOKENS, head_dim] in float32."""
         both = layer.both[tile.blocks, :, tile.offsets]  # [rows, tile, 2, kv_heads * head_dim]
-        both = both.view(NUM_ROWS, TILE_TOKENS, 2, self.num_kv_heads, self.head_dim)
+        both = both.view(NUM_ROWS, TILE_TOKENS, 2, self.shape.num_kv_heads, self.shape.head_dim)
         both = both.permute(2, 0, 3, 1, 4).float().contiguous().flatten(1, 2)
         return both[0], both[1]
 

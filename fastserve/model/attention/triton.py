@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastserve.model.attention.interfaces import LayerAttention, LayerKV
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.input_batch import InputBatch
 from fastserve.model.kernels.triton.attention import chunk_kernel, decode_kernel, reduce_kernel
 from fastserve.model.kernels.triton.rotary import rotate_and_write_kernel
@@ -28,6 +29,9 @@ MAX_SPLITS = 32
 PROGRAMS_PER_PROCESSOR = 2
 MIN_SPLIT_TOKENS = 128
 """A shorter share of a context is not worth a program of its own."""
+
+MAX_HEAD_DIM = 256
+"""Up to here a tile of keys and one of values fit the shared memory beside the queries."""
 
 FIXED_SPLIT_TOKENS = 512
 """The split of a context that does not depend on the batch."""
@@ -56,23 +60,24 @@ class TritonAttention:
 
     def __init__(
         self,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         dtype: torch.dtype,
+        *,
         split_tokens: int | None = None,
         tiling: Tiling | None = None,
     ) -> None:
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
+        self.shape = shape
         self.split_tokens = split_tokens
-        self.tiling = tiling or Tiling.fitting(head_dim, dtype)
-        self.block_dim = max(16, triton.next_power_of_2(head_dim))
-        self.block_group = max(16, triton.next_power_of_2(num_heads // num_kv_heads))
+        self.tiling = tiling or Tiling.fitting(shape.head_dim, dtype)
+        self.block_dim = max(16, triton.next_power_of_2(shape.head_dim))
+        self.block_group = max(16, triton.next_power_of_2(shape.group_size))
         # In powers of two: exp2 is one instruction.
-        self.scale = 1.0 / math.sqrt(head_dim) / math.log(2.0)
+        self.scale = shape.scale / math.log(2.0)
+
+    @staticmethod
+    def supports(shape: AttentionShape) -> bool:
+        """Whether the kernels can compute this; where not, another attention must."""
+        return shape.head_dim <= MAX_HEAD_DIM
 
     def plan(self, batch: InputBatch) -> LayerAttention:
         """Fit `Attention`."""
@@ -82,7 +87,11 @@ class TritonAttention:
         """Return into how many shares the decode kernel divides each context."""
         if self.split_tokens is not None:
             return -(-max_context // self.split_tokens)
-        wanted = PROGRAMS_PER_PROCESSOR * num_processors(device) // (num_tokens * self.num_kv_heads)
+        wanted = (
+            PROGRAMS_PER_PROCESSOR
+            * num_processors(device)
+            // (num_tokens * self.shape.num_kv_heads)
+        )
         useful = -(-max_context // MIN_SPLIT_TOKENS)
         # A power of two: each number of splits is a kernel of its own.
         num_splits: int = triton.next_power_of_2(max(1, min(wanted, useful, MAX_SPLITS)))
@@ -104,16 +113,18 @@ class TritonStep:
         self.num_splits = 1
         if self.num_single:
             self.num_splits = attention.num_splits(self.num_single, self.rows.max_context, device)
-        shape = (self.num_single, attention.num_heads, self.num_splits)
+        shape = (self.num_single, attention.shape.num_heads, self.num_splits)
         size = 0 if self.num_splits == 1 else math.prod(shape)
         self.log_totals = torch.empty(size, dtype=torch.float32, device=device)
-        self.partial = torch.empty(size * attention.head_dim, dtype=torch.float32, device=device)
+        self.partial = torch.empty(
+            size * attention.shape.head_dim, dtype=torch.float32, device=device
+        )
 
     def __call__(self, qkv: Tensor, rotations: Tensor | None, layer: LayerKV) -> Tensor:
         """Fit `LayerAttention`."""
         attention = self.attention
-        rotate_and_write(qkv, rotations, layer, self.batch, attention.num_heads)
-        width = attention.num_heads * attention.head_dim
+        rotate_and_write(qkv, rotations, layer, self.batch, attention.shape.num_heads)
+        width = attention.shape.width
         out = torch.empty(self.num_tokens, width, dtype=qkv.dtype, device=qkv.device)
         if self.num_single:
             self._decode(out, qkv, layer)
@@ -129,13 +140,13 @@ class TritonStep:
             "NUM_SPLITS": self.num_splits,
             "SPLIT_TOKENS": attention.split_tokens or 0,
         }
-        decode_kernel[(self.num_single, attention.num_kv_heads, self.num_splits)](
+        decode_kernel[(self.num_single, attention.shape.num_kv_heads, self.num_splits)](
             out, self.partial, self.log_totals, qkv, layer.keys, layer.values,
             rows.tables, rows.table_width, rows.positions, rows.token_rows,
             layer.keys.stride(0), attention.scale,
-            NUM_HEADS=attention.num_heads,
-            NUM_KV_HEADS=attention.num_kv_heads,
-            HEAD_DIM=attention.head_dim,
+            NUM_HEADS=attention.shape.num_heads,
+            NUM_KV_HEADS=attention.shape.num_kv_heads,
+            HEAD_DIM=attention.shape.head_dim,
             BLOCK_SIZE=block_size(attention, layer),
             BLOCK_GROUP=attention.block_group,
             DOT=dot_type(qkv),
@@ -144,24 +155,24 @@ class TritonStep:
             **splits,
         )  # fmt: skip
         if self.num_splits > 1:
-            reduce_kernel[(self.num_single, attention.num_heads)](
+            reduce_kernel[(self.num_single, attention.shape.num_heads)](
                 out, self.partial, self.log_totals, rows.positions, rows.token_rows,
-                NUM_HEADS=attention.num_heads,
-                HEAD_DIM=attention.head_dim,
+                NUM_HEADS=attention.shape.num_heads,
+                HEAD_DIM=attention.shape.head_dim,
                 num_warps=1,
                 **splits,
             )  # fmt: skip
 
     def _chunks(self, out: Tensor, qkv: Tensor, layer: LayerKV) -> None:
         attention, rows = self.attention, self.rows
-        chunk_kernel[(self.num_tiles, attention.num_heads)](
+        chunk_kernel[(self.num_tiles, attention.shape.num_heads)](
             out, qkv, layer.keys, layer.values,
             rows.tables, rows.table_width, rows.positions, rows.token_rows,
             rows.tile_tokens, rows.tile_lengths,
             layer.keys.stride(0), attention.scale,
-            NUM_HEADS=attention.num_heads,
-            NUM_KV_HEADS=attention.num_kv_heads,
-            HEAD_DIM=attention.head_dim,
+            NUM_HEADS=attention.shape.num_heads,
+            NUM_KV_HEADS=attention.shape.num_kv_heads,
+            HEAD_DIM=attention.shape.head_dim,
             BLOCK_SIZE=block_size(attention, layer),
             BLOCK_DIM=attention.block_dim,
             BLOCK_M=CHUNK_TILE,
@@ -198,7 +209,7 @@ def rotate_and_write(
 
 def block_size(attention: TritonAttention, layer: LayerKV) -> int:
     """Return the tokens of one block."""
-    return layer.keys.shape[1] // (attention.num_kv_heads * attention.head_dim)
+    return layer.keys.shape[1] // (attention.shape.num_kv_heads * attention.shape.head_dim)
 
 
 def dot_type(x: Tensor) -> tl.dtype:

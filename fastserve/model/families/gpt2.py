@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastserve.checkpoint.config_gpt2 import GPT2Config
 from fastserve.model.attention.interfaces import LayerAttention, LayerKV, PagedKV
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.input_batch import InputBatch
 from fastserve.model.loader import Weights
 from fastserve.model.ops.interfaces import LinearOp, NormOp, Ops
@@ -54,9 +55,7 @@ class GPT2Model:
 
     def __init__(self, config: GPT2Config, weights: Weights, ops: Ops) -> None:
         self.config = config
-        self.attention = ops.attention(
-            num_heads=config.num_heads, num_kv_heads=config.num_heads, head_dim=config.head_dim
-        )
+        self.attention = ops.attention(AttentionShape.of(config))
         # The original checkpoints were saved from the network without its head.
         root = "transformer." if weights.has("transformer.wte.weight") else ""
         shape = (config.vocab_size, config.hidden_size)

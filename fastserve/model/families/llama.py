@@ -15,6 +15,7 @@ from torch import Tensor
 from fastserve.checkpoint.config_llama import LlamaConfig
 from fastserve.model.attention.interfaces import LayerAttention, LayerKV, PagedKV
 from fastserve.model.attention.rotary import Rotary, interleave_pairs
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.families.mixture import load_mixture
 from fastserve.model.input_batch import InputBatch
 from fastserve.model.loader import Weights
@@ -79,11 +80,7 @@ class LlamaModel:
         device: torch.device,
     ) -> None:
         self.config = config
-        self.attention = ops.attention(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-        )
+        self.attention = ops.attention(AttentionShape.of(config))
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = weights.get("model.embed_tokens.weight", *shape)
         self.layers = tuple(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastserve.checkpoint.config_opt import OPTConfig
 from fastserve.model.attention.interfaces import LayerAttention, LayerKV, PagedKV
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.input_batch import InputBatch
 from fastserve.model.loader import Weights
 from fastserve.model.ops.interfaces import LinearOp, NormOp, Ops
@@ -74,9 +75,7 @@ class OPTModel:
 
     def __init__(self, config: OPTConfig, weights: Weights, ops: Ops) -> None:
         self.config = config
-        self.attention = ops.attention(
-            num_heads=config.num_heads, num_kv_heads=config.num_heads, head_dim=config.head_dim
-        )
+        self.attention = ops.attention(AttentionShape.of(config))
         # The first OPT checkpoints were saved from the network without its head.
         root = "model.decoder" if weights.has("model.decoder.embed_tokens.weight") else "decoder"
         hidden, narrow = config.hidden_size, config.embedding_size

@@ -1,67 +1,70 @@
 """CpuOps: the parts of a network on a CPU: packed products, fused kernels, paged attention.
 
-Rules: whatever has no faster form here is the plain torch part, so that every network runs; without
-kernels (None: a dtype that has none, or plain torch was asked for) only products differ.
+Rules: what has no faster form here is the part of the fallback that is handed in, so that every
+network runs; without kernels (None: a dtype that has none, or plain torch was asked for) only
+products differ.
 Must not know: architectures, checkpoints, batches, how kernels are built.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from fastserve.checkpoint.activation import Activation
 from fastserve.model.attention.cpu import CpuAttention
 from fastserve.model.attention.interfaces import Attention
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.kernels.cpu.kernels import CpuKernels
-from fastserve.model.ops.interfaces import HeadNormOp, LinearOp, MLPOp, NormOp
+from fastserve.model.ops.interfaces import HeadNormOp, LinearOp, MLPOp, NormOp, Ops
 from fastserve.model.ops.packed_linear import PackedLinear, can_pack
-from fastserve.model.ops.torch_ops import TorchOps
 
 
-class CpuOps(TorchOps):
-    """Fits `Ops`, for weights and KV of one dtype."""
+class CpuOps:
+    """Fits `Ops`, for weights and KV of the kernels' dtype."""
 
-    def __init__(self, dtype: torch.dtype, kernels: CpuKernels | None) -> None:
-        super().__init__(dtype)
+    def __init__(self, kernels: CpuKernels | None, fallback: Ops) -> None:
         self._kernels = kernels
+        self._fallback = fallback
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
         """Fit `Ops`."""
-        return PackedLinear(weight, bias) if can_pack(weight) else super().linear(weight, bias)
+        if can_pack(weight):
+            return PackedLinear(weight, bias)
+        return self._fallback.linear(weight, bias)
 
     def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
         """Fit `Ops`."""
         if self._kernels is None:
-            return super().rms_norm(weight, eps)
+            return self._fallback.rms_norm(weight, eps)
         return FusedRMSNorm(self._kernels, weight, eps)
 
     def head_rms_norm(self, weight: Tensor, eps: float) -> HeadNormOp:
         """Fit `Ops`."""
         if self._kernels is None:
-            return super().head_rms_norm(weight, eps)
+            return self._fallback.head_rms_norm(weight, eps)
         return FusedHeadNorm(self._kernels, weight, eps)
 
     def layer_norm(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> NormOp:
         """Fit `Ops`."""
         if self._kernels is None or weight is None or bias is None:
-            return super().layer_norm(weight, bias, eps)
+            return self._fallback.layer_norm(weight, bias, eps)
         return FusedLayerNorm(self._kernels, weight, bias, eps)
+
+    def mlp(self, up: LinearOp, activation: Activation, down: LinearOp) -> MLPOp:
+        """Fit `Ops`."""
+        return self._fallback.mlp(up, activation, down)
 
     def gated_mlp(self, gate_up: LinearOp, down: LinearOp) -> MLPOp:
         """Fit `Ops`."""
         if self._kernels is None:
-            return super().gated_mlp(gate_up, down)
+            return self._fallback.gated_mlp(gate_up, down)
         return FusedGatedMLP(self._kernels, gate_up, down)
 
-    def attention(self, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Attention:
+    def attention(self, shape: AttentionShape) -> Attention:
         """Fit `Ops`."""
         if self._kernels is None:
-            return super().attention(
-                num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
-            )
-        return CpuAttention(
-            self._kernels, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
-        )
+            return self._fallback.attention(shape)
+        return CpuAttention(self._kernels, shape)
 
 
 class FusedRMSNorm:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastserve.checkpoint.activation import Activation
 from fastserve.model.attention.interfaces import Attention
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.ops.interfaces import HeadNormOp, LinearOp, MLPOp, NormOp, Ops
 from fastserve.model.ops.tiled_linear import TiledLinear, agreeing_heights
 
@@ -61,8 +62,6 @@ class DeterministicOps:
         """Fit `Ops`."""
         return self._parts.gated_mlp(gate_up, down)
 
-    def attention(self, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Attention:
+    def attention(self, shape: AttentionShape) -> Attention:
         """Fit `Ops`."""
-        return self._parts.attention(
-            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
-        )
+        return self._parts.attention(shape)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastserve.checkpoint.activation import Activation
 from fastserve.model.attention.interfaces import Attention
+from fastserve.model.attention.shape import AttentionShape
 
 
 class LinearOp(Protocol):
@@ -72,5 +73,5 @@ class Ops(Protocol):
     def gated_mlp(self, gate_up: LinearOp, down: LinearOp) -> MLPOp:
         """Make down(silu(gate(x)) · up(x)); `gate_up` yields gate, then up."""
 
-    def attention(self, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Attention:
-        """Make paged attention with scores scaled by 1 / √head_dim."""
+    def attention(self, shape: AttentionShape) -> Attention:
+        """Make paged attention."""

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastserve.checkpoint.activation import Activation
 from fastserve.model.attention.interfaces import Attention
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.attention.tiled import TiledAttention
-from fastserve.model.ops.cpu_ops import CpuOps
 from fastserve.model.ops.interfaces import LinearOp, MLPOp, NormOp
 from fastserve.model.ops.torch_ops import TorchOps
 
@@ -39,13 +39,9 @@ class RowwiseOps(TorchOps):
         """Fit `Ops`."""
         return RowwiseGatedMLP(gate_up, down)
 
-    def attention(self, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Attention:
+    def attention(self, shape: AttentionShape) -> Attention:
         """Fit `Ops`."""
-        return TiledAttention(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
-
-
-class RowwiseCpuOps(CpuOps, RowwiseOps):
-    """The kernels of CpuOps, which treat each row by itself, and where it has none: RowwiseOps."""
+        return TiledAttention(shape)
 
 
 class RowwiseRMSNorm:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastserve.checkpoint.activation import Activation
 from fastserve.model.attention.gathered import GatheredAttention
 from fastserve.model.attention.interfaces import Attention
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.ops.interfaces import HeadNormOp, LinearOp, MLPOp, NormOp
 from fastserve.model.ops.layers import MLP, GatedMLP, HeadNorm, LayerNorm, Linear, RMSNorm
 
@@ -45,8 +46,6 @@ class TorchOps:
         """Fit `Ops`."""
         return GatedMLP(gate_up, down)
 
-    def attention(self, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Attention:
+    def attention(self, shape: AttentionShape) -> Attention:
         """Fit `Ops`."""
-        return GatheredAttention(
-            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=self._dtype
-        )
+        return GatheredAttention(shape, self._dtype)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fastserve.model.attention.cpu import CpuAttention
 from fastserve.model.attention.interfaces import PagedKV
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.input_batch import build_input_batch
 from tests.model.attention.test_interfaces import CPU, make_batch, shares_strategy
 from tests.model.kernels.cpu.kernel_cases import (
@@ -69,7 +70,7 @@ def test_equals_the_definition(
     kv = PagedKV(tensor)
     qkv = torch.randn(len(batch.token_ids), heads + 2 * kv_heads, head_dim).to(dtype)
     attention = CpuAttention(
-        kernels_of(name, dtype), num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim
+        kernels_of(name, dtype), AttentionShape.scaled_by_dim(heads, kv_heads, head_dim)
     )
     with threads(count):
         actual = attention.plan(batch)(qkv, None, kv.layers[1])
@@ -107,7 +108,7 @@ def test_bits_of_a_token_are_its_own(name, dtype):
     table = np.random.default_rng(0).permutation(13)
     tensor = torch.full((13, 1, 2, 16, kv_heads, dim), torch.nan, dtype=dtype)
     attention = CpuAttention(
-        kernels_of(name, dtype), num_heads=heads, num_kv_heads=kv_heads, head_dim=dim
+        kernels_of(name, dtype), AttentionShape.scaled_by_dim(heads, kv_heads, dim)
     )
     with threads(1):
         whole = run_shares(attention, tensor, qkv, table, [(0, length)])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fastserve.model.attention import gathered as gathered_attention
 from fastserve.model.attention.gathered import GatheredAttention, split_groups
 from fastserve.model.attention.interfaces import PagedKV, ReferenceAttention
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.input_batch import build_input_batch, order_rows
 
 CPU = torch.device("cpu")
@@ -62,11 +63,11 @@ def test_fast_equals_reference(shares, kv_heads, group, head_dim, block_size, se
     batch = make_batch(shares, block_size, num_blocks - 1, seed)
     heads = kv_heads * group
     qkv = torch.randn(len(batch.token_ids), heads + 2 * kv_heads, head_dim)
-    shape = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
-    fast = GatheredAttention(**shape, dtype=torch.float32).plan(batch)(
+    shape = AttentionShape.scaled_by_dim(heads, kv_heads, head_dim)
+    fast = GatheredAttention(shape, torch.float32).plan(batch)(
         qkv.clone(), None, copies[0].layers[1]
     )
-    reference = ReferenceAttention(**shape).plan(batch)(qkv.clone(), None, copies[1].layers[1])
+    reference = ReferenceAttention(shape).plan(batch)(qkv.clone(), None, copies[1].layers[1])
     torch.testing.assert_close(fast, reference, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(copies[0].tensor, copies[1].tensor, atol=0, rtol=0, equal_nan=True)
     assert torch.equal(copies[0].tensor[:-1, 0], tensor[:-1, 0])  # the other layer is untouched
@@ -93,8 +94,8 @@ def test_grouping_does_not_change_values(limit, monkeypatch):
     kv = PagedKV(torch.randn(40, 1, 2, 4, 2, 8))
     batch = make_batch([(1, start) for start in (0, 3, 3, 9, 40, 41)], 4, 40, seed=1)
     qkv = torch.randn(6, 8, 8)
-    shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    shape = AttentionShape.scaled_by_dim(4, 2, 8)
     torch.testing.assert_close(
-        GatheredAttention(**shape, dtype=torch.float32).plan(batch)(qkv, None, kv.layers[0]),
-        ReferenceAttention(**shape).plan(batch)(qkv, None, kv.layers[0]),
+        GatheredAttention(shape, torch.float32).plan(batch)(qkv, None, kv.layers[0]),
+        ReferenceAttention(shape).plan(batch)(qkv, None, kv.layers[0]),
     )

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastserve.model.attention.interfaces import PagedKV, ReferenceAttention
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.attention.tiled import TiledAttention
 from tests.model.attention.test_interfaces import make_batch
 
@@ -41,9 +42,9 @@ def test_it_equals_the_reference(shares, kv_heads, group, block_size, seed):
     num_tokens = sum(count for count, _ in shares)
     qkv = torch.randn(num_tokens, kv_heads * (group + 2), 8)
     rotations = torch.polar(torch.ones(num_tokens, 1, 4), torch.randn(num_tokens, 1, 4))
-    shape = {"num_heads": kv_heads * group, "num_kv_heads": kv_heads, "head_dim": 8}
-    mixed, kv = run(TiledAttention(**shape), shares, qkv, tensor, rotations, seed)
-    expected, expected_kv = run(ReferenceAttention(**shape), shares, qkv, tensor, rotations, seed)
+    shape = AttentionShape.scaled_by_dim(kv_heads * group, kv_heads, 8)
+    mixed, kv = run(TiledAttention(shape), shares, qkv, tensor, rotations, seed)
+    expected, expected_kv = run(ReferenceAttention(shape), shares, qkv, tensor, rotations, seed)
     torch.testing.assert_close(mixed, expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(kv, expected_kv, equal_nan=True)
 
@@ -53,7 +54,7 @@ def test_it_equals_the_reference(shares, kv_heads, group, block_size, seed):
 def test_a_token_has_its_bits_alone_and_in_a_chunk(dtype, num_threads):
     """The last tokens of a sequence, computed one by one, equal those of one long chunk."""
     torch.manual_seed(0)
-    attention = TiledAttention(num_heads=6, num_kv_heads=2, head_dim=16)
+    attention = TiledAttention(AttentionShape.scaled_by_dim(6, 2, 16))
     tensor = torch.full((60, 1, 2, BLOCK_SIZE, 2, 16), torch.nan, dtype=dtype)
     qkv = torch.randn(CONTEXT, 10, 16).to(dtype)
     rotations = torch.polar(torch.ones(CONTEXT, 1, 8), torch.randn(CONTEXT, 1, 8))

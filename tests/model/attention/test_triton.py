@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastserve.model.attention import triton as triton_attention
 from fastserve.model.attention.interfaces import PagedKV, ReferenceAttention
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.attention.triton import Tiling, TritonAttention
 from fastserve.model.staged_batch import stage
 from tests import triton_device
@@ -50,12 +50,12 @@ def attend_both(shares, *, kv_heads, group, head_dim, block_size, dtype, seed=0,
     qkv = torch.randn(len(batch.token_ids), heads + 2 * kv_heads, head_dim, dtype=dtype)
     angles = torch.randn(len(qkv), 1, head_dim // 2)
     rotations = torch.polar(torch.ones_like(angles), angles) if head_dim % 2 == 0 else None
-    shape = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    shape = AttentionShape.scaled_by_dim(heads, kv_heads, head_dim)
     settings = {"tiling": SMALL, **settings}
     results = []
     for attention, place in (
-        (TritonAttention(**shape, dtype=dtype, **settings), DEVICE),
-        (ReferenceAttention(**shape), torch.device("cpu")),
+        (TritonAttention(shape, dtype, **settings), DEVICE),
+        (ReferenceAttention(shape), torch.device("cpu")),
     ):
         kv = PagedKV(tensor.clone().to(place))
         mixed = attention.plan(stage(batch, place) if place == DEVICE else batch)(
@@ -133,7 +133,7 @@ def test_a_plain_batch_is_as_good_as_a_staged_one():
     batch = make_batch([(1, 9), (5, 3)], 4, 8, seed=0)
     tensor = torch.randn(8, 1, 2, 4, 1, 16, device=DEVICE)
     qkv = torch.randn(6, 4, 16, device=DEVICE)
-    attention = TritonAttention(num_heads=2, num_kv_heads=1, head_dim=16, dtype=torch.float32)
+    attention = TritonAttention(AttentionShape.scaled_by_dim(2, 1, 16), torch.float32)
     plain, staged = (
         attention.plan(one)(qkv.clone(), None, PagedKV(tensor.clone()).layers[0])
         for one in (to_device(batch), stage(batch, DEVICE))
@@ -144,10 +144,8 @@ def test_a_plain_batch_is_as_good_as_a_staged_one():
 def run_rows(shares, keep, tensor, qkv_by_token, split_tokens):
     """Attend (num_tokens, start, row) shares over fixed tables; returns the tokens of `keep`."""
     attention = TritonAttention(
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        dtype=torch.float32,
+        AttentionShape.scaled_by_dim(4, 2, 16),
+        torch.float32,
         split_tokens=split_tokens,
         tiling=SMALL,
     )
@@ -203,16 +201,16 @@ def test_offsets_beyond_31_bits():
     small = torch.randn(4, 1, 2, 16, 1, 64, dtype=torch.float16)
     last = torch.arange(num_blocks - 4, num_blocks)
     tensor[last.to(DEVICE)] = small.to(DEVICE)
-    shape: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 64}
+    shape = AttentionShape.scaled_by_dim(2, 1, 64)
     qkv = torch.randn(9, 4, 64, dtype=torch.float16)
     batch = make_batch([(1, 20), (8, 9)], 16, 4, seed=0)
-    expected = ReferenceAttention(**shape).plan(batch)(qkv.clone(), None, PagedKV(small).layers[0])
+    expected = ReferenceAttention(shape).plan(batch)(qkv.clone(), None, PagedKV(small).layers[0])
     far = dataclasses.replace(
         batch,
         rows=dataclasses.replace(batch.rows, tables=batch.rows.tables + num_blocks - 4),
         write_blocks=batch.write_blocks + num_blocks - 4,
     )
-    mixed = TritonAttention(**shape, dtype=torch.float16).plan(stage(far, DEVICE))(
+    mixed = TritonAttention(shape, torch.float16).plan(stage(far, DEVICE))(
         qkv.to(DEVICE), None, PagedKV(tensor).layers[0]
     )
     torch.testing.assert_close(mixed.cpu(), expected, atol=4e-3, rtol=4e-3)

@@ -26,9 +26,9 @@ FAMILIES = ("llama", "qwen3", "opt", "opt-norm-last", "gpt2", "mixtral", "qwen3-
 class ReferenceOps(TorchOps):
     """Plain parts over the definition of attention."""
 
-    def attention(self, *, num_heads, num_kv_heads, head_dim):
+    def attention(self, shape):
         """Fit `Ops`."""
-        return ReferenceAttention(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        return ReferenceAttention(shape)
 
 
 @torch.inference_mode()

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastserve.model.attention.shape import AttentionShape
+from fastserve.model.attention.tiled import TiledAttention
+from fastserve.model.attention.triton import MAX_HEAD_DIM, TritonAttention
 from fastserve.model.ops.cuda_ops import CudaOps
+from fastserve.model.ops.rowwise_ops import RowwiseOps
 from fastserve.model.ops.torch_ops import TorchOps
 from fastserve.model.ops.triton_rowwise import TritonRMSNorm, silu_mul
 from tests import triton_device
@@ -21,7 +25,7 @@ def test_rms_norm(dtype, width):
     torch.manual_seed(0)
     x, weight = torch.randn(3, width).to(dtype), torch.randn(width).to(dtype)
     expected = TorchOps(dtype).rms_norm(weight, 1e-5)(x)
-    found = CudaOps(dtype).rms_norm(weight.to(DEVICE), 1e-5)(x.to(DEVICE))
+    found = CudaOps(dtype, TorchOps(dtype)).rms_norm(weight.to(DEVICE), 1e-5)(x.to(DEVICE))
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(found.cpu(), expected, atol=tolerance, rtol=tolerance)
 
@@ -37,7 +41,7 @@ def test_rms_norm_of_heads_within_wider_rows():
 
 def test_no_rows_at_all():
     """A step that samples nothing hands on no rows, and no kernel is launched for them."""
-    ops, nothing = CudaOps(torch.float32), torch.ones(0, 8, device=DEVICE)
+    ops, nothing = CudaOps(torch.float32, TorchOps(torch.float32)), torch.ones(0, 8, device=DEVICE)
     assert ops.rms_norm(torch.ones(8, device=DEVICE), 1e-6)(nothing).shape == (0, 8)
     assert silu_mul(nothing).shape == (0, 4)
 
@@ -67,10 +71,20 @@ def test_gated_mlp_adds_to_the_stream():
     results = []
     for ops, place in (
         (TorchOps(torch.float32), torch.device("cpu")),
-        (CudaOps(torch.float32), DEVICE),
+        (CudaOps(torch.float32, TorchOps(torch.float32)), DEVICE),
     ):
         mlp = ops.gated_mlp(ops.linear(up.to(place)), ops.linear(down.to(place)))
         residual = torch.ones(3, 8, device=place)
         assert mlp.add_to(residual, x.to(place)) is residual
         results.append(residual.cpu())
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_too_wide_for_the_kernels_are_the_fallbacks():
+    """Triton's attention up to its widest head, and beyond it the attention that was handed in."""
+    plain = RowwiseOps(torch.float32)
+    ops = CudaOps(torch.float32, plain, is_batch_invariant=True)
+    widest = AttentionShape.scaled_by_dim(4, 2, MAX_HEAD_DIM)
+    assert isinstance(ops.attention(widest), TritonAttention)
+    wider = AttentionShape.scaled_by_dim(4, 2, MAX_HEAD_DIM + 2)
+    assert isinstance(ops.attention(wider), TiledAttention)

@@ -8,7 +8,6 @@ for tensors that were checked: dtype, contiguity. Must not know: how entries com
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Mapping
 from struct import Struct
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastserve.model.attention.interfaces import LayerKV
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.kernels.cpu.kernels import CHUNK_TOKENS, AttentionWork
 from fastserve.model.kernels.cpu.thread_team import find_parallel
 
@@ -139,15 +139,14 @@ class CompiledKernels:
         )
 
     def attend(
-        self, qkv: Tensor, layer: LayerKV, work: AttentionWork, out: Tensor, num_heads: int
+        self, qkv: Tensor, layer: LayerKV, work: AttentionWork, out: Tensor, shape: AttentionShape
     ) -> None:
         """Fit `CpuKernels`."""
-        _, all_heads, head_dim = qkv.shape
-        kv_heads = (all_heads - num_heads) // 2
+        kv_heads = shape.num_kv_heads
         threads = torch.get_num_threads() if work.positions * kv_heads > PARALLEL_POSITIONS else 1
         num_pieces = len(work.pieces)
         parts = kv_heads if threads > 1 and num_pieces < PIECES_PER_THREAD * threads else 1
-        scratch, scratch_stride = self._scratch_for(threads, num_heads, kv_heads, head_dim)
+        scratch, scratch_stride = self._scratch_for(threads, shape)
         both = layer.both
         self._attend(
             threads,
@@ -165,18 +164,16 @@ class CompiledKernels:
             both.shape[2],
             both.stride(0),
             both.stride(1),
-            num_heads,
+            shape.num_heads,
             kv_heads,
-            head_dim,
-            1.0 / math.sqrt(head_dim),
+            shape.head_dim,
+            shape.scale,
         )
 
-    def _scratch_for(
-        self, threads: int, num_heads: int, kv_heads: int, head_dim: int
-    ) -> tuple[int, int]:
+    def _scratch_for(self, threads: int, shape: AttentionShape) -> tuple[int, int]:
         """Return memory for every thread, and how many floats each one's is."""
-        padded = -(-head_dim // 32) * 32
-        rows = max(CHUNK_TOKENS * (num_heads // kv_heads), num_heads)
+        padded = -(-shape.head_dim // 32) * 32
+        rows = max(CHUNK_TOKENS * shape.group_size, shape.num_heads)
         stride = rows * (2 * padded + 2 * TILE + 32) + 2 * TILE * padded + 256
         stride = -(-stride // 16) * 16
         if self._scratch.numel() < stride * threads + 16:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastserve.model.attention.interfaces import LayerKV
+from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.input_batch import IntArray, Rows
 
 CHUNK_TOKENS = 16
@@ -73,9 +74,9 @@ class CpuKernels(Protocol):
         layer: LayerKV,
         work: AttentionWork,
         out: Tensor,  # [num_tokens, heads * head_dim]; rows that no piece names are left alone
-        num_heads: int,
+        shape: AttentionShape,
     ) -> None:
-        """Write softmax(q Kᵀ / √head_dim) V of each token over the positions up to its own."""
+        """Write softmax(scale · q Kᵀ) V of each token over the positions up to its own."""
 
 
 def attention_work(rows: Rows) -> AttentionWork:

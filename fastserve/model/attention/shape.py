@@ -1,0 +1,41 @@
+"""AttentionShape: what one attention computes, whichever kernels compute it.
+
+Must not know: weights, batches, devices.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fastserve.checkpoint.config_fields import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """softmax(scale · q Kᵀ) V, with heads in groups that share a key-value head."""
+
+    num_heads: int
+    num_kv_heads: int  # divides num_heads
+    head_dim: int
+    scale: float
+
+    @classmethod
+    def scaled_by_dim(cls, num_heads: int, num_kv_heads: int, head_dim: int) -> AttentionShape:
+        """Return a shape with the usual scale, 1 / √head_dim."""
+        return cls(num_heads, num_kv_heads, head_dim, 1.0 / math.sqrt(head_dim))
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> AttentionShape:
+        """Return what the layers of a network compute."""
+        return cls.scaled_by_dim(config.num_heads, config.num_kv_heads, config.head_dim)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def width(self) -> int:
+        """Elements of a token's mixed values: all query heads side by side."""
+        return self.num_heads * self.head_dim
