@@ -53,7 +53,7 @@ def watch_parts(stopwatch: Stopwatch, worker: Worker) -> None:
     stopwatch.watch(
         packed_linear, "_product", lambda x, weight, *rest: "linear {}x{}".format(*weight.shape)
     )
-    kernels = worker.model.layers[0].input_norm.kernels  # type: ignore[attr-defined]
+    kernels = worker.model.layers[0].attention_norm.kernels  # type: ignore[attr-defined]
     for name in ("rms_norm", "silu_mul", "rotate_and_write", "attend"):
         stopwatch.watch(type(kernels), name, lambda *args, name=name: name)
     attention = type(worker.model.attention)  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from fastserve.executor.cuda_graphs import Capture, CudaCapture, DecodeGraphs
 from fastserve.model.attention.interfaces import PagedKV
 from fastserve.model.families.architectures import Network, load_network
 from fastserve.model.input_batch import InputBatch, build_input_batch
-from fastserve.model.loader import DummyWeights, Weights
+from fastserve.model.loader import DummyWeights, Slice, Weights
 from fastserve.model.ops.interfaces import Ops
 
 __all__ = ["Capture", "build_network", "decode_batch", "make_graphs", "make_kv"]
@@ -26,7 +26,7 @@ class DeviceWeights:
     """Fits `Weights`: random numbers drawn where they are needed, which a CPU takes minutes for."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self.num_elements = 0
 
@@ -34,13 +34,15 @@ class DeviceWeights:
         """Fit `Weights`."""
         return True
 
-    def get(self, name: str, *shape: int) -> Tensor:
-        """Fit `Weights`."""
-        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+    def get(self, name: str, *shape: int, part: Slice | None = None) -> Tensor:
+        """Fit `Weights`, but for a part, whose numbers are not those of the whole tensor."""
+        if part is not None:
+            shape = torch.empty(shape, device="meta")[part.index()].shape
+        tensor = torch.empty(shape, dtype=self.dtype, device=self._device)
         self.num_elements += tensor.numel()
         return tensor.normal_(0.0, 0.02)
 
-    def finish(self) -> None:
+    def finish(self, elsewhere: Sequence[str] = ()) -> None:
         """Fit `Weights`."""
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from fastserve.checkpoint.model_config import read_model_config
 from fastserve.executor.choices import choose_cpu_kernels, choose_ops
 from fastserve.model.attention.interfaces import PagedKV
-from fastserve.model.families.architectures import Network, load_network
+from fastserve.model.attention.shape import AttentionShape
+from fastserve.model.decoder import Decoder
+from fastserve.model.families.architectures import load_network
 from fastserve.model.input_batch import build_input_batch, order_rows
 from fastserve.model.loader import open_weights
 
@@ -34,7 +36,7 @@ class Case(NamedTuple):
     place: int  # among the sequences of the batch
 
 
-def load(path: Path, dtype: torch.dtype, *, kernels: str, is_deterministic: bool = True) -> Network:
+def load(path: Path, dtype: torch.dtype, *, kernels: str, is_deterministic: bool = True) -> Decoder:
     """Load a checkpoint with the parts that the worker chooses."""
     return load_network(
         read_model_config(path),
@@ -45,18 +47,19 @@ def load(path: Path, dtype: torch.dtype, *, kernels: str, is_deterministic: bool
     )
 
 
-def compute(network: Network, case: Case) -> tuple[Tensor, Tensor]:
+def compute(network: Decoder, case: Case) -> tuple[Tensor, Tensor]:
     """Run one prompt among strangers in chunks of its own; returns its logits and its KV.
 
     The strangers' prompts and chunks are others every time, and so are the blocks of everybody.
     """
     rng, batch_size, place = np.random.default_rng(case), case.batch_size, case.place
-    config = network.config  # type: ignore[attr-defined]
-    shape = (NUM_BLOCKS * batch_size, config.num_layers, 2, BLOCK_SIZE, config.num_kv_heads)
-    kv = PagedKV(torch.full((*shape, config.head_dim), torch.nan, dtype=network.dtype))
+    heads: AttentionShape = network.attention.shape  # type: ignore[attr-defined]
+    vocab_size = network.head.vocabulary.out_width  # type: ignore[union-attr]
+    shape = (NUM_BLOCKS * batch_size, len(network.layers), 2, BLOCK_SIZE, heads.num_kv_heads)
+    kv = PagedKV(torch.full((*shape, heads.head_dim), torch.nan, dtype=network.dtype))
     tables = rng.permutation(len(kv.tensor)).reshape(batch_size, NUM_BLOCKS)
-    ids = rng.integers(0, config.vocab_size, (batch_size, NUM_TOKENS))
-    ids[place] = np.random.default_rng(0).integers(0, config.vocab_size, NUM_TOKENS)
+    ids = rng.integers(0, vocab_size, (batch_size, NUM_TOKENS))
+    ids[place] = np.random.default_rng(0).integers(0, vocab_size, NUM_TOKENS)
     chunks = rng.integers(1, 40, batch_size)
     chunks[place] = case.chunk
     done = np.zeros(batch_size, np.int64)
@@ -83,7 +86,7 @@ def compute(network: Network, case: Case) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def differing(network: Network, cases: Iterable[Case]) -> list[Case]:
+def differing(network: Decoder, cases: Iterable[Case]) -> list[Case]:
     """Return the cases whose bits are not those of the prompt alone in one chunk."""
     logits, kv = compute(network, Case(NUM_TOKENS, 1, 0))
     assert logits.isfinite().all()

@@ -1,13 +1,16 @@
 """Where weights come from: safetensors files of a Hugging Face checkpoint, or random numbers.
 
 Rules: names and shapes are the checkpoint's; every tensor asked for must be there with its shape,
-and every tensor there must have been asked for, so that no part of a model is silently left out.
+and every tensor there must have been asked for or belong to another stage, so that no part of a
+model is silently left out. Of a tensor that is asked for in part, only that part is read.
 Must not know: what the tensors mean.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,17 +31,37 @@ QUANTIZED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv",
 """Ends of names of GPTQ and AWQ, compressed-tensors, fp8, bitsandbytes and MLX."""
 
 
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Indices [start, stop) of one dimension."""
+
+    start: int
+    stop: int
+    dim: int = 0
+
+    def index(self) -> tuple[slice, ...]:
+        """Return what selects them of a tensor."""
+        return (*(slice(None) for _ in range(self.dim)), slice(self.start, self.stop))
+
+
 class Weights(Protocol):
     """Hands out named tensors of a checkpoint."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what is handed out."""
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor `name`: checkpoints of one architecture differ in names."""
 
-    def get(self, name: str, *shape: int) -> Tensor:
-        """Return the tensor `name`, which must have this shape, in the dtype and place to run."""
+    def get(self, name: str, *shape: int, part: Slice | None = None) -> Tensor:
+        """Return the tensor `name`, or a part of it, contiguous, in the dtype and place to run.
 
-    def finish(self) -> None:
-        """Say that everything has been asked for."""
+        `shape` is that of the whole tensor, which must have it.
+        """
+
+    def finish(self, elsewhere: Sequence[str] = ()) -> None:
+        """Say that all has been asked for, but names that begin with one of `elsewhere`."""
 
 
 class SafetensorsWeights:
@@ -46,7 +69,7 @@ class SafetensorsWeights:
 
     def __init__(self, model_dir: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._dir = model_dir
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self._unused: set[str] = set()
         self._file_of: dict[str, Any] = {}  # safe_open handles, which are untyped
@@ -63,25 +86,30 @@ class SafetensorsWeights:
         """Fit `Weights`."""
         return name in self._file_of
 
-    def get(self, name: str, *shape: int) -> Tensor:
+    def get(self, name: str, *shape: int, part: Slice | None = None) -> Tensor:
         """Fit `Weights`."""
         file = self._file_of.get(name)
         if file is None:
             self._refuse_quantized()
             raise ConfigError(f"{self._dir}: the checkpoint has no weights {name!r}")
-        tensor = file.get_tensor(name)
+        stored = file.get_slice(name)
+        stored_shape = stored.get_shape()
+        if part is None or stored_shape != list(shape):  # what has another shape is refused below
+            tensor = file.get_tensor(name)
+        else:
+            tensor = stored[part.index()]
         if tensor.dtype not in DTYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ConfigError(
                 f"{self._dir}: {name!r} is stored as {kind}: quantized weights are not supported"
             )
-        if tuple(tensor.shape) != shape:
+        if stored_shape != list(shape):
             raise ConfigError(
-                f"{self._dir}: {name!r} has shape {list(tensor.shape)}, "
+                f"{self._dir}: {name!r} has shape {stored_shape}, "
                 f"config.json asks for {list(shape)}"
             )
         self._unused.discard(name)
-        return torch.as_tensor(tensor, device=self._device, dtype=self._dtype)
+        return torch.as_tensor(tensor, device=self._device, dtype=self.dtype).contiguous()
 
     def _refuse_quantized(self) -> None:
         """Raise ConfigError where other names than asked for tell of quantized weights."""
@@ -91,13 +119,14 @@ class SafetensorsWeights:
                     f"{self._dir}: {name!r} is of quantized weights, which are not supported"
                 )
 
-    def finish(self) -> None:
+    def finish(self, elsewhere: Sequence[str] = ()) -> None:
         """Raise ConfigError when the checkpoint holds weights that the network has no use for."""
         unused = sorted(
             name
             for name in self._unused
             # Tied heads are often stored too.
             if name != "lm_head.weight" and not name.endswith(TABLES)
+            if not name.startswith(tuple(elsewhere))
         )
         if unused:
             self._refuse_quantized()
@@ -111,22 +140,25 @@ class DummyWeights:
     """Small random tensors, the same ones at every start: for tests and measurements."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
 
     def has(self, name: str) -> bool:
         """Fit `Weights`: whatever is asked for is made."""
         return True
 
-    def get(self, name: str, *shape: int) -> Tensor:
-        """Fit `Weights`."""
+    def get(self, name: str, *shape: int, part: Slice | None = None) -> Tensor:
+        """Fit `Weights`: a part holds the numbers that stand there in the whole tensor."""
         if len(shape) == 1 and name.endswith(".weight"):  # a norm's: nothing else has one row
-            return torch.ones(shape, dtype=self._dtype, device=self._device)
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        tensor = torch.randn(shape, generator=generator) * 0.02
-        return tensor.to(device=self._device, dtype=self._dtype)
+            tensor = torch.ones(shape)
+        else:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            tensor = torch.randn(shape, generator=generator) * 0.02
+        if part is not None:
+            tensor = tensor[part.index()].clone(memory_format=torch.contiguous_format)
+        return tensor.to(device=self._device, dtype=self.dtype)
 
-    def finish(self) -> None:
+    def finish(self, elsewhere: Sequence[str] = ()) -> None:
         """Fit `Weights`: nothing can be left over."""
 
 

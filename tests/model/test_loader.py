@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastserve.checkpoint.model_config import read_model_config
+from fastserve.model import loader
 from fastserve.model.families.architectures import load_network
-from fastserve.model.loader import open_weights
+from fastserve.model.loader import Slice, open_weights
 from fastserve.model.ops.torch_ops import TorchOps
 from fastserve.settings.option import ConfigError
 from tests.checkpoints import make_checkpoint
@@ -47,7 +52,7 @@ def test_shards_equal_one_file(tmp_path):
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
     one, many = load(tmp_path / "one"), load(tmp_path / "many")
     assert torch.equal(one.layers[2].qkv.weight, many.layers[2].qkv.weight)
-    assert torch.equal(one.head.weight, many.head.weight)
+    assert torch.equal(one.head.vocabulary.weight, many.head.vocabulary.weight)
 
 
 def test_missing_shard(tmp_path):
@@ -97,8 +102,8 @@ def test_no_weights(checkpoint):
     with pytest.raises(ConfigError, match="--load-format dummy"):
         load(checkpoint)
     model = load(checkpoint, "dummy")
-    assert torch.equal(model.embedding, load(checkpoint, "dummy").embedding)
-    assert float(model.embedding.std()) == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(model.embed.tokens, load(checkpoint, "dummy").embed.tokens)
+    assert float(model.embed.tokens.std()) == pytest.approx(0.02, rel=0.1)
 
 
 def test_missing_weights(checkpoint):
@@ -131,7 +136,9 @@ def test_wrong_shape(checkpoint):
 def test_dtype(checkpoint):
     """Weights come in the dtype asked for."""
     model = load(checkpoint, dtype=torch.bfloat16)
-    assert {model.dtype, model.head.weight.dtype, model.norm.weight.dtype} == {torch.bfloat16}
+    assert {model.dtype, model.head.vocabulary.weight.dtype, model.head.norm.weight.dtype} == {
+        torch.bfloat16
+    }
 
 
 @pytest.mark.parametrize("end", ["qweight", "weight_packed", "SCB", "weight_scale_inv", "scales"])
@@ -159,3 +166,83 @@ def test_weights_of_eight_bits_are_not_taken_for_numbers(checkpoint, dtype):
     kind = str(dtype).removeprefix("torch.")
     with pytest.raises(ConfigError, match=f"'{name}' is stored as {kind}: quantized"):
         load(checkpoint)
+
+
+class CountingFile:
+    """A file that counts the bytes of what is taken from it."""
+
+    def __init__(self, file) -> None:
+        self.file = file
+        self.num_bytes = 0
+
+    def keys(self):
+        """Return the names."""
+        return self.file.keys()
+
+    def get_tensor(self, name):
+        """Take a whole tensor."""
+        return self._count(self.file.get_tensor(name))
+
+    def get_slice(self, name):
+        """Return what slices a tensor."""
+        return CountingSlice(self.file.get_slice(name), self._count)
+
+    def _count(self, tensor):
+        self.num_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+
+class CountingSlice:
+    """A slice of a CountingFile."""
+
+    def __init__(self, inner, count) -> None:
+        self.inner = inner
+        self.count = count
+
+    def get_shape(self):
+        """Return the shape of the whole tensor."""
+        return self.inner.get_shape()
+
+    def __getitem__(self, index):
+        return self.count(self.inner[index])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    cuts=st.sets(st.integers(1, 8)),
+    dim=st.integers(0, 2),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_slices_make_up_the_whole(tmp_path_factory, shape, cuts, dim, dtype):
+    """From files and of dummies, along any dimension; of a file only the slice's bytes are read."""
+    dim %= len(shape)
+    path = tmp_path_factory.mktemp("sliced")
+    save_file({"a.weight": torch.randn(shape)}, path / "model.safetensors")
+    ends = [0, *sorted(cut for cut in cuts if cut < shape[dim]), shape[dim]]
+    for load_format in ("auto", "dummy"):
+        whole = open_weights(path, load_format, dtype, CPU).get("a.weight", *shape)
+        files: list[CountingFile] = []
+
+        def open_counted(file, framework, files=files):
+            files.append(CountingFile(safe_open(file, framework=framework)))
+            return files[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loader, "safe_open", open_counted)
+            weights = open_weights(path, load_format, dtype, CPU)
+        parts = []
+        for start, stop in pairwise(ends):
+            before = [file.num_bytes for file in files]
+            parts.append(weights.get("a.weight", *shape, part=Slice(start, stop, dim)))
+            assert parts[-1].is_contiguous()
+            read = [file.num_bytes - was for file, was in zip(files, before, strict=True)]
+            assert read == [parts[-1].numel() * 4 for _ in files]
+        assert torch.equal(torch.cat(parts, dim), whole)
+
+
+def test_a_slice_of_another_shape_is_refused(checkpoint):
+    """The shape that is asked for is the whole tensor's, whatever part is wanted."""
+    weights = open_weights(checkpoint, "auto", torch.float32, CPU)
+    with pytest.raises(ConfigError, match=r"shape \[48\], config.json asks for \[50\]"):
+        weights.get("model.norm.weight", 50, part=Slice(49, 50))

@@ -1,4 +1,4 @@
-"""Network: what every architecture fits, and which class is built for a config.
+"""Network: what every architecture fits, and how the one of a config is put together.
 
 Must not know: requests, KV, devices' tricks.
 """
@@ -15,9 +15,12 @@ from fastserve.checkpoint.config_gpt2 import GPT2Config
 from fastserve.checkpoint.config_llama import LlamaConfig
 from fastserve.checkpoint.config_opt import OPTConfig
 from fastserve.model.attention.interfaces import PagedKV
-from fastserve.model.families.gpt2 import GPT2Model
-from fastserve.model.families.llama import LlamaModel
-from fastserve.model.families.opt import OPTModel
+from fastserve.model.attention.shape import AttentionShape
+from fastserve.model.decoder import Decoder, Stage
+from fastserve.model.families.gpt2 import GPT2Loader
+from fastserve.model.families.interfaces import FamilyLoader
+from fastserve.model.families.llama import LlamaLoader
+from fastserve.model.families.opt import OPTLoader
 from fastserve.model.input_batch import InputBatch
 from fastserve.model.loader import Weights
 from fastserve.model.ops.interfaces import Ops
@@ -35,14 +38,42 @@ class Network(Protocol):
 
 
 def load_network(
-    config: ModelConfig, weights: Weights, ops: Ops, *, max_len: int, device: torch.device
-) -> Network:
-    """Build the network of a config from its weights, for contexts up to `max_len`."""
+    config: ModelConfig,
+    weights: Weights,
+    ops: Ops,
+    *,
+    max_len: int,
+    device: torch.device,
+    stage: Stage | None = None,
+) -> Decoder:
+    """Build the network of a config for contexts up to `max_len`, or one stage of it.
+
+    Raises ConfigError where the checkpoint lacks a weight, has one of another shape, or has one
+    that no stage has a use for.
+    """
+    stage = stage or Stage(0, config.num_layers, config.num_layers)
+    family = _family(config, weights, ops)
+    embed = family.embedding() if stage.is_first else None
+    layers = [family.layer(index) for index in range(stage.first, stage.stop)]
+    head = family.head() if stage.is_last else None
+    weights.finish(family.names.outside(stage))
+    return Decoder(
+        stage,
+        layers,
+        ops.attention(AttentionShape.of(config)),
+        dtype=weights.dtype,
+        rotary=family.rotary(max_len, device),
+        embed=embed,
+        head=head,
+    )
+
+
+def _family(config: ModelConfig, weights: Weights, ops: Ops) -> FamilyLoader:
     match config:
         case LlamaConfig():
-            return LlamaModel(config, weights, ops, max_len=max_len, device=device)
+            return LlamaLoader(config, weights, ops)
         case OPTConfig():
-            return OPTModel(config, weights, ops)
+            return OPTLoader(config, weights, ops)
         case GPT2Config():
-            return GPT2Model(config, weights, ops)
+            return GPT2Loader(config, weights, ops)
     raise TypeError(f"no network for a {type(config).__name__}")

@@ -1,102 +1,87 @@
 """GPT-2: learned positions, LayerNorm, a plain MLP; matrices are stored transposed.
 
-Rules: in the last layer only rows that get logits go through the MLP.
 Must not know: requests, sampling, who owns the KV.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastserve.checkpoint.config_gpt2 import GPT2Config
-from fastserve.model.attention.interfaces import LayerAttention, LayerKV, PagedKV
-from fastserve.model.attention.shape import AttentionShape
-from fastserve.model.input_batch import InputBatch
+from fastserve.model.decoder_parts import Embedding, Head, PreNormLayer
+from fastserve.model.families.interfaces import WeightNames
 from fastserve.model.loader import Weights
 from fastserve.model.ops.interfaces import LinearOp, NormOp, Ops
 
 
-class GPT2Layer:
-    """One decoder layer: attention and MLP, each behind a norm and added to the stream."""
-
-    def __init__(self, config: GPT2Config, weights: Weights, ops: Ops, prefix: str) -> None:
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.head_dim = config.head_dim
-        self.attention_norm = _load_norm(config, weights, ops, f"{prefix}.ln_1")
-        self.qkv = _load_linear(weights, ops, f"{prefix}.attn.c_attn", 3 * hidden, hidden)
-        self.output = _load_linear(weights, ops, f"{prefix}.attn.c_proj", hidden, hidden)
-        self.mlp_norm = _load_norm(config, weights, ops, f"{prefix}.ln_2")
-        self.mlp = ops.mlp(
-            _load_linear(weights, ops, f"{prefix}.mlp.c_fc", inner, hidden),
-            config.activation,
-            _load_linear(weights, ops, f"{prefix}.mlp.c_proj", hidden, inner),
-        )
-
-    def attend(
-        self,
-        hidden: Tensor,  # [num_tokens, hidden]
-        layer_kv: LayerKV,
-        attention: LayerAttention,
-    ) -> Tensor:
-        """Return the mixed values of the step's tokens, before the output projection."""
-        qkv = self.qkv(self.attention_norm(hidden))
-        return attention(qkv.view(len(qkv), -1, self.head_dim), None, layer_kv)
-
-    def add_outputs(self, hidden: Tensor, mixed: Tensor) -> None:
-        """Add attention's output and the MLP's to the stream, in place."""
-        self.output.add_to(hidden, mixed)
-        self.mlp.add_to(hidden, self.mlp_norm(hidden))
-
-
-class GPT2Model:
-    """Token ids and paged KV in, logits of the scored rows out."""
+class GPT2Loader:
+    """Fits `FamilyLoader`."""
 
     def __init__(self, config: GPT2Config, weights: Weights, ops: Ops) -> None:
         self.config = config
-        self.attention = ops.attention(AttentionShape.of(config))
+        self.weights = weights
+        self.ops = ops
         # The original checkpoints were saved from the network without its head.
-        root = "transformer." if weights.has("transformer.wte.weight") else ""
-        shape = (config.vocab_size, config.hidden_size)
-        self.embedding = weights.get(f"{root}wte.weight", *shape)
-        self.positions = weights.get(
-            f"{root}wpe.weight", config.max_position_embeddings, config.hidden_size
+        self.root = "transformer." if weights.has("transformer.wte.weight") else ""
+        self.names = WeightNames(
+            embedding=(f"{self.root}wte.", f"{self.root}wpe."),
+            layers=f"{self.root}h",
+            head=(f"{self.root}ln_f.", "lm_head."),
         )
-        self.layers = tuple(
-            GPT2Layer(config, weights, ops, f"{root}h.{index}")
-            for index in range(config.num_layers)
+
+    def embedding(self) -> Embedding:
+        """Fit `FamilyLoader`."""
+        config = self.config
+        positions = self.weights.get(
+            f"{self.root}wpe.weight", config.max_position_embeddings, config.hidden_size
         )
-        self.norm = _load_norm(config, weights, ops, f"{root}ln_f")
-        is_tied = config.tie_word_embeddings
-        self.head = ops.linear(self.embedding if is_tied else weights.get("lm_head.weight", *shape))
-        weights.finish()
+        return Embedding(self._token_table, positions)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of weights and KV."""
-        return self.embedding.dtype
+    def layer(self, index: int) -> PreNormLayer:
+        """Fit `FamilyLoader`."""
+        prefix = f"{self.names.layers}.{index}"
+        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        return PreNormLayer(
+            attention_norm=self._norm(f"{prefix}.ln_1"),
+            qkv=self._linear(f"{prefix}.attn.c_attn", 3 * hidden, hidden),
+            head_dim=self.config.head_dim,
+            output=self._linear(f"{prefix}.attn.c_proj", hidden, hidden),
+            mlp_norm=self._norm(f"{prefix}.ln_2"),
+            mlp=self.ops.mlp(
+                self._linear(f"{prefix}.mlp.c_fc", inner, hidden),
+                self.config.activation,
+                self._linear(f"{prefix}.mlp.c_proj", hidden, inner),
+            ),
+        )
 
-    def __call__(self, batch: InputBatch, kv: PagedKV) -> Tensor:
-        """Run one step; returns float32 logits [num_scored, vocab]."""
-        hidden = F.embedding(batch.token_ids, self.embedding)  # [num_tokens, hidden]
-        hidden += F.embedding(batch.positions, self.positions)
-        attention = self.attention.plan(batch)
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            mixed = layer.attend(hidden, kv.layers[index], attention)
-            if index == last and batch.scored is not None:
-                hidden, mixed = hidden[batch.scored], mixed[batch.scored]
-            layer.add_outputs(hidden, mixed)
-        return self.head(self.norm(hidden)).float()
+    def head(self) -> Head:
+        """Fit `FamilyLoader`."""
+        config = self.config
+        table = (
+            self._token_table
+            if config.tie_word_embeddings
+            else self.weights.get("lm_head.weight", config.vocab_size, config.hidden_size)
+        )
+        return Head(self.ops.linear(table), norm=self._norm(f"{self.root}ln_f"))
 
+    def rotary(self, max_len: int, device: torch.device) -> None:
+        """Fit `FamilyLoader`."""
 
-def _load_linear(weights: Weights, ops: Ops, name: str, out_width: int, in_width: int) -> LinearOp:
-    weight = weights.get(f"{name}.weight", in_width, out_width)
-    return ops.linear(weight.t().contiguous(), weights.get(f"{name}.bias", out_width))
+    @cached_property
+    def _token_table(self) -> Tensor:
+        """What the embedding reads, and a head tied to it."""
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        return self.weights.get(f"{self.root}wte.weight", *shape)
 
+    def _linear(self, name: str, out_width: int, in_width: int) -> LinearOp:
+        weight = self.weights.get(f"{name}.weight", in_width, out_width)
+        bias = self.weights.get(f"{name}.bias", out_width)
+        return self.ops.linear(weight.t().contiguous(), bias)
 
-def _load_norm(config: GPT2Config, weights: Weights, ops: Ops, name: str) -> NormOp:
-    weight = weights.get(f"{name}.weight", config.hidden_size)
-    bias = weights.get(f"{name}.bias", config.hidden_size)
-    return ops.layer_norm(weight, bias, config.layer_norm_eps)
+    def _norm(self, name: str) -> NormOp:
+        weight = self.weights.get(f"{name}.weight", self.config.hidden_size)
+        bias = self.weights.get(f"{name}.bias", self.config.hidden_size)
+        return self.ops.layer_norm(weight, bias, self.config.layer_norm_eps)

@@ -1,115 +1,92 @@
 """The Llama family: Llama 2 and 3, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE.
 
-Rules: one class, no subclass per model: flags of LlamaConfig tell them apart. Query, key and value
-are one product, gate and up another. In the last layer only rows that get logits go through the
-MLP.
+Rules: one loader, no subclass per model: flags of LlamaConfig tell them apart. Query, key and value
+are one product, gate and up another.
 Must not know: requests, sampling, who owns the KV.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastserve.checkpoint.config_llama import LlamaConfig
-from fastserve.model.attention.interfaces import LayerAttention, LayerKV, PagedKV
 from fastserve.model.attention.rotary import Rotary, interleave_pairs
-from fastserve.model.attention.shape import AttentionShape
+from fastserve.model.decoder_parts import Embedding, Head, PreNormLayer
+from fastserve.model.families.interfaces import WeightNames
 from fastserve.model.families.mixture import load_mixture
-from fastserve.model.input_batch import InputBatch
 from fastserve.model.loader import Weights
-from fastserve.model.ops.interfaces import HeadNormOp, LinearOp, MLPOp, Ops
+from fastserve.model.ops.interfaces import HeadNormOp, LinearOp, MLPOp, NormOp, Ops
 
 
-class LlamaLayer:
-    """One decoder layer: attention and MLP, each behind a norm and added to the stream."""
+class LlamaLoader:
+    """Fits `FamilyLoader`."""
 
-    def __init__(self, config: LlamaConfig, weights: Weights, ops: Ops, index: int) -> None:
-        prefix = f"model.layers.{index}"
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.num_heads = config.num_heads
-        self.num_kv_heads = config.num_kv_heads
-        self.head_dim = config.head_dim
-        self.input_norm = ops.rms_norm(weights.get(f"{prefix}.input_layernorm.weight", hidden), eps)
-        self.qkv = _load_qkv(config, weights, ops, f"{prefix}.self_attn")
-        self.head_norm = _load_head_norm(config, weights, ops, f"{prefix}.self_attn")
+    names = WeightNames(
+        embedding=("model.embed_tokens.",),
+        layers="model.layers",
+        head=("model.norm.", "lm_head."),
+    )
+
+    def __init__(self, config: LlamaConfig, weights: Weights, ops: Ops) -> None:
+        self.config = config
+        self.weights = weights
+        self.ops = ops
+
+    def embedding(self) -> Embedding:
+        """Fit `FamilyLoader`."""
+        return Embedding(self._token_table)
+
+    def layer(self, index: int) -> PreNormLayer:
+        """Fit `FamilyLoader`."""
+        config, weights, ops = self.config, self.weights, self.ops
+        prefix = f"{self.names.layers}.{index}"
         width = config.num_heads * config.head_dim
-        self.output = ops.linear(
-            *_load_matrix(
-                weights, f"{prefix}.self_attn.o_proj", hidden, width, config.has_output_bias
-            )
-        )
-        self.mlp_norm = ops.rms_norm(
-            weights.get(f"{prefix}.post_attention_layernorm.weight", hidden), eps
-        )
         is_sparse = config.experts is not None and index in config.experts.sparse_layers
         load_mlp = load_mixture if is_sparse else _load_mlp
-        self.mlp = load_mlp(config, weights, ops, prefix)
-
-    def attend(
-        self,
-        hidden: Tensor,  # [num_tokens, hidden]
-        rotations: Tensor,
-        layer_kv: LayerKV,
-        attention: LayerAttention,
-    ) -> Tensor:
-        """Return the mixed values of the step's tokens, before the output projection."""
-        qkv = self.qkv(self.input_norm(hidden))
-        qkv = qkv.view(len(qkv), self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        if self.head_norm is not None:
-            self.head_norm(qkv)
-        return attention(qkv, rotations, layer_kv)
-
-    def add_outputs(self, hidden: Tensor, mixed: Tensor) -> None:
-        """Add attention's output and the MLP's to the stream, in place."""
-        self.output.add_to(hidden, mixed)
-        self.mlp.add_to(hidden, self.mlp_norm(hidden))
-
-
-class LlamaModel:
-    """Token ids and paged KV in, logits of the scored rows out."""
-
-    def __init__(
-        self,
-        config: LlamaConfig,
-        weights: Weights,
-        ops: Ops,
-        *,
-        max_len: int,
-        device: torch.device,
-    ) -> None:
-        self.config = config
-        self.attention = ops.attention(AttentionShape.of(config))
-        shape = (config.vocab_size, config.hidden_size)
-        self.embedding = weights.get("model.embed_tokens.weight", *shape)
-        self.layers = tuple(
-            LlamaLayer(config, weights, ops, index) for index in range(config.num_layers)
+        return PreNormLayer(
+            attention_norm=self._norm(f"{prefix}.input_layernorm"),
+            qkv=_load_qkv(config, weights, ops, f"{prefix}.self_attn"),
+            head_norm=_load_head_norm(config, weights, ops, f"{prefix}.self_attn"),
+            head_dim=config.head_dim,
+            output=ops.linear(
+                *_load_matrix(
+                    weights,
+                    f"{prefix}.self_attn.o_proj",
+                    config.hidden_size,
+                    width,
+                    config.has_output_bias,
+                )
+            ),
+            mlp_norm=self._norm(f"{prefix}.post_attention_layernorm"),
+            mlp=load_mlp(config, weights, ops, prefix),
         )
-        norm = weights.get("model.norm.weight", config.hidden_size)
-        self.norm = ops.rms_norm(norm, config.rms_norm_eps)
-        is_tied = config.tie_word_embeddings
-        self.head = ops.linear(self.embedding if is_tied else weights.get("lm_head.weight", *shape))
-        weights.finish()
-        self.rotary = Rotary(config.rope, config.head_dim, max_len, device)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of weights and KV."""
-        return self.embedding.dtype
+    def head(self) -> Head:
+        """Fit `FamilyLoader`."""
+        config = self.config
+        table = (
+            self._token_table
+            if config.tie_word_embeddings
+            else self.weights.get("lm_head.weight", config.vocab_size, config.hidden_size)
+        )
+        return Head(self.ops.linear(table), norm=self._norm("model.norm"))
 
-    def __call__(self, batch: InputBatch, kv: PagedKV) -> Tensor:
-        """Run one step; returns float32 logits [num_scored, vocab]."""
-        hidden = F.embedding(batch.token_ids, self.embedding)  # [num_tokens, hidden]
-        rotations = self.rotary.at(batch.positions)
-        attention = self.attention.plan(batch)
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            mixed = layer.attend(hidden, rotations, kv.layers[index], attention)
-            if index == last and batch.scored is not None:
-                hidden, mixed = hidden[batch.scored], mixed[batch.scored]
-            layer.add_outputs(hidden, mixed)
-        return self.head(self.norm(hidden)).float()
+    def rotary(self, max_len: int, device: torch.device) -> Rotary:
+        """Fit `FamilyLoader`."""
+        return Rotary(self.config.rope, self.config.head_dim, max_len, device)
+
+    @cached_property
+    def _token_table(self) -> Tensor:
+        """What the embedding reads, and a head tied to it."""
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        return self.weights.get("model.embed_tokens.weight", *shape)
+
+    def _norm(self, name: str) -> NormOp:
+        weight = self.weights.get(f"{name}.weight", self.config.hidden_size)
+        return self.ops.rms_norm(weight, self.config.rms_norm_eps)
 
 
 def _load_matrix(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastserve.checkpoint.config_llama import ExpertsConfig, LlamaConfig
-from fastserve.model.loader import Weights
+from fastserve.model.loader import Slice, Weights
 from fastserve.model.ops.interfaces import LinearOp, MLPOp, Ops
 
 
@@ -76,9 +76,11 @@ def _experts(
     """Yield each expert's gate and up in one matrix, and its down."""
     count, width = experts.num_experts, experts.intermediate_size
     if weights.has(f"{prefix}.gate_up_proj"):
-        stacked = weights.get(f"{prefix}.gate_up_proj", count, 2 * width, hidden)
-        downs = weights.get(f"{prefix}.down_proj", count, hidden, width)
-        yield from zip(stacked.unbind(), downs.unbind(), strict=True)
+        for index in range(count):
+            one = Slice(index, index + 1)
+            gate_up = weights.get(f"{prefix}.gate_up_proj", count, 2 * width, hidden, part=one)
+            downs = weights.get(f"{prefix}.down_proj", count, hidden, width, part=one)
+            yield gate_up[0], downs[0]
         return
     has_short_names = weights.has(f"{prefix}.0.w1.weight")
     names = ("w1", "w3", "w2") if has_short_names else ("gate_proj", "up_proj", "down_proj")

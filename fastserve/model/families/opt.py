@@ -1,20 +1,21 @@
 """OPT: learned positions, LayerNorm, a plain MLP; opt-350m has norms last and narrow embeddings.
 
-Rules: query, key and value are one product. In the last layer only rows that get logits go through
-the MLP. Must not know: requests, sampling, who owns the KV.
+Rules: query, key and value are one product.
+Must not know: requests, sampling, who owns the KV.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastserve.checkpoint.config_opt import OPTConfig
-from fastserve.model.attention.interfaces import LayerAttention, LayerKV, PagedKV
-from fastserve.model.attention.shape import AttentionShape
-from fastserve.model.input_batch import InputBatch
-from fastserve.model.loader import Weights
+from fastserve.model.attention.interfaces import LayerAttention, LayerKV
+from fastserve.model.decoder_parts import Embedding, Head, PreNormLayer
+from fastserve.model.families.interfaces import WeightNames
+from fastserve.model.loader import Slice, Weights
 from fastserve.model.ops.interfaces import LinearOp, NormOp, Ops
 
 POSITION_OFFSET = 2
@@ -23,119 +24,126 @@ POSITION_OFFSET = 2
 NORM_EPS = 1e-5
 
 
-class OPTLayer:
-    """One decoder layer: attention and MLP, each with a norm before or after it."""
-
-    def __init__(self, config: OPTConfig, weights: Weights, ops: Ops, prefix: str) -> None:
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.is_norm_first = config.is_norm_first
-        self.head_dim = config.head_dim
-        attention = f"{prefix}.self_attn"
-        parts = [
-            _load_matrix(config, weights, f"{attention}.{name}", hidden, hidden)
-            for name in ("q_proj", "k_proj", "v_proj")
-        ]
-        biases = [bias for _, bias in parts if bias is not None]
-        self.qkv = ops.linear(
-            torch.cat([weight for weight, _ in parts]), torch.cat(biases) if biases else None
-        )
-        self.output = ops.linear(
-            *_load_matrix(config, weights, f"{attention}.out_proj", hidden, hidden)
-        )
-        self.attention_norm = _load_norm(config, weights, ops, f"{prefix}.self_attn_layer_norm")
-        self.mlp_norm = _load_norm(config, weights, ops, f"{prefix}.final_layer_norm")
-        self.mlp = ops.mlp(
-            ops.linear(*_load_matrix(config, weights, f"{prefix}.fc1", inner, hidden)),
-            config.activation,
-            ops.linear(*_load_matrix(config, weights, f"{prefix}.fc2", hidden, inner)),
-        )
+class PostNormLayer(PreNormLayer):
+    """Fits `DecoderLayer`: the norms come after attention and after the MLP, over the sums."""
 
     def attend(
         self,
-        hidden: Tensor,  # [num_tokens, hidden]
+        hidden: Tensor,
+        rotations: Tensor | None,
         layer_kv: LayerKV,
         attention: LayerAttention,
     ) -> Tensor:
-        """Return the mixed values of the step's tokens, before the output projection."""
-        qkv = self.qkv(self.attention_norm(hidden) if self.is_norm_first else hidden)
-        return attention(qkv.view(len(qkv), -1, self.head_dim), None, layer_kv)
+        """Fit `DecoderLayer`."""
+        qkv = self.qkv(hidden)
+        return attention(qkv.view(len(qkv), -1, self.head_dim), rotations, layer_kv)
 
     def add_outputs(self, hidden: Tensor, mixed: Tensor) -> Tensor:
-        """Add attention's output and the MLP's to the stream, which may be overwritten."""
-        hidden = self.output.add_to(hidden, mixed)
-        if self.is_norm_first:
-            return self.mlp.add_to(hidden, self.mlp_norm(hidden))
-        hidden = self.attention_norm(hidden)
+        """Fit `DecoderLayer`."""
+        hidden = self.attention_norm(self.output.add_to(hidden, mixed))
         # The sum is written over its first operand, so the input is a copy.
         return self.mlp_norm(self.mlp.add_to(hidden.clone(), hidden))
 
 
-class OPTModel:
-    """Token ids and paged KV in, logits of the scored rows out."""
+class OPTLoader:
+    """Fits `FamilyLoader`."""
 
     def __init__(self, config: OPTConfig, weights: Weights, ops: Ops) -> None:
         self.config = config
-        self.attention = ops.attention(AttentionShape.of(config))
+        self.weights = weights
+        self.ops = ops
         # The first OPT checkpoints were saved from the network without its head.
-        root = "model.decoder" if weights.has("model.decoder.embed_tokens.weight") else "decoder"
-        hidden, narrow = config.hidden_size, config.embedding_size
-        shape = (config.vocab_size, narrow)
-        self.embedding = weights.get(f"{root}.embed_tokens.weight", *shape)
-        num_positions = config.max_position_embeddings + POSITION_OFFSET
-        table = weights.get(f"{root}.embed_positions.weight", num_positions, hidden)
-        self.positions = table[POSITION_OFFSET:]
-        self.project_in: LinearOp | None = None
-        self.project_out: LinearOp | None = None
-        if narrow != hidden:
-            self.project_in = ops.linear(weights.get(f"{root}.project_in.weight", hidden, narrow))
-            self.project_out = ops.linear(weights.get(f"{root}.project_out.weight", narrow, hidden))
-        self.layers = tuple(
-            OPTLayer(config, weights, ops, f"{root}.layers.{index}")
-            for index in range(config.num_layers)
+        is_whole = weights.has("model.decoder.embed_tokens.weight")
+        self.root = "model.decoder" if is_whole else "decoder"
+        self.names = WeightNames(
+            embedding=tuple(
+                f"{self.root}.{part}." for part in ("embed_tokens", "embed_positions", "project_in")
+            ),
+            layers=f"{self.root}.layers",
+            head=(f"{self.root}.final_layer_norm.", f"{self.root}.project_out.", "lm_head."),
         )
-        self.norm: NormOp | None = None
-        if config.has_final_norm:
-            self.norm = _load_norm(config, weights, ops, f"{root}.final_layer_norm")
-        is_tied = config.tie_word_embeddings
-        self.head = ops.linear(self.embedding if is_tied else weights.get("lm_head.weight", *shape))
-        weights.finish()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of weights and KV."""
-        return self.embedding.dtype
+    def embedding(self) -> Embedding:
+        """Fit `FamilyLoader`."""
+        config, root = self.config, self.root
+        num_rows = config.max_position_embeddings + POSITION_OFFSET
+        positions = self.weights.get(
+            f"{root}.embed_positions.weight",
+            num_rows,
+            config.hidden_size,
+            part=Slice(POSITION_OFFSET, num_rows),
+        )
+        return Embedding(
+            self._token_table,
+            positions,
+            self._projection("project_in", config.hidden_size, config.embedding_size),
+        )
 
-    def __call__(self, batch: InputBatch, kv: PagedKV) -> Tensor:
-        """Run one step; returns float32 logits [num_scored, vocab]."""
-        hidden = F.embedding(batch.positions, self.positions)  # [num_tokens, hidden]
-        tokens = F.embedding(batch.token_ids, self.embedding)  # [num_tokens, embedding_size]
-        if self.project_in is not None:
-            hidden = self.project_in.add_to(hidden, tokens)
-        else:
-            hidden += tokens
-        attention = self.attention.plan(batch)
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            mixed = layer.attend(hidden, kv.layers[index], attention)
-            if index == last and batch.scored is not None:
-                hidden, mixed = hidden[batch.scored], mixed[batch.scored]
-            hidden = layer.add_outputs(hidden, mixed)
-        if self.norm is not None:
-            hidden = self.norm(hidden)
-        if self.project_out is not None:
-            hidden = self.project_out(hidden)
-        return self.head(hidden).float()
+    def layer(self, index: int) -> PreNormLayer:
+        """Fit `FamilyLoader`."""
+        config, ops = self.config, self.ops
+        prefix = f"{self.names.layers}.{index}"
+        hidden, inner = config.hidden_size, config.intermediate_size
+        make_layer = PreNormLayer if config.is_norm_first else PostNormLayer
+        return make_layer(
+            attention_norm=self._norm(f"{prefix}.self_attn_layer_norm"),
+            qkv=self._qkv(f"{prefix}.self_attn"),
+            head_dim=config.head_dim,
+            output=ops.linear(*self._matrix(f"{prefix}.self_attn.out_proj", hidden, hidden)),
+            mlp_norm=self._norm(f"{prefix}.final_layer_norm"),
+            mlp=ops.mlp(
+                ops.linear(*self._matrix(f"{prefix}.fc1", inner, hidden)),
+                config.activation,
+                ops.linear(*self._matrix(f"{prefix}.fc2", hidden, inner)),
+            ),
+        )
 
+    def head(self) -> Head:
+        """Fit `FamilyLoader`."""
+        config = self.config
+        table = (
+            self._token_table
+            if config.tie_word_embeddings
+            else self.weights.get("lm_head.weight", config.vocab_size, config.embedding_size)
+        )
+        return Head(
+            self.ops.linear(table),
+            norm=self._norm(f"{self.root}.final_layer_norm") if config.has_final_norm else None,
+            project=self._projection("project_out", config.embedding_size, config.hidden_size),
+        )
 
-def _load_matrix(
-    config: OPTConfig, weights: Weights, name: str, out_width: int, in_width: int
-) -> tuple[Tensor, Tensor | None]:
-    weight = weights.get(f"{name}.weight", out_width, in_width)
-    return weight, weights.get(f"{name}.bias", out_width) if config.has_bias else None
+    def rotary(self, max_len: int, device: torch.device) -> None:
+        """Fit `FamilyLoader`."""
 
+    @cached_property
+    def _token_table(self) -> Tensor:
+        """What the embedding reads, and a head tied to it."""
+        shape = (self.config.vocab_size, self.config.embedding_size)
+        return self.weights.get(f"{self.root}.embed_tokens.weight", *shape)
 
-def _load_norm(config: OPTConfig, weights: Weights, ops: Ops, name: str) -> NormOp:
-    if not config.has_norm_weights:
-        return ops.layer_norm(None, None, NORM_EPS)
-    weight = weights.get(f"{name}.weight", config.hidden_size)
-    return ops.layer_norm(weight, weights.get(f"{name}.bias", config.hidden_size), NORM_EPS)
+    def _projection(self, name: str, out_width: int, in_width: int) -> LinearOp | None:
+        """Load what stands between the stream and a narrower table; None: they are as wide."""
+        if out_width == in_width:
+            return None
+        return self.ops.linear(self.weights.get(f"{self.root}.{name}.weight", out_width, in_width))
+
+    def _qkv(self, prefix: str) -> LinearOp:
+        hidden = self.config.hidden_size
+        parts = [
+            self._matrix(f"{prefix}.{name}", hidden, hidden)
+            for name in ("q_proj", "k_proj", "v_proj")
+        ]
+        biases = [bias for _, bias in parts if bias is not None]
+        weight = torch.cat([weight for weight, _ in parts])
+        return self.ops.linear(weight, torch.cat(biases) if biases else None)
+
+    def _matrix(self, name: str, out_width: int, in_width: int) -> tuple[Tensor, Tensor | None]:
+        weight = self.weights.get(f"{name}.weight", out_width, in_width)
+        return weight, self.weights.get(f"{name}.bias", out_width) if self.config.has_bias else None
+
+    def _norm(self, name: str) -> NormOp:
+        if not self.config.has_norm_weights:
+            return self.ops.layer_norm(None, None, NORM_EPS)
+        weight = self.weights.get(f"{name}.weight", self.config.hidden_size)
+        bias = self.weights.get(f"{name}.bias", self.config.hidden_size)
+        return self.ops.layer_norm(weight, bias, NORM_EPS)

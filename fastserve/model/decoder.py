@@ -1,0 +1,107 @@
+"""Decoder: the one loop of all decoder-only networks, over all their layers or a run of them.
+
+Rules: embed, plan attention, run the layers, cut to the rows that get logits, norm and head. In the
+last layer only these rows go through the output projection and the MLP. The first stage of a
+network takes token ids, any other takes the hidden state of the one before it; the last returns
+logits, any other its hidden state. A network in stages computes the bits of the whole one.
+Must not know: families, checkpoints, requests, who owns the KV, how hidden state travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastserve.model.attention.interfaces import Attention, LayerAttention, LayerKV, PagedKV
+from fastserve.model.attention.rotary import Rotary
+from fastserve.model.input_batch import InputBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Layers [first, stop) of a network; the embedding and the head come with its ends."""
+
+    first: int
+    stop: int
+    num_layers: int  # of the whole network
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where there are no such layers."""
+        if not 0 <= self.first < self.stop <= self.num_layers:
+            raise ValueError(f"no layers [{self.first}, {self.stop}) among {self.num_layers}")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it begins with token ids."""
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it ends with logits."""
+        return self.stop == self.num_layers
+
+
+class DecoderLayer(Protocol):
+    """Attention and an MLP, each added to the stream."""
+
+    def attend(
+        self,
+        hidden: Tensor,  # [num_tokens, hidden]
+        rotations: Tensor | None,
+        layer_kv: LayerKV,
+        attention: LayerAttention,
+    ) -> Tensor:
+        """Return the mixed values of the step's tokens, before the output projection."""
+
+    def add_outputs(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """Add attention's output and the MLP's to the stream, which may be overwritten."""
+
+
+class Decoder:
+    """Fits `Network` where it is whole, and is one stage of it otherwise."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        layers: Sequence[DecoderLayer],
+        attention: Attention,
+        *,
+        dtype: torch.dtype,
+        rotary: Rotary | None,
+        embed: Callable[[InputBatch], Tensor] | None,
+        head: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        """Join the parts of a stage: `embed` belongs to the first one, `head` to the last."""
+        if (embed is None) == stage.is_first or (head is None) == stage.is_last:
+            raise ValueError(f"an end of {stage} lacks its part, or another has one")
+        self.stage = stage
+        self.layers = tuple(layers)
+        self.attention = attention
+        self.dtype = dtype
+        self.rotary = rotary
+        self.embed = embed
+        self.head = head
+
+    def __call__(self, batch: InputBatch, kv: PagedKV, hidden: Tensor | None = None) -> Tensor:
+        """Run one step over the KV of these layers.
+
+        hidden: [num_tokens, hidden], what the stage before this one returned; may be overwritten.
+        Returns float32 logits [num_scored, vocab], or hidden state of the same shape.
+        """
+        if self.embed is not None:
+            hidden = self.embed(batch)
+        if hidden is None:
+            raise ValueError(f"{self.stage} takes hidden state")
+        rotations = None if self.rotary is None else self.rotary.at(batch.positions)
+        attention = self.attention.plan(batch)
+        last = len(self.layers) - 1
+        for index, (layer, layer_kv) in enumerate(zip(self.layers, kv.layers, strict=True)):
+            mixed = layer.attend(hidden, rotations, layer_kv, attention)
+            if index == last and self.head is not None and batch.scored is not None:
+                hidden, mixed = hidden[batch.scored], mixed[batch.scored]
+            hidden = layer.add_outputs(hidden, mixed)
+        return hidden if self.head is None else self.head(hidden)
