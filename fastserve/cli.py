@@ -25,9 +25,9 @@ from fastserve.host.streams import (
     prepare_streams,
     require_working_directory,
 )
-from fastserve.settings.command_line import Settings
+from fastserve.settings.command_line import Settings, add_arguments
 from fastserve.settings.engine import EngineConfig
-from fastserve.settings.option import ConfigError, add_arguments
+from fastserve.settings.option import ConfigError
 from fastserve.settings.server import ServerConfig
 from fastserve.sim.config import SimulateConfig
 from fastserve.verbs.config import TextConfig, TopConfig
@@ -211,7 +211,7 @@ def load_llm(config: EngineConfig) -> LLM:
     announce(config)
     from fastserve.llm import LLM
 
-    return LLM(**dataclasses.asdict(config))
+    return LLM.from_config(config)
 
 
 def sampling_params(llm: LLM, text: TextConfig) -> SamplingParams:

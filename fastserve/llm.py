@@ -39,6 +39,7 @@ from fastserve.offline.output import (
     logprob_table,
 )
 from fastserve.offline.sampling_params import SamplingParams, integer
+from fastserve.settings.engine import EngineConfig
 from fastserve.text.chat_messages import conversation_list
 from fastserve.text.template_reading import ContentFormat
 from fastserve.text.tokenizer import TextStream, Tokenizer
@@ -63,7 +64,17 @@ class LLM:
     """A model in this process. The flags are those of `fastserve serve`, with underscores."""
 
     def __init__(self, model: str = "demo", **flags: Any) -> None:
-        self.config = engine_config(model, flags)
+        self._open(engine_config(model, flags))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> LLM:
+        """Load the model that a configuration names."""
+        llm = cls.__new__(cls)
+        llm._open(config)
+        return llm
+
+    def _open(self, config: EngineConfig) -> None:
+        self.config = config
         self._tokenizer = open_tokenizer(self.config)
         self._hf_tokenizer: HFTokenizer | None = None
         console = Console(stderr=True)

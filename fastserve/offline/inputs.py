@@ -16,7 +16,8 @@ from typing import Any
 
 from fastserve.offline.sampling_params import is_one_of
 from fastserve.settings.engine import EngineConfig
-from fastserve.settings.option import ConfigError, from_mapping
+from fastserve.settings.mapping import from_mapping
+from fastserve.settings.option import ConfigError
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 

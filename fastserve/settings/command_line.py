@@ -1,4 +1,4 @@
-"""What a command line and its --config file say, as the config classes of a verb.
+"""The flags of config classes, and what a command line and its --config file say as such classes.
 
 Rules: a given flag wins over the file; an unknown key, an unreadable file and a key given twice are
 ConfigErrors that name the file. A flag of several words may not take the verb's positional in with
@@ -10,15 +10,74 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from fastserve.settings.option import ConfigError, did_you_mean, from_mapping, takes_many
+from fastserve.settings.mapping import did_you_mean, from_mapping
+from fastserve.settings.option import ConfigError, field_type, takes_many
 
 T = TypeVar("T")
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    owner: type,
+    *,
+    has_positional: bool = True,
+    only: Container[str] | None = None,
+) -> None:
+    """Give `parser` one flag per field of a config class, spelled as the field with dashes.
+
+    Absent flags leave no attribute, so that a YAML file or the class supplies the value.
+    The positional of the class can be given as a flag too, and only so with `has_positional` false.
+    `only` names the fields that get a flag, where not all do.
+    """
+    group = parser.add_argument_group((owner.__doc__ or "").split("\n")[0].rstrip("."))
+    for spec in dataclasses.fields(owner):
+        if only is not None and spec.name not in only:
+            continue
+        meta, kind = spec.metadata, field_type(owner, spec.name)
+        text = meta["help"].replace("%", "%%")
+        if spec.default not in (None, ()) and kind is not bool:
+            text += f" (default: {spec.default})"
+        names = ["--" + spec.name.replace("_", "-"), *meta["aliases"]]
+        if meta["positional"] and has_positional:
+            either = parser.add_mutually_exclusive_group()
+            either.add_argument(
+                spec.name,
+                nargs="?",
+                type=kind,
+                default=argparse.SUPPRESS,
+                help=text,
+                metavar=spec.name.upper(),
+            )
+            either.add_argument(
+                *names, dest=spec.name, type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )
+            continue
+        if kind is bool:
+            group.add_argument(
+                *names,
+                dest=spec.name,
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=f"{text} (default: {spec.default})",
+            )
+        else:
+            many: dict[str, Any] = {"nargs": "+", "action": "extend"}
+            group.add_argument(
+                *names,
+                **(many if takes_many(owner, spec.name) else {}),
+                dest=spec.name,
+                type=kind,
+                default=argparse.SUPPRESS,
+                help=text,
+                choices=meta["choices"] or None,
+                metavar=None if meta["choices"] else kind.__name__.upper(),
+            )
 
 
 class Settings:

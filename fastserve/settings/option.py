@@ -1,24 +1,18 @@
-"""How a setting is declared, and how flags and YAML become a config class.
+"""How a setting is declared.
 
 Rules: a config class is a frozen dataclass whose fields are made by `option`; everything else (the
 flag's name and type, the YAML key, the documentation) follows from the field. A field of type
-`tuple[str, ...]` takes several words: after one flag, by a repeated flag, as a YAML or JSON list.
-Must not know: any setting by name.
+`tuple[str, ...]` takes several words.
+Must not know: any setting by name, where values come from.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
-import difflib
-import json
 import types
 import typing
-from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from collections.abc import Sequence
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -86,108 +80,3 @@ def field_type(owner: type, name: str) -> type:
         hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
     assert isinstance(hint, type)
     return hint
-
-
-def add_arguments(
-    parser: argparse.ArgumentParser,
-    owner: type,
-    *,
-    has_positional: bool = True,
-    only: Container[str] | None = None,
-) -> None:
-    """Give `parser` one flag per field of a config class, spelled as the field with dashes.
-
-    Absent flags leave no attribute, so that a YAML file or the class supplies the value.
-    The positional of the class can be given as a flag too, and only so with `has_positional` false.
-    `only` names the fields
-    that get a flag, where not all do.
-    """
-    group = parser.add_argument_group((owner.__doc__ or "").split("\n")[0].rstrip("."))
-    for spec in dataclasses.fields(owner):
-        if only is not None and spec.name not in only:
-            continue
-        meta, kind = spec.metadata, field_type(owner, spec.name)
-        text = meta["help"].replace("%", "%%")
-        if spec.default not in (None, ()) and kind is not bool:
-            text += f" (default: {spec.default})"
-        names = ["--" + spec.name.replace("_", "-"), *meta["aliases"]]
-        if meta["positional"] and has_positional:
-            either = parser.add_mutually_exclusive_group()
-            either.add_argument(
-                spec.name,
-                nargs="?",
-                type=kind,
-                default=argparse.SUPPRESS,
-                help=text,
-                metavar=spec.name.upper(),
-            )
-            either.add_argument(
-                *names, dest=spec.name, type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS
-            )
-            continue
-        if kind is bool:
-            group.add_argument(
-                *names,
-                dest=spec.name,
-                action=argparse.BooleanOptionalAction,
-                default=argparse.SUPPRESS,
-                help=f"{text} (default: {spec.default})",
-            )
-        else:
-            many: dict[str, Any] = {"nargs": "+", "action": "extend"}
-            group.add_argument(
-                *names,
-                **(many if takes_many(owner, spec.name) else {}),
-                dest=spec.name,
-                type=kind,
-                default=argparse.SUPPRESS,
-                help=text,
-                choices=meta["choices"] or None,
-                metavar=None if meta["choices"] else kind.__name__.upper(),
-            )
-
-
-def from_mapping(owner: type[T], values: Mapping[str, Any], *, source: str) -> T:
-    """Build a config from names and values, checking names and types.
-
-    Raises ConfigError naming `source` and the key.
-    """
-    known = {spec.name for spec in dataclasses.fields(typing.cast(Any, owner))}
-    checked: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"{source}: unknown option {key!r}{did_you_mean(key, known)}")
-        if takes_many(owner, key):
-            checked[key] = as_words(value, f"{source}: {key}")
-            continue
-        kind = field_type(owner, key)
-        is_number = kind is float and isinstance(value, int) and not isinstance(value, bool)
-        is_plain = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if value is not None and not (is_number or is_plain):
-            raise ConfigError(
-                f"{source}: {key} must be {kind.__name__}, got {type(value).__name__} {value!r}"
-            )
-        checked[key] = value
-    return owner(**checked)
-
-
-def as_words(value: Any, name: str) -> tuple[str, ...]:
-    """Return what a field of several words was given: a word, a list, or a JSON list in one word.
-
-    Raises ConfigError calling the field `name`.
-    """
-    if value is None:
-        return ()
-    words = [value] if isinstance(value, str) else value
-    if isinstance(words, list) and len(words) == 1 and str(words[0]).startswith("["):
-        with contextlib.suppress(ValueError):  # a word that begins like a list
-            words = json.loads(words[0])
-    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
-        raise ConfigError(f"{name} must be str or a list of them, got {type(value).__name__}")
-    return tuple(words)
-
-
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the nearest of the `known` names, "" if none is near."""
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.7)
-    return f"; did you mean {near[0]}?" if near else ""

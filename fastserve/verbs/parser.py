@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fastserve.settings.option import did_you_mean
+from fastserve.settings.mapping import did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite

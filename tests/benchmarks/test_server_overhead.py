@@ -6,8 +6,8 @@ import argparse
 
 from benchmarks.server_overhead import server_flags
 from benchmarks.small_model import CONFIG, write_small_model
+from fastserve.settings.command_line import add_arguments
 from fastserve.settings.engine import EngineConfig
-from fastserve.settings.option import add_arguments
 from fastserve.text.tokenizer import Tokenizer
 
 

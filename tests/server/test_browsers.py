@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.settings.option import from_mapping
+from fastserve.settings.mapping import from_mapping
 from fastserve.settings.server import ServerConfig
 from tests.server.scripted import ScriptedEngine, call, make_app
 

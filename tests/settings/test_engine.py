@@ -9,14 +9,10 @@ from typing import Any
 import pytest
 
 from fastserve.bench.config import SchedulerBenchConfig
+from fastserve.settings.command_line import add_arguments
 from fastserve.settings.engine import EngineConfig
-from fastserve.settings.option import (
-    ConfigError,
-    add_arguments,
-    field_type,
-    from_mapping,
-    takes_many,
-)
+from fastserve.settings.mapping import from_mapping
+from fastserve.settings.option import ConfigError, field_type, takes_many
 from fastserve.settings.scheduler import SchedulerConfig, StepLimits
 from fastserve.settings.server import ServerConfig
 from fastserve.verbs.config import TextConfig, TopConfig
