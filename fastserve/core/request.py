@@ -95,6 +95,11 @@ class SamplingParams:
         """The stop strings, whether one or several were given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    def ending_ids(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+        """Return the ids after which an output is complete, given those of the model."""
+        own = frozenset(self.stop_token_ids)
+        return own if self.ignore_eos else own | eos_token_ids
+
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""

@@ -95,15 +95,12 @@ class Scheduler:
             )
         if len(arrival.output_token_ids) >= max_output_tokens:
             raise ValueError("The request has all of its output tokens already.")
-        stop_token_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_token_ids |= self.config.eos_token_ids
         request = Request(
             self._next_handle,
             arrival,
             now,
             max_output_tokens=max_output_tokens,
-            stop_token_ids=stop_token_ids,
+            stop_token_ids=params.ending_ids(self.config.eos_token_ids),
         )
         request.num_cached_tokens = self.cache.probe(request)
         self._next_handle += 1

@@ -12,14 +12,7 @@ from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutp
 
 
 class Executor(Protocol):
-    """Carries out plans.
-
-    `num_slots` steps of disjoint requests may be in flight (pipeline stages); `lookahead` is how
-    many further steps of one request may be submitted behind an unfinished one.
-    """
-
-    num_slots: int
-    lookahead: int
+    """Carries out plans, as many at once as its SchedulerConfig was told when it was resolved."""
 
     def can_submit(self) -> bool:
         """Whether a compute slot is free; copies never take one."""

@@ -42,10 +42,8 @@ class RequestState:
         self.num_prompt_tokens = new.num_prompt_tokens
         self.params: SamplingParams = new.params
         self.token_ids: list[int] = list(new.cached_token_ids)
-        ending = set(new.params.stop_token_ids)
-        if not new.params.ignore_eos:
-            ending |= eos_token_ids
-        self.banned_ids = sorted(ending) if new.params.min_tokens else []
+        ending = new.params.ending_ids(eos_token_ids) if new.params.min_tokens else ()
+        self.banned_ids = sorted(ending)  # until there are min_tokens
         self.last_logits: Tensor | None = None  # score the first id of the next prompt chunk
 
 

@@ -81,10 +81,7 @@ def check_params(params: SamplingParams, info: EngineInfo, *, has_tokenizer: boo
     check_stop_strings(params.stop_strings, has_tokenizer=has_tokenizer)
     check_token_ids(params.stop_token_ids, info.vocab_size, "stop_token_ids")
     check_token_ids(list(params.logit_bias), info.vocab_size, "logit_bias")
-    ending = set(params.stop_token_ids)
-    if not params.ignore_eos:
-        ending.update(token_id for token_id in info.eos_token_ids if token_id < info.vocab_size)
-    if params.min_tokens and len(ending) >= info.vocab_size:
+    if params.min_tokens and len(params.ending_ids(info.eos_token_ids)) >= info.vocab_size:
         raise RequestError(
             "min_tokens leaves no token: every one of them would stop.", "min_tokens"
         )

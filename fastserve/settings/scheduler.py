@@ -52,7 +52,9 @@ def pool_window(max_model_len: int, num_device_blocks: int, block_size: int) -> 
 class SchedulerConfig:
     """What the core needs, with every default resolved; lengths in tokens, times in seconds.
 
-    `max_model_len` is the `pool_window`; `num_slots` and `lookahead` are the executor's.
+    `max_model_len` is the `pool_window`. `num_slots` steps of disjoint requests may be in flight
+    (pipeline stages), and `lookahead` further ones of a request behind its unfinished one: the
+    executor is built first, and these are its own.
     """
 
     max_num_seqs: int

@@ -187,7 +187,7 @@ class TextStream:
         self._include_stop = params.include_stop_str_in_output
         self._scanner = StopScanner(params.stop_strings, self._include_stop)
         self._min_tokens = params.min_tokens
-        self._ending_ids = frozenset(params.stop_token_ids) | eos_token_ids
+        self._ending_ids = params.ending_ids(eos_token_ids)
         self._num_chars = 0  # decoded so far, what is held back included
         self.num_output_tokens = 0
         self.matched_stop: str | None = None
