@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from fastserve.core.cost_model import CostModel
@@ -11,12 +11,19 @@ from fastserve.core.memory.block import BlockPool
 from fastserve.core.memory.eviction import Defer, Eviction, Recompute, RecomputeBudget
 from fastserve.core.memory.memory import KVCacheManager
 from fastserve.core.memory.victims import VictimRanking
+from fastserve.core.policies.artifact_mlfq import (
+    QUANTUM_RATIO,
+    QUANTUM_S,
+    STARVATION_LIMIT,
+    ArtifactMLFQ,
+)
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.fixed_priority import FixedPriority
 from fastserve.core.policies.mlfq import MLFQ
-from fastserve.core.policies.orca import Orca
 from fastserve.core.policies.priority_classes import PriorityClasses
-from fastserve.core.policies.protocol import Policy
+from fastserve.core.policies.protocol import ClassPolicy, Policy
+from fastserve.core.policies.quanta import Quanta, one_level, skip_levels
+from fastserve.core.policies.reservation import WHOLE_IN_ORDER
 from fastserve.core.policies.srpt import SRPT
 from fastserve.core.policies.static import Static
 from fastserve.core.scheduler import Scheduler
@@ -27,7 +34,7 @@ NUM_BOUNDLESS_BLOCKS = 2**40
 
 def build_policy(
     config: SchedulerConfig, cost_model: CostModel, lengths: Mapping[int, int] | None = None
-) -> Policy:
+) -> ClassPolicy:
     """Return a fresh policy of the configured name.
 
     `lengths` (handle → output tokens) is the foresight that `srpt` needs. Raises ValueError for an
@@ -37,7 +44,7 @@ def build_policy(
         case "fcfs":
             return FCFS()
         case "orca":
-            return Orca()
+            return FCFS(WHOLE_IN_ORDER)
         case "static":
             return Static(config.max_num_seqs)
         case "fixed-priority":
@@ -47,13 +54,14 @@ def build_policy(
         case "skip-join-mlfq":
             return build_mlfq(config, cost_model, skip_join=True)
         case "artifact-mlfq":
-            # The settings of the paper's public artifact.
-            return build_mlfq(
-                replace(config, mlfq_quantum=0.010, mlfq_quantum_ratio=2.0, starvation_limit=3.0),
-                cost_model,
-                skip_join=True,
-                skip_demotion=False,
-                steps_between_promotions=1000,
+            settings = replace(
+                config,
+                mlfq_quantum=QUANTUM_S,
+                mlfq_quantum_ratio=QUANTUM_RATIO,
+                starvation_limit=STARVATION_LIMIT,
+            )
+            return ArtifactMLFQ(
+                build_mlfq(settings, cost_model, skip_join=True, level_below=one_level)
             )
         case "srpt" if lengths is not None:
             return SRPT(cost_model, lengths)
@@ -65,8 +73,7 @@ def build_mlfq(
     cost_model: CostModel,
     *,
     skip_join: bool,
-    skip_demotion: bool = True,
-    steps_between_promotions: int = 0,
+    level_below: Callable[[Quanta, int, float], int] = skip_levels,
 ) -> MLFQ:
     """Return an MLFQ whose q₁ is the minimum iteration time unless one is configured."""
     return MLFQ(
@@ -77,8 +84,7 @@ def build_mlfq(
         max_num_seqs=config.max_num_seqs,
         max_chunk=max_chunk(config),
         skip_join=skip_join,
-        skip_demotion=skip_demotion,
-        steps_between_promotions=steps_between_promotions,
+        level_below=level_below,
     )
 
 
@@ -88,18 +94,23 @@ def build_scheduler(
     num_device_blocks: int,
     num_host_blocks: int = 0,
     *,
+    policy: Policy | None = None,
     lengths: Mapping[int, int] | None = None,
     journal: Journal | None = None,
 ) -> Scheduler:
-    """Return a scheduler over empty pools. Raises ValueError where one request might not fit."""
+    """Return a scheduler over empty pools. Raises ValueError where one request might not fit.
+
+    A `policy` orders in place of priority classes of the configured one.
+    """
     if config.max_model_len > num_device_blocks * config.block_size:
         raise ValueError(
             f"{num_device_blocks} blocks of {config.block_size} tokens do not hold the window of "
             f"{config.max_model_len}"
         )
-    policy = PriorityClasses(
-        lambda: build_policy(config, cost_model, lengths), config.priority_aging
-    )
+    if policy is None:
+        policy = PriorityClasses(
+            lambda: build_policy(config, cost_model, lengths), config.priority_aging
+        )
     is_ideal = config.preemption_mode == "ideal"
     cache = KVCacheManager(
         BlockPool(NUM_BOUNDLESS_BLOCKS if is_ideal else num_device_blocks),

@@ -16,7 +16,7 @@ from itertools import islice
 
 from fastserve.core.memory.memory import Claim, KVCacheManager
 from fastserve.core.memory.table import BlockTable
-from fastserve.core.policies.protocol import Policy
+from fastserve.core.policies.reservation import Reservation
 from fastserve.core.request import Request
 from fastserve.settings.scheduler import SchedulerConfig
 
@@ -28,10 +28,14 @@ class Packing:
     """The budget of one step; `chosen` are (request, num_tokens), best first."""
 
     def __init__(
-        self, config: SchedulerConfig, cache: KVCacheManager, policy: Policy, num_requests: int
+        self,
+        config: SchedulerConfig,
+        cache: KVCacheManager,
+        reservation: Reservation,
+        num_requests: int,
     ) -> None:
         self._cache = cache
-        self._policy = policy
+        self._reservation = reservation
         self._block_size = cache.block_size
         self._window = config.max_model_len
         self._is_chunked = config.enable_chunked_prefill
@@ -144,7 +148,7 @@ class Packing:
         num_tokens = self._share(request.num_tokens - start)
         if not num_tokens:
             return 0
-        reserved = min(self._policy.reserve_tokens(request), self._window)
+        reserved = min(self._reservation.num_tokens(request), self._window)
         claim = cache.claim(request, max(start + num_tokens, reserved), self._scanned)
         if claim is Claim.DEFERRED:
             self._defer(request)
@@ -163,7 +167,7 @@ class Packing:
         self._scanned.discard(request.handle)
         self._num_deferred += 1
         num_free = self._cache.num_left + self._cache.num_leaving
-        is_last = self._policy.keeps_order or self._num_deferred == MAX_DEFERRED
+        is_last = self._reservation.keeps_order or self._num_deferred == MAX_DEFERRED
         self._max_missing_tokens = None if is_last or num_free <= 0 else num_free * self._block_size
 
     def _share(self, num_unscheduled: int) -> int:

@@ -136,11 +136,13 @@ class Request:
 
     `num_tokens` ids are known; `num_computed_tokens` have KV that is confirmed;
     `num_scheduled_tokens` counts the steps in flight too, and `num_pending_samples` of these will
-    append an id. Times are seconds of the engine's clock.
+    append an id. Times are seconds of the engine's clock. `last_ran_at` is when its last step
+    ended, or when it was taken in; `attained_s` are the device seconds of all its steps.
     """
 
     __slots__ = (
         "arrived_at",
+        "attained_s",
         "block_hashes",
         "client",
         "epoch",
@@ -204,8 +206,9 @@ class Request:
         self.stop_reason: int | None = None
         self.first_scheduled_at: float | None = None
         self.first_token_at: float | None = None
-        self.last_ran_at = self.arrived_at
-        self.queue_s = 0.0
+        self.last_ran_at = now
+        self.attained_s = 0.0
+        self.queue_s = arrival.age_s
         self.max_computed_tokens = 0  # over all epochs
         self.num_scored_tokens = 0
         self.num_lost_tokens = 0  # of the epochs before this one

@@ -27,7 +27,7 @@ from fastserve.core.messages import (
     Work,
 )
 from fastserve.core.packing import Packing
-from fastserve.core.policies.protocol import Policy, Share, StepBill
+from fastserve.core.policies.protocol import LevelStats, Policy
 from fastserve.core.request import Arrival, FinishReason, Request
 from fastserve.settings.scheduler import SchedulerConfig
 
@@ -128,8 +128,10 @@ class Scheduler:
         if not can_compute or not self._requests:
             return None
         self.cache.begin_plan(now)
-        packing = Packing(self.config, self.cache, self.policy, len(self._requests))
-        order: Iterator[Request] = iter((self._solo,)) if self._solo else self.policy.ordered(now)
+        packing = Packing(self.config, self.cache, self.policy.reservation, len(self._requests))
+        if self._solo is None:
+            self.policy.advance(now)
+        order: Iterator[Request] = iter((self._solo,)) if self._solo else self.policy.ordered()
         packing.scan(order)
         if packing.chosen:
             return self._plan(packing.trimmed(), now)
@@ -231,7 +233,8 @@ class Scheduler:
         if done.error is not None:
             self._land_failed(done, done.error, now, updates)
             return
-        shares: list[Share] = []
+        ran: list[Request] = []
+        device_s = done.device_s
         samples = iter(done.samples)
         has_progress = False
         for request, table, work in self._in_flight.pop(done.step_id):
@@ -243,6 +246,7 @@ class Scheduler:
                 self.cache.landed(table)
                 self._num_dropped_samples += sample is not None
                 continue
+            request.attained_s += device_s
             has_progress |= self._advance(request, work)
             scored = self._scored(request, work, done) if work.logits == "all" else ()
             if sample is None:
@@ -261,11 +265,11 @@ class Scheduler:
                     updates.append(self._end(request, reason, (sample,), now, scored))
                     continue
                 updates.append(RequestUpdate(request.handle, (sample,), None, None, None, scored))
-            shares.append((request, work.num_tokens))
+            ran.append(request)
         self._note_progress(has_progress)
-        self.cache.worked(done.device_s)
-        if shares:
-            self.policy.charge(StepBill(done.device_s, shares), now)
+        self.cache.worked(device_s)
+        if ran:
+            self.policy.ran(ran, now)
 
     def _land_failed(
         self, done: StepDone, error: str, now: float, updates: list[RequestUpdate]
@@ -328,8 +332,8 @@ class Scheduler:
         error: str | None = None,
     ) -> RequestUpdate:
         """Let go of everything a request holds and write its terminal event."""
-        level = self.policy.level(request)
-        self.policy.remove(request)
+        level = self._level(request)
+        self.policy.finished(request, reason)
         del self._requests[request.handle]
         self._running.pop(request.handle, None)
         if request.first_scheduled_at is not None:
@@ -380,21 +384,31 @@ class Scheduler:
         return "; ".join(
             f"request {r.handle}: computed {r.num_computed_tokens}/{r.num_tokens}, "
             f"in flight {r.steps_in_flight}, blocks {len(r.table.blocks) if r.table else 0}, "
-            f"epoch {r.epoch}, level {self.policy.level(r)}"
+            f"epoch {r.epoch}, level {self._level(r)}"
             for r in self._requests.values()
         )
+
+    def _level(self, request: Request) -> int:
+        levels = self.policy.levels
+        return 0 if levels is None else levels.level(request)
+
+    def _level_stats(self) -> LevelStats:
+        levels = self.policy.levels
+        if levels is not None:
+            return levels.stats()
+        return LevelStats(0, 0, {0: len(self._requests)} if self._requests else {})
 
     # ── for people and tests ─────────────────────────────────────────────────────────────────
 
     def stats(self, now: float) -> SchedulerStats:
         """Return a snapshot of counters and sizes."""
-        policy, pool = self.policy.stats(), self.cache.pool
+        levels, pool = self._level_stats(), self.cache.pool
         num_started = sum(r.first_scheduled_at is not None for r in self._requests.values())
         return SchedulerStats(
             num_running=len(self._running),
             num_waiting=len(self._requests) - num_started,
             num_preempted=num_started - len(self._running),
-            requests_by_level=policy.requests_by_level,
+            requests_by_level=levels.requests_by_level,
             device_blocks_total=pool.num_device_blocks,
             device_blocks_free=pool.num_free,
             device_blocks_cached=pool.num_cached,
@@ -403,8 +417,8 @@ class Scheduler:
             host_blocks_used=0,
             num_steps=self._next_step_id,
             num_preemptions=self._num_preemptions,
-            num_demotions=policy.num_demotions,
-            num_promotions=policy.num_promotions,
+            num_demotions=levels.num_demotions,
+            num_promotions=levels.num_promotions,
             num_recomputed_tokens=self._num_recomputed_tokens,
             num_computed_prompt_tokens=self._num_computed_prompt_tokens,
             num_cached_prompt_tokens=self._num_cached_prompt_tokens,

@@ -11,6 +11,7 @@ from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
 from fastserve.core.journal import Journal
 from fastserve.core.messages import RequestUpdate, SchedulerOutput, TokenLogprobs
+from fastserve.core.policies.protocol import Policy
 from fastserve.core.request import Arrival, FinishReason, Request, SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.engine import Engine
@@ -66,6 +67,7 @@ class Harness:
         num_device_blocks: int,
         *,
         seed: int = 0,
+        policy: Policy | None = None,
         lengths: dict[int, int] | None = None,
         token: Callable[[int, int], int] = default_token,
         step_s: Callable[[SchedulerOutput], float] | None = None,
@@ -85,7 +87,12 @@ class Harness:
             token=token,
         )
         self.scheduler = build_scheduler(
-            config, UNIT_COST, num_device_blocks, lengths=lengths, journal=self.journal
+            config,
+            UNIT_COST,
+            num_device_blocks,
+            policy=policy,
+            lengths=lengths,
+            journal=self.journal,
         )
         self.engine = Engine(self.scheduler, self.executor, self.clock)
         self.expected: dict[int, Expected] = {}

@@ -54,7 +54,8 @@ def test_quanta_come_from_settings_and_costs(changes: dict[str, object], level: 
     policy = build_policy(config, COST)
     request = Request(0, Arrival(range(8), SamplingParams()), max_output_tokens=4)
     policy.admit(request, 0.0)
-    assert policy.level(request) == level
+    assert policy.levels is not None
+    assert policy.levels.level(request) == level
 
 
 def test_a_journal_makes_it_a_journaled_scheduler() -> None:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
 
 import pytest
 
 from fastserve.core.messages import SchedulerOutput
 from fastserve.core.policies.fcfs import FCFS
+from fastserve.core.policies.protocol import Coldness
 from fastserve.core.request import Request
+from tests.core.builders import one_second, prompt_of
 from tests.core.harness import Harness, small_config
 from tests.core.test_random_runs import run as random_run
-
-
-def one_second(plan: SchedulerOutput) -> float:
-    """Every step takes a second."""
-    return 1.0
-
-
-def prompt_of(handle: int, length: int) -> list[int]:
-    """Return ids that no other handle has."""
-    return [1000 * (handle + 1) + position for position in range(length)]
 
 
 def tokens_of(plan: SchedulerOutput) -> dict[int, int]:
@@ -139,31 +132,29 @@ def test_the_coldest_loses_its_kv_and_only_as_many_as_needed() -> None:
 
 
 class Warm(FCFS):
-    """First come first served, but some are said to be needed soon whatever their place."""
+    """First come first served but for one that goes last; some are needed soon all the same."""
 
+    last = -1
     warm: frozenset[int] = frozenset()
 
-    def estimated_next_schedule_time(self, request: Request, now: float) -> float:
-        """Return 0 for the warm."""
-        if request.handle in self.warm:
-            return 0.0
-        return super().estimated_next_schedule_time(request, now) + 1.0
+    def ordered(self) -> Iterator[Request]:
+        """Yield by arrival, one of them last."""
+        return iter(sorted(super().ordered(), key=lambda request: request.handle == self.last))
+
+    def coldness(self, request: Request, now: float) -> Coldness:
+        """Return the least for the warm."""
+        return (-1,) if request.handle in self.warm else super().coldness(request, now)
 
 
 def test_only_the_head_takes_kv_from_those_needed_sooner() -> None:
     """The second of the order leaves a warm request alone; as the first it does not."""
     config = small_config(max_model_len=32, max_num_batched_tokens=32)
-    harness = Harness(config, 8, step_s=one_second)
-    policy = harness.scheduler.policy = Warm()
-    harness.scheduler.cache._victims._policy = policy
+    policy = Warm()
+    harness = Harness(config, 8, step_s=one_second, policy=policy)
     holder = harness.add(prompt_of(0, 17), 14)
     harness.step()
     head, second = harness.add(prompt_of(1, 5), 2), harness.add(prompt_of(2, 9), 3)
-    policy._requests = dict(sorted(policy._requests.items(), reverse=True))
-    policy._requests[head] = policy._requests.pop(head)
-    policy._requests[second] = policy._requests.pop(second)
-    policy._requests[holder] = policy._requests.pop(holder)
-    policy.warm = frozenset((holder,))
+    policy.last, policy.warm = holder, frozenset((holder,))
     harness.step()
     assert tokens_of(harness.executor.plans[-1]) == {head: 5, holder: 1}
     assert harness.request(holder).epoch == 0
@@ -176,18 +167,15 @@ def test_only_the_head_takes_kv_from_those_needed_sooner() -> None:
 def test_holders_fill_a_step_that_the_scan_left_room_in() -> None:
     """Whoever holds KV may run though hundreds who cannot are before it in the order."""
     config = small_config(max_num_seqs=2, max_live_seqs=2)
-    harness = Harness(config, 400, step_s=one_second)
-    policy = harness.scheduler.policy = Warm()
-    harness.scheduler.cache._victims._policy = policy
+    policy = Warm()
+    harness = Harness(config, 400, step_s=one_second, policy=policy)
     for handle in range(2):
         harness.add(prompt_of(handle, 2), 12)
     harness.step()
     policy.warm = frozenset((0, 1))
     for handle in range(2, 202):
         harness.add(prompt_of(handle, 2), 1)
-    head = policy._requests.pop(0)
-    policy._requests[1] = policy._requests.pop(1)
-    policy._requests = {0: head, **policy._requests}
+    policy.last = 1
     harness.step()
     assert tokens_of(harness.executor.plans[-1]) == {0: 1, 1: 1}
     harness.drain()
@@ -278,7 +266,8 @@ def test_the_head_of_the_order_runs_within_the_bound(batch: int) -> None:
         head: Request | None = None
         bound = num_plans = 0
         while harness.is_busy:
-            first = next(scheduler.policy.ordered(harness.clock.now()), None)
+            scheduler.policy.advance(harness.clock.now())
+            first = next(scheduler.policy.ordered(), None)
             if first is not head:
                 head, num_plans = first, len(harness.executor.plans)
                 bound = 1 + len(harness.executor.running)
@@ -339,7 +328,7 @@ def test_waiting_is_bounded_by_the_starvation_limit(
         if long in tokens_of(harness.executor.plans[-1]):
             longest, waited_since = max(longest, now - waited_since), now
         if now - waited_since <= alpha:
-            num_ahead = harness.scheduler.policy.stats().requests_by_level.get(0, 0)
+            num_ahead = harness.scheduler.stats(now).requests_by_level.get(0, 0)
         bound = (1 + lookahead) * (2 + -(-num_ahead // num_seqs))
         assert now - waited_since <= alpha + bound
     assert longest >= alpha

@@ -8,18 +8,15 @@ from typing import Any
 import pytest
 
 from fastserve.core.build import build_scheduler
-from fastserve.core.messages import ExecutorOutput, Sample, SchedulerOutput, StepDone
+from fastserve.core.messages import ExecutorOutput, Sample, StepDone
+from fastserve.core.policies.parts import Deadlines
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.settings.scheduler import pool_window
+from tests.core.builders import one_second
 from tests.core.harness import UNIT_COST, Harness, small_config
 
 EOS, STOP = 900, 901
 PIPELINES = ((1, 0), (1, 1), (2, 0))
-
-
-def one_second(plan: SchedulerOutput) -> float:
-    """Every step takes a second."""
-    return 1.0
 
 
 def says(*ids: int) -> Harness:
@@ -304,7 +301,10 @@ def test_nothing_grows_with_the_requests_that_were() -> None:
     scheduler.check()
     assert len(scheduler._forget) == 1
     sizes = []
-    for part in (scheduler, scheduler.cache, scheduler.cache.pool, scheduler.policy):
+    deadlines = [v for v in vars(scheduler.policy).values() if isinstance(v, Deadlines)]
+    assert deadlines
+    parts = (scheduler, scheduler.cache, scheduler.cache.pool, scheduler.policy, *deadlines)
+    for part in parts:
         sizes += [len(v) for v in vars(part).values() if isinstance(v, dict | list | set)]
     assert max(sizes) <= 66
 

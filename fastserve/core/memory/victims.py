@@ -1,8 +1,8 @@
-"""Victims: which request loses its KV first, the one with the largest estimated next schedule time.
+"""Victims: which request loses its KV first, the coldest by the policy.
 
-Rules: ranking n holders of KV costs n estimates, so a ranking serves for n / 64 plans and the cost
-per plan is bounded. Within them it goes stale in one way: a request that has become colder since is
-not moved up. Whether a ranked request may lose KV is checked again before it is named.
+Rules: ranking n holders of KV asks the policy n times, so a ranking serves for n / 64 plans and the
+cost per plan is bounded. Within them it goes stale in one way: a request that has become colder
+since is not moved up. Whether a ranked request may lose KV is checked again before it is named.
 Must not know: why blocks are needed, how many there are.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from fastserve.core.policies.protocol import Policy
+from fastserve.core.policies.protocol import Coldness, Policy
 from fastserve.core.request import Request
 
 NUM_RANKED_PER_PLAN = 64
@@ -21,7 +21,7 @@ class VictimRanking:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._ranked: list[tuple[float, int, Request]] = []
+        self._ranked: list[tuple[Coldness, int, Request]] = []
         self._num_plans_left = 0
         self._is_fresh = False
         self._now = 0.0
@@ -40,14 +40,14 @@ class VictimRanking:
         """Return the coldest of the holders, if it may lose its KV to the claimant.
 
         None of the `scanned` handles is named; the claimant is one of them. If it is the only one,
-        it heads the order and may take from any other; else only from those that are needed no
-        sooner than itself.
+        it heads the order and may take from any other; else only from those that are no warmer
+        than itself.
         """
         victim = self._coldest(scanned, holders)
         if victim is None or len(scanned) == 1:
             return victim
-        estimate = self._policy.estimated_next_schedule_time
-        is_colder = estimate(victim, self._now) >= estimate(claimant, self._now)
+        coldness = self._policy.coldness
+        is_colder = coldness(victim, self._now) >= coldness(claimant, self._now)
         return victim if is_colder else None
 
     def _coldest(self, excluded: Collection[int], holders: Iterable[Request]) -> Request | None:
@@ -63,9 +63,9 @@ class VictimRanking:
             self._rank(excluded, holders)
 
     def _rank(self, excluded: Collection[int], holders: Iterable[Request]) -> None:
-        estimate, now = self._policy.estimated_next_schedule_time, self._now
+        coldness, now = self._policy.coldness, self._now
         self._ranked = sorted(
-            (estimate(request, now), request.handle, request)
+            (coldness(request, now), request.handle, request)
             for request in holders
             if self._may_lose(request) and request.handle not in excluded
         )

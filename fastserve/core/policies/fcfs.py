@@ -1,55 +1,62 @@
 """First come, first served, run to completion: Orca's order, vLLM's default.
 
 The baseline. A request that has begun is only ever preempted when KV blocks run out, and then
-the youngest loses.
+the youngest loses. With everything that it could ever need reserved at the start it is Orca (OSDI
+2022), the paper's main baseline: a request that has begun never runs out of blocks, and few begin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
-from fastserve.core.policies.protocol import PolicyStats, StepBill
-from fastserve.core.request import Request
+from fastserve.core.policies.protocol import Coldness
+from fastserve.core.policies.reservation import ON_DEMAND_IN_ORDER, Reservation
+from fastserve.core.request import FinishReason, Request
 
 
 class FCFS:
     """One queue in order of arrival."""
 
-    keeps_order = True
+    levels = None
 
-    def __init__(self) -> None:
+    def __init__(self, reservation: Reservation = ON_DEMAND_IN_ORDER) -> None:
+        self.reservation = reservation
         self._requests: dict[int, Request] = {}
 
     def admit(self, request: Request, now: float) -> None:
-        """Join the tail, or the old place on the way back from another priority class."""
-        is_back = bool(self._requests) and request.handle < next(reversed(self._requests))
+        """Join the tail."""
         self._requests[request.handle] = request
-        if is_back:
-            self._requests = dict(sorted(self._requests.items()))
 
-    def charge(self, bill: StepBill, now: float) -> None:
-        """Time does not change the order."""
+    def ran(self, requests: Sequence[Request], now: float) -> None:
+        """Work done does not change the order."""
 
-    def remove(self, request: Request) -> None:
+    def finished(self, request: Request, reason: FinishReason) -> None:
         """Leave the queue."""
         del self._requests[request.handle]
 
-    def ordered(self, now: float) -> Iterator[Request]:
+    def move(self, request: Request, to: FCFS) -> None:
+        """Leave this queue for the place by arrival in another."""
+        del self._requests[request.handle]
+        is_last = not to._requests or next(reversed(to._requests)) < request.handle
+        to._requests[request.handle] = request
+        if not is_last:
+            to._requests = dict(sorted(to._requests.items()))
+
+    def advance(self, now: float) -> None:
+        """Time does not change the order."""
+
+    def next_event(self, now: float) -> float:
+        """Return inf."""
+        return math.inf
+
+    def ordered(self) -> Iterator[Request]:
         """Yield by arrival."""
         return iter(self._requests.values())
 
-    def estimated_next_schedule_time(self, request: Request, now: float) -> float:
-        """Return the distance to the oldest request: only its order means anything."""
-        return float(request.handle - next(iter(self._requests)))
+    def coldness(self, request: Request, now: float) -> Coldness:
+        """Return the place by arrival: the youngest loses its KV first."""
+        return (request.handle,)
 
-    def reserve_tokens(self, request: Request) -> int:
-        """Blocks are taken on demand."""
-        return 0
-
-    def level(self, request: Request) -> int:
-        """There is one queue."""
-        return 0
-
-    def stats(self) -> PolicyStats:
-        """Return the length of the queue."""
-        return PolicyStats(0, 0, {0: len(self._requests)} if self._requests else {})
+    def estimated_next_schedule_time(self, request: Request, now: float) -> None:
+        """Nothing tells how long those ahead will run."""

@@ -5,52 +5,53 @@ A baseline of the paper: it uses what is known (the prompt) and learns nothing (
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
-from fastserve.core.policies.protocol import PolicyStats, StepBill
-from fastserve.core.request import Request
+from fastserve.core.policies.parts import SortedRequests
+from fastserve.core.policies.protocol import Coldness
+from fastserve.core.policies.reservation import ON_DEMAND
+from fastserve.core.request import FinishReason, Request
 
 
 class FixedPriority:
     """Requests sorted by prompt length, then by arrival."""
 
-    keeps_order = False
+    reservation = ON_DEMAND
+    levels = None
 
     def __init__(self) -> None:
-        self._requests: dict[int, Request] = {}
-        self._order: list[tuple[int, int]] = []
+        self._requests = SortedRequests()
 
     def admit(self, request: Request, now: float) -> None:
         """Insert by prompt length."""
-        self._requests[request.handle] = request
-        insort(self._order, (request.num_prompt_tokens, request.handle))
+        self._requests.put(request, request.num_prompt_tokens)
 
-    def charge(self, bill: StepBill, now: float) -> None:
+    def ran(self, requests: Sequence[Request], now: float) -> None:
+        """Work done does not change the order."""
+
+    def finished(self, request: Request, reason: FinishReason) -> None:
+        """Leave the order."""
+        self._requests.discard(request)
+
+    def move(self, request: Request, to: FixedPriority) -> None:
+        """Leave this order for the other."""
+        to._requests.put(request, self._requests.discard(request))
+
+    def advance(self, now: float) -> None:
         """Time does not change the order."""
 
-    def remove(self, request: Request) -> None:
-        """Leave the order."""
-        del self._requests[request.handle]
-        key = (request.num_prompt_tokens, request.handle)
-        del self._order[bisect_left(self._order, key)]
+    def next_event(self, now: float) -> float:
+        """Return inf."""
+        return math.inf
 
-    def ordered(self, now: float) -> Iterator[Request]:
+    def ordered(self) -> Iterator[Request]:
         """Yield the shortest prompts first."""
-        return (self._requests[handle] for _, handle in self._order)
+        return iter(self._requests)
 
-    def estimated_next_schedule_time(self, request: Request, now: float) -> float:
-        """Return the prompt length: only its order means anything."""
-        return float(request.num_prompt_tokens)
+    def coldness(self, request: Request, now: float) -> Coldness:
+        """Return the prompt length."""
+        return (request.num_prompt_tokens,)
 
-    def reserve_tokens(self, request: Request) -> int:
-        """Blocks are taken on demand."""
-        return 0
-
-    def level(self, request: Request) -> int:
-        """There is one queue."""
-        return 0
-
-    def stats(self) -> PolicyStats:
-        """Return the length of the queue."""
-        return PolicyStats(0, 0, {0: len(self._requests)} if self._requests else {})
+    def estimated_next_schedule_time(self, request: Request, now: float) -> None:
+        """Nothing tells how long those ahead will run."""

@@ -3,17 +3,18 @@
 Every request belongs to the class it asked for, clamped to ±100. One that has not run for
 `aging_s` seconds is lifted by one class at a time until it runs, so no class waits for ever: with c
 classes above it, a request heads for the first class within c · aging_s. After it has run it
-returns to its own class.
+returns to its own class. To move between classes is not to end: what the inner policy knows of a
+request goes with it.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
-from fastserve.core.policies.protocol import Policy, PolicyStats, Share, StepBill
-from fastserve.core.request import Request
+from fastserve.core.policies.parts import Deadlines
+from fastserve.core.policies.protocol import ClassPolicy, Coldness, Levels, LevelStats
+from fastserve.core.request import FinishReason, Request
 
 MAX_PRIORITY = 100
 
@@ -21,135 +22,148 @@ MAX_PRIORITY = 100
 class PriorityClasses:
     """Strict order between classes, the inner policy's within one."""
 
-    def __init__(self, make_policy: Callable[[], Policy], aging_s: float) -> None:
+    def __init__(self, make_policy: Callable[[], ClassPolicy], aging_s: float) -> None:
+        """`make_policy` makes the policy of one class.
+
+        What the classes are to learn together it hands to each of them.
+        """
         self._make_policy = make_policy
         self._aging_s = aging_s
-        self._classes: dict[int, Policy] = {}
+        self._spare: ClassPolicy | None = make_policy()  # of the first class that is asked for
+        self.reservation = self._spare.reservation
+        self._has_levels = self._spare.levels is not None
+        self._classes: dict[int, ClassPolicy] = {}
+        self._ranks: list[int] = []
         self._class_of: dict[int, int] = {}
         self._members: dict[int, Request] = {}
-        self._ranks: list[int] = []
-        self._last_ran_at: dict[int, float] = {}
-        self._deadlines: list[tuple[float, int]] = []  # lazy: `_due` says which entry counts
-        self._due: dict[int, float] = {}
+        self._deadlines = Deadlines()
         self._lifted: set[int] = set()
 
     @property
-    def keeps_order(self) -> bool:
-        """Whether the inner policy does."""
-        return any(policy.keeps_order for policy in self._classes.values())
+    def levels(self) -> Levels | None:
+        """The levels of all classes together, if the inner policy has any."""
+        return self if self._has_levels else None
 
     def admit(self, request: Request, now: float) -> None:
         """Join the class of the request's priority."""
+        rank = self._own_class(request)
+        inner = self._class(rank, now)
         self._members[request.handle] = request
-        self._last_ran_at[request.handle] = now
-        self._join(request, self._own_class(request), now)
+        self._class_of[request.handle] = rank
+        inner.admit(request, now)
         if len(self._ranks) > 1:
-            self._watch(request.handle, now + self._aging_s)
+            self._deadlines.put(request.handle, now + self._aging_s)
 
-    def charge(self, bill: StepBill, now: float) -> None:
-        """Bill each class for its members, and send the lifted home."""
+    def ran(self, requests: Sequence[Request], now: float) -> None:
+        """Tell each class of its members, and send the lifted back to their own."""
         if len(self._ranks) == 1:
-            self._classes[self._ranks[0]].charge(bill, now)
+            self._classes[self._ranks[0]].ran(requests, now)
             return
-        parts: dict[int, list[Share]] = {}
-        for share in bill.shares:
-            handle = share[0].handle
-            self._last_ran_at[handle] = now
-            parts.setdefault(self._class_of[handle], []).append(share)
-        for rank, shares in parts.items():
-            self._classes[rank].charge(StepBill(bill.device_s, shares), now)
-        for request, _ in bill.shares:
+        parts: dict[int, list[Request]] = {}
+        for request in requests:
+            parts.setdefault(self._class_of[request.handle], []).append(request)
+        for rank, members in parts.items():
+            self._classes[rank].ran(members, now)
+        for request in requests:
             if request.handle in self._lifted:
                 self._lifted.discard(request.handle)
-                self._move(request, self._own_class(request), now)
-                self._watch(request.handle, now + self._aging_s)
+                self._move(request, self._own_class(request))
+                self._deadlines.put(request.handle, now + self._aging_s)
 
-    def remove(self, request: Request) -> None:
+    def finished(self, request: Request, reason: FinishReason) -> None:
         """Leave the class."""
-        self._classes[self._class_of.pop(request.handle)].remove(request)
-        del self._members[request.handle], self._last_ran_at[request.handle]
-        self._due.pop(request.handle, None)
+        self._classes[self._class_of.pop(request.handle)].finished(request, reason)
+        del self._members[request.handle]
+        self._deadlines.discard(request.handle)
         self._lifted.discard(request.handle)
 
-    def ordered(self, now: float) -> Iterator[Request]:
-        """Yield class by class."""
+    def advance(self, now: float) -> None:
+        """Lift those that have waited for `aging_s`, then let time act within each class."""
         if len(self._ranks) > 1:
             self._lift_waiting(now)
-        return chain.from_iterable(self._classes[rank].ordered(now) for rank in self._ranks)
+        for inner in self._classes.values():
+            inner.advance(now)
 
-    def estimated_next_schedule_time(self, request: Request, now: float) -> float:
-        """Return the inner estimate, behind everything of the classes above."""
-        rank = self._class_of[request.handle]
-        inner = self._classes[rank].estimated_next_schedule_time(request, now)
+    def next_event(self, now: float) -> float:
+        """Return the earliest time at which a class changes, or a request might be lifted."""
+        inner = (policy.next_event(now) for policy in self._classes.values())
+        return min(self._deadlines.first()[0], *inner)
+
+    def ordered(self) -> Iterator[Request]:
+        """Yield class by class."""
         if len(self._ranks) == 1:
-            return inner
-        # Squeezed below the span of a class: the coldest of one is warmer than any of the next.
-        return self._aging_s * (self._ranks.index(rank) + inner / (inner + self._aging_s))
+            return self._classes[self._ranks[0]].ordered()
+        return chain.from_iterable(self._classes[rank].ordered() for rank in self._ranks)
 
-    def reserve_tokens(self, request: Request) -> int:
-        """Return what the class reserves."""
-        return self._classes[self._class_of[request.handle]].reserve_tokens(request)
+    def coldness(self, request: Request, now: float) -> Coldness:
+        """Return the class, then the inner order: all of a class are warmer than the next one."""
+        rank = self._class_of[request.handle]
+        inner = self._classes[rank].coldness(request, now)
+        return inner if len(self._ranks) == 1 else (rank, *inner)
+
+    def estimated_next_schedule_time(self, request: Request, now: float) -> float | None:
+        """Return the inner estimate in the first class; None behind it: it may never be empty."""
+        rank = self._class_of[request.handle]
+        if rank != self._ranks[0]:
+            return None
+        return self._classes[rank].estimated_next_schedule_time(request, now)
 
     def level(self, request: Request) -> int:
         """Return the level within the class."""
-        return self._classes[self._class_of[request.handle]].level(request)
+        levels = self._classes[self._class_of[request.handle]].levels
+        assert levels is not None
+        return levels.level(request)
 
-    def stats(self) -> PolicyStats:
+    def stats(self) -> LevelStats:
         """Return the sums over the classes."""
-        parts = [policy.stats() for policy in self._classes.values()]
         sizes: dict[int, int] = {}
-        for part in parts:
+        num_demotions = num_promotions = 0
+        for policy in self._classes.values():
+            assert policy.levels is not None
+            part = policy.levels.stats()
+            num_demotions += part.num_demotions
+            num_promotions += part.num_promotions
             for level, size in part.requests_by_level.items():
                 sizes[level] = sizes.get(level, 0) + size
-        return PolicyStats(
-            sum(part.num_demotions for part in parts),
-            sum(part.num_promotions for part in parts),
-            sizes,
-        )
+        return LevelStats(num_demotions, num_promotions, sizes)
 
     @staticmethod
     def _own_class(request: Request) -> int:
         return max(-MAX_PRIORITY, min(MAX_PRIORITY, request.priority))
 
-    def _join(self, request: Request, rank: int, now: float) -> None:
+    def _class(self, rank: int, now: float) -> ClassPolicy:
+        """Return the policy of a class, which may be its first."""
         if rank not in self._classes:
-            self._classes[rank] = self._make_policy()
+            self._classes[rank] = self._spare or self._make_policy()
+            self._spare = None
             self._ranks = sorted(self._classes)
             if len(self._ranks) == 2:
                 self._begin_aging(now)
-        self._class_of[request.handle] = rank
-        self._classes[rank].admit(request, now)
+        return self._classes[rank]
 
-    def _move(self, request: Request, rank: int, now: float) -> None:
-        self._classes[self._class_of[request.handle]].remove(request)
-        self._join(request, rank, now)
+    def _move(self, request: Request, rank: int) -> None:
+        before = self._classes[self._class_of[request.handle]]
+        self._class_of[request.handle] = rank
+        before.move(request, self._classes[rank])
 
     def _begin_aging(self, now: float) -> None:
-        """Watch those who came while there was nothing above or below them."""
+        """Watch the requests that came while there was nothing above or below them."""
         for handle in self._members:
-            self._last_ran_at[handle] = now
-            self._watch(handle, now + self._aging_s)
-
-    def _watch(self, handle: int, due: float) -> None:
-        self._due[handle] = due
-        heapq.heappush(self._deadlines, (due, handle))
-        if len(self._deadlines) > 64 + 2 * len(self._due):
-            self._deadlines = sorted((due, handle) for handle, due in self._due.items())
+            self._deadlines.put(handle, now + self._aging_s)
 
     def _lift_waiting(self, now: float) -> None:
-        """Lift by one class whoever has waited for `aging_s` in its present one."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            due, handle = heapq.heappop(self._deadlines)
-            if self._due.get(handle) != due:
-                continue
+        """Lift by one class each that has waited for `aging_s` in its present one."""
+        while True:
+            due, handle = self._deadlines.first()
+            if due > now:
+                return
             request = self._members[handle]
             position = self._ranks.index(self._class_of[handle])
-            waits_until = self._last_ran_at[handle] + self._aging_s
+            waits_until = request.last_ran_at + self._aging_s
             if handle not in self._lifted and waits_until > now:
-                self._watch(handle, waits_until)
-            elif position == 0 or request.steps_in_flight:
-                self._watch(handle, now + self._aging_s)
-            else:
+                self._deadlines.put(handle, waits_until)
+                continue
+            if position > 0 and not request.steps_in_flight:
                 self._lifted.add(handle)
-                self._move(request, self._ranks[position - 1], now)
-                self._watch(handle, now + self._aging_s)
+                self._move(request, self._ranks[position - 1])
+            self._deadlines.put(handle, now + self._aging_s)

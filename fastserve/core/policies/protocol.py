@@ -1,75 +1,93 @@
 """What a scheduling policy is to the scheduler.
 
-Rules: a policy orders and accounts; it never packs, evicts or plans. It may read a request's id,
-arrival, prompt length, cached length, client and priority, never its true length.
+Rules: a policy orders; it never packs, evicts or plans. `advance` is the only place where time
+changes an order, and `ordered` changes nothing, so that one may look ahead between plans. It may
+read of a request what is known of it (id, arrival, prompt length, cached length, client, priority,
+counters, `attained_s`, `last_ran_at`), never its true length, and writes none of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol, Self
 
-from fastserve.core.request import Request
+from fastserve.core.policies.reservation import Reservation
+from fastserve.core.request import FinishReason, Request
 
-# What one request computed in a step: its tokens; its counters already include them. A plain tuple:
-# one is built per running request and step.
-Share = tuple[Request, int]
-
-
-class StepBill(NamedTuple):
-    """A finished step: its device seconds and who took part and goes on."""
-
-    device_s: float
-    shares: Sequence[Share]
+# An order without a unit: of two values of one moment the larger is the colder.
+Coldness = tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyStats:
-    """Counters of a policy."""
+class LevelStats:
+    """Counters of a policy with levels."""
 
     num_demotions: int
     num_promotions: int
     requests_by_level: dict[int, int]
 
 
-class Policy(Protocol):
-    """Orders the live requests, best first.
+class Levels(Protocol):
+    """What is reported of queues above one another; 0 is the highest."""
 
-    `keeps_order` says that a request which memory makes wait holds up those behind it, even where
-    they would fit.
-    """
+    def level(self, request: Request) -> int:
+        """Return the level of a live request."""
+
+    def stats(self) -> LevelStats:
+        """Return counters, and the number of requests of each level that has any."""
+
+
+class Policy(Protocol):
+    """Orders the live requests, best first."""
 
     @property
-    def keeps_order(self) -> bool:
-        """Whether nobody may pass a request that waits for memory."""
+    def reservation(self) -> Reservation:
+        """What a request must be given to begin."""
+
+    @property
+    def levels(self) -> Levels | None:
+        """The levels, where there are any."""
 
     def admit(self, request: Request, now: float) -> None:
         """Take a new request in."""
 
-    def charge(self, bill: StepBill, now: float) -> None:
-        """Account for a finished step."""
+    def ran(self, requests: Sequence[Request], now: float) -> None:
+        """Note that a step has ended; these took part in it and go on.
 
-    def remove(self, request: Request) -> None:
-        """Let go of a request that has ended."""
+        Their counters, `attained_s` and `last_ran_at` include the step.
+        """
 
-    def ordered(self, now: float) -> Iterator[Request]:
-        """Yield all live requests, best first, lazily.
+    def finished(self, request: Request, reason: FinishReason) -> None:
+        """Let go of a request that has ended; an aborted one says nothing about its length."""
+
+    def advance(self, now: float) -> None:
+        """Let time change the order; called before each plan."""
+
+    def next_event(self, now: float) -> float:
+        """Return a time before which time alone changes nothing; inf where it never will.
+
+        A time that is not after `now`: the next `advance` will.
+        """
+
+    def ordered(self) -> Iterator[Request]:
+        """Yield the live requests that may run, best first, lazily.
 
         The policy must not be changed while the iterator is in use.
         """
 
-    def estimated_next_schedule_time(self, request: Request, now: float) -> float:
-        """Return the seconds until the request would run (paper §4.3, ENST); larger is colder.
+    def coldness(self, request: Request, now: float) -> Coldness:
+        """Return by which order requests lose their KV, the largest first.
 
-        KV is taken from the request with the largest; it must not contradict `ordered`.
+        It need not be the order of `ordered`, but the requests at its head should be the warmest.
         """
 
-    def reserve_tokens(self, request: Request) -> int:
-        """Return the positions to hold blocks for from the start; 0: blocks on demand."""
+    def estimated_next_schedule_time(self, request: Request, now: float) -> float | None:
+        """Return the seconds until the request would run (paper §4.3, ENST); None: not known."""
 
-    def level(self, request: Request) -> int:
-        """Return the queue of a request, 0 = highest; 0 where there is only one."""
 
-    def stats(self) -> PolicyStats:
-        """Return counters."""
+class ClassPolicy(Policy, Protocol):
+    """A policy that can order the requests of one priority class among several."""
+
+    def move(self, request: Request, to: Self) -> None:
+        """Hand a live request to another policy of this kind, with all that is known of it."""

@@ -5,71 +5,62 @@ It is handed the true output lengths, so only benchmarks and the simulator can u
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 from fastserve.core.cost_model import CostModel
-from fastserve.core.policies.protocol import PolicyStats, StepBill
-from fastserve.core.request import Request
+from fastserve.core.policies.parts import SortedRequests
+from fastserve.core.policies.protocol import Coldness
+from fastserve.core.policies.reservation import ON_DEMAND
+from fastserve.core.request import FinishReason, Request
 
 
 class SRPT:
     """Requests sorted by the seconds they would still need alone on the machine."""
 
-    keeps_order = False
+    reservation = ON_DEMAND
+    levels = None
 
     def __init__(self, cost_model: CostModel, lengths: Mapping[int, int]) -> None:
         """`lengths` maps a handle to its true number of output tokens."""
         self._cost_model = cost_model
         self._lengths = lengths
-        self._requests: dict[int, Request] = {}
-        self._remaining_s: dict[int, float] = {}
-        self._order: list[tuple[float, int]] = []
+        self._requests = SortedRequests()
 
     def admit(self, request: Request, now: float) -> None:
         """Insert by remaining time."""
-        self._requests[request.handle] = request
-        self._insert(request)
+        self._requests.put(request, self._seconds_left(request))
 
-    def charge(self, bill: StepBill, now: float) -> None:
+    def ran(self, requests: Sequence[Request], now: float) -> None:
         """Move those that ran forward."""
-        for request, _ in bill.shares:
-            self._discard(request)
-            self._insert(request)
+        for request in requests:
+            self._requests.put(request, self._seconds_left(request))
 
-    def remove(self, request: Request) -> None:
+    def finished(self, request: Request, reason: FinishReason) -> None:
         """Leave the order."""
-        self._discard(request)
-        del self._requests[request.handle], self._remaining_s[request.handle]
+        self._requests.discard(request)
 
-    def ordered(self, now: float) -> Iterator[Request]:
+    def move(self, request: Request, to: SRPT) -> None:
+        """Leave this order for the other."""
+        to._requests.put(request, self._requests.discard(request))
+
+    def advance(self, now: float) -> None:
+        """Time does not change the order."""
+
+    def next_event(self, now: float) -> float:
+        """Return inf."""
+        return math.inf
+
+    def ordered(self) -> Iterator[Request]:
         """Yield by remaining time, then by arrival."""
-        return (self._requests[handle] for _, handle in self._order)
+        return iter(self._requests)
 
-    def estimated_next_schedule_time(self, request: Request, now: float) -> float:
-        """Return the remaining time: those with less run first."""
-        return self._remaining_s[request.handle]
+    def coldness(self, request: Request, now: float) -> Coldness:
+        """Return the seconds left to compute: those with less run first."""
+        return (self._requests.key(request),)
 
-    def reserve_tokens(self, request: Request) -> int:
-        """Blocks are taken on demand."""
-        return 0
-
-    def level(self, request: Request) -> int:
-        """There is one queue."""
-        return 0
-
-    def stats(self) -> PolicyStats:
-        """Return the length of the queue."""
-        return PolicyStats(0, 0, {0: len(self._requests)} if self._requests else {})
-
-    def _insert(self, request: Request) -> None:
-        remaining_s = self._seconds_left(request)
-        self._remaining_s[request.handle] = remaining_s
-        insort(self._order, (remaining_s, request.handle))
-
-    def _discard(self, request: Request) -> None:
-        key = (self._remaining_s[request.handle], request.handle)
-        del self._order[bisect_left(self._order, key)]
+    def estimated_next_schedule_time(self, request: Request, now: float) -> None:
+        """The order is by work left, not by the time until it begins."""
 
     def _seconds_left(self, request: Request) -> float:
         end = request.num_prompt_tokens + self._lengths[request.handle]

@@ -6,33 +6,63 @@ batch is answered at once; its place is not reused, which is what matters to the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from fastserve.core.policies.fcfs import FCFS
-from fastserve.core.request import Request
+from fastserve.core.policies.protocol import Coldness
+from fastserve.core.policies.reservation import WHOLE_IN_ORDER
+from fastserve.core.request import FinishReason, Request
 
 
-class Static(FCFS):
+class Static:
     """Batches of up to `max_num_seqs` in order of arrival, one after the other."""
 
+    reservation = WHOLE_IN_ORDER
+    levels = None
+
     def __init__(self, max_num_seqs: int) -> None:
-        super().__init__()
         self._max_num_seqs = max_num_seqs
         self._batch: dict[int, Request] = {}
+        self._waiting: dict[int, Request] = {}
 
-    def remove(self, request: Request) -> None:
-        """Leave the queue and the batch."""
-        super().remove(request)
-        self._batch.pop(request.handle, None)
+    def admit(self, request: Request, now: float) -> None:
+        """Join the tail of those that wait for a batch."""
+        self._waiting[request.handle] = request
 
-    def ordered(self, now: float) -> Iterator[Request]:
-        """Yield the batch; only when it is empty, whoever waits forms the next."""
+    def ran(self, requests: Sequence[Request], now: float) -> None:
+        """Work done does not change the order."""
+
+    def finished(self, request: Request, reason: FinishReason) -> None:
+        """Leave the batch, or those that wait."""
+        self._take_out(request)
+
+    def move(self, request: Request, to: Static) -> None:
+        """Leave for the place by arrival among those that wait for a batch of the other."""
+        self._take_out(request)
+        to._waiting[request.handle] = request
+        to._waiting = dict(sorted(to._waiting.items()))
+
+    def advance(self, now: float) -> None:
+        """Form the next batch when the last one is over."""
         if not self._batch:
-            waiting = islice(self._requests.values(), self._max_num_seqs)
-            self._batch = {request.handle: request for request in waiting}
+            for handle in list(islice(self._waiting, self._max_num_seqs)):
+                self._batch[handle] = self._waiting.pop(handle)
+
+    def next_event(self, now: float) -> float:
+        """Return inf: a batch ends with its last request, whatever the time."""
+        return math.inf
+
+    def ordered(self) -> Iterator[Request]:
+        """Yield the batch; those that wait for the next one cannot run."""
         return iter(self._batch.values())
 
-    def reserve_tokens(self, request: Request) -> int:
-        """Return everything the request could ever need."""
-        return request.max_num_tokens
+    def coldness(self, request: Request, now: float) -> Coldness:
+        """Return the place by arrival."""
+        return (request.handle,)
+
+    def estimated_next_schedule_time(self, request: Request, now: float) -> None:
+        """Nothing tells how long a batch runs."""
+
+    def _take_out(self, request: Request) -> None:
+        (self._batch if request.handle in self._batch else self._waiting).pop(request.handle)

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from fastserve.core.messages import SchedulerOutput
+from tests.core.builders import one_second, prompt_of
 from tests.core.harness import Harness, small_config
-
-
-def one_second(plan: SchedulerOutput) -> float:
-    """Every step takes a second."""
-    return 1.0
-
-
-def prompt_of(handle: int, length: int) -> list[int]:
-    """Return ids that no other handle has."""
-    return [1000 * (handle + 1) + position for position in range(length)]
 
 
 def served(harness: Harness) -> list[set[int]]:
@@ -65,9 +55,11 @@ def test_the_artifact_falls_one_level_and_promotes_late() -> None:
     harness.step()
     request = next(iter(harness.scheduler.cache.holders()))
     assert request.handle == first
-    joined = harness.scheduler.policy.level(request)
+    levels = harness.scheduler.policy.levels
+    assert levels is not None
+    joined = levels.level(request)
     harness.step()
-    assert harness.scheduler.policy.level(request) <= joined + 1
+    assert levels.level(request) <= joined + 1
     harness.add(prompt_of(1, 4), 900)
     steps = 0
     while harness.scheduler.stats(0.0).num_promotions == 0:

@@ -10,8 +10,9 @@ import pytest
 
 from fastserve.core.cost_model import CostModel
 from fastserve.core.policies.mlfq import MLFQ
-from fastserve.core.policies.protocol import StepBill
-from fastserve.core.request import Arrival, Request, SamplingParams
+from fastserve.core.request import FinishReason, Request
+from tests.core.builders import admit, note_step, order, run
+from tests.core.builders import make_request as bare_request
 
 # A decode takes 1 s, a prefill of n tokens (3 + n) / 4. Quanta: 1, 2, 4, 8, 16, …
 COST = CostModel(base_s=0.75, prefill_token_s=0.25, decode_seq_s=0.25)
@@ -32,24 +33,9 @@ def make_policy(**changes: Any) -> MLFQ:
 
 def make_request(handle: int, num_prompt: int = 1, num_cached: int = 0) -> Request:
     """Return a request that has done nothing yet."""
-    request = Request(handle, Arrival(range(num_prompt), SamplingParams()), max_output_tokens=99)
+    request = bare_request(handle, num_prompt)
     request.num_cached_tokens = num_cached
     return request
-
-
-def run(policy: MLFQ, requests: list[Request], device_s: float, now: float) -> None:
-    """Let one step land that computed all that each request has."""
-    shares = []
-    for request in requests:
-        shares.append((request, request.num_tokens - request.num_computed_tokens))
-        request.num_computed_tokens = request.num_tokens
-        request.append(5)
-    policy.charge(StepBill(device_s, shares), now)
-
-
-def order(policy: MLFQ, now: float = 0.0) -> list[int]:
-    """Return the handles in order, after promotions."""
-    return [request.handle for request in policy.ordered(now)]
 
 
 @pytest.mark.parametrize(
@@ -73,10 +59,10 @@ def test_join_level_covers_the_uncached_prefill(
     """Skip-join: min{i : qᵢ ≥ seconds of the whole prefill that no cache spares}."""
     request = make_request(0, num_prompt, num_cached)
     policy = make_policy()
-    policy.admit(request, 0.0)
+    admit(policy, [request])
     assert policy.level(request) == level
     naive = make_policy(skip_join=False)
-    naive.admit(request, 0.0)
+    admit(naive, [request])
     assert naive.level(request) == 0
 
 
@@ -84,7 +70,7 @@ def test_join_level_counts_every_chunk() -> None:
     """A prefill of 12 in chunks of 4 is three steps, 5.25 s; in one it would take 3.75 s."""
     policy = make_policy(max_chunk=4)
     request = make_request(0, 12)
-    policy.admit(request, 0.0)
+    admit(policy, [request])
     assert policy.level(request) == 3
 
 
@@ -93,7 +79,7 @@ def test_demotion_exactly_when_the_next_iteration_does_not_fit() -> None:
     for used, level in ((3.0, 2), (3.001, 3)):
         policy = make_policy()
         request = make_request(0, 13)
-        policy.admit(request, 0.0)
+        admit(policy, [request])
         run(policy, [request], used, used)
         assert policy.level(request) == level
     assert policy.stats().num_demotions == 1
@@ -103,7 +89,7 @@ def test_the_quantum_is_billed_over_steps_and_starts_anew_below() -> None:
     """Level 1 holds one more decode after the first; level 2 starts from nothing."""
     policy = make_policy()
     request = make_request(0, 2)
-    policy.admit(request, 0.0)
+    admit(policy, [request])
     run(policy, [request], 1.0, 1.0)
     assert policy.level(request) == 1
     run(policy, [request], 1.0, 2.0)
@@ -117,8 +103,7 @@ def test_everyone_in_a_step_is_billed_all_of_it() -> None:
     """A decode beside a stranger's long prefill pays for the step, as in the paper."""
     policy = make_policy()
     decode, prefill = make_request(0, 2), make_request(1, 60)
-    policy.admit(decode, 0.0)
-    policy.admit(prefill, 0.0)
+    admit(policy, [decode, prefill])
     run(policy, [decode, prefill], 15.0, 15.0)
     assert (policy.level(decode), policy.level(prefill)) == (2, 4)
 
@@ -127,16 +112,16 @@ def test_demotion_skips_levels_that_cannot_hold_the_next_chunk() -> None:
     """Without skip-join a prefill falls from level 0 to the level that holds its next chunk."""
     policy = make_policy(skip_join=False, max_chunk=20)
     request = make_request(0, 40)
-    policy.admit(request, 0.0)
+    admit(policy, [request])
     request.num_computed_tokens = 20
-    policy.charge(StepBill(6.0, [(request, 20)]), 6.0)
+    note_step(policy, [request], 6.0, 6.0)
     assert policy.level(request) == 3  # the next chunk takes 5.75 s
     request.num_computed_tokens = 37
-    policy.charge(StepBill(5.5, [(request, 17)]), 11.5)
+    note_step(policy, [request], 5.5, 11.5)
     assert policy.level(request) == 3  # 5.5 + 1.5 fits into 8
     request.num_computed_tokens = 40
     request.append(5)
-    policy.charge(StepBill(2.0, [(request, 3)]), 13.5)
+    note_step(policy, [request], 2.0, 13.5)
     assert policy.level(request) == 4  # 7.5 + 1 does not
 
 
@@ -144,16 +129,15 @@ def test_first_in_first_out_within_a_level_and_demotion_to_its_tail() -> None:
     """A level is a queue: arrivals and the demoted go to the tail, running moves nobody."""
     policy = make_policy()
     first, second, third = make_request(0, 2), make_request(1, 6), make_request(2, 6)
-    for request in (first, second, third):
-        policy.admit(request, 0.0)
+    admit(policy, [first, second, third])
     assert order(policy) == [0, 1, 2]
     run(policy, [first], 2.0, 2.0)  # to level 2, behind those there
     assert order(policy) == [1, 2, 0]
     late = make_request(3, 6)
-    policy.admit(late, 2.0)
+    admit(policy, [late], 2.0)
     run(policy, [second], 1.0, 3.0)  # 1 + 1 still fits into 4
     assert order(policy) == [1, 2, 0, 3]
-    policy.remove(third)
+    policy.finished(third, FinishReason.STOP)
     assert order(policy) == [1, 0, 3]
 
 
@@ -161,8 +145,8 @@ def test_promotion_at_exactly_the_limit_since_it_last_ran() -> None:
     """Not a moment before α; running puts it off; level 0 starts with a fresh quantum."""
     policy = make_policy(starvation_limit=10.0)
     long, other = make_request(0, 60), make_request(1, 60)
-    policy.admit(long, 0.0)
-    policy.admit(other, 3.0)
+    admit(policy, [long], 0.0)
+    admit(policy, [other], 3.0)
     order(policy, 9.999)
     assert policy.level(long) == 4
     run(policy, [long], 1.0, 9.999)
@@ -183,7 +167,7 @@ def test_the_promoted_start_with_a_whole_quantum() -> None:
     """What was used in the level below is forgotten."""
     policy = make_policy(starvation_limit=10.0, quantum_s=4.0)
     request = make_request(0, 29)
-    policy.admit(request, 0.0)
+    admit(policy, [request])
     run(policy, [request], 7.0, 7.0)
     assert policy.level(request) == 1
     order(policy, 17.0)
@@ -197,10 +181,10 @@ def test_who_waits_longest_is_promoted_first() -> None:
     policy = make_policy(starvation_limit=10.0)
     requests = [make_request(handle, 60) for handle in range(4)]
     for request, now in zip(requests, (0.0, 1.0, 2.0, 3.0), strict=True):
-        policy.admit(request, now)
+        admit(policy, [request], now)
     run(policy, [requests[0]], 0.5, 2.5)
     short = make_request(9)
-    policy.admit(short, 30.0)
+    admit(policy, [short], 30.0)
     assert order(policy, 30.0) == [9, 1, 2, 0, 3]
 
 
@@ -208,7 +192,7 @@ def test_a_request_in_flight_does_not_starve() -> None:
     """Whoever computes at this moment is not promoted, however long the step takes."""
     policy = make_policy(starvation_limit=1.0)
     request = make_request(0, 60)
-    policy.admit(request, 0.0)
+    admit(policy, [request])
     request.steps_in_flight = 1
     order(policy, 15.0)
     assert policy.level(request) == 4
@@ -226,12 +210,12 @@ def test_no_starvation_limit_means_no_promotion_and_no_memory() -> None:
     policy = make_policy(starvation_limit=1e12)
     for handle in range(20_000):
         request = make_request(handle, 2)
-        policy.admit(request, float(handle))
+        admit(policy, [request], float(handle))
         run(policy, [request], 1.0, float(handle))
         run(policy, [request], 1.0, float(handle))
-        policy.remove(request)
+        policy.finished(request, FinishReason.STOP)
     assert order(policy, 1e9) == []
-    assert len(policy._deadlines) <= 66
+    assert len(policy._deadlines._heap) <= 66
     assert policy.stats().num_promotions == 0
 
 
@@ -240,13 +224,12 @@ def test_enst_by_hand() -> None:
     policy = make_policy()
     levels = (0, 0, 1, 3, 3, 4)
     requests = [make_request(h, 4 * 2**level - 3) for h, level in enumerate(levels)]
-    for request in requests:
-        policy.admit(request, 0.0)
+    admit(policy, requests)
     assert tuple(policy.level(request) for request in requests) == levels
     estimates = [policy.estimated_next_schedule_time(request, 7.0) for request in requests]
     # Level 1: 2 · 1. Level 3: 2 · (1 + 2 + 4) + 1 · (2 + 4). Level 4: 2 · 15 + 1 · 14 + 2 · 8.
     assert estimates == [0.0, 0.0, 1.0, 10.0, 10.0, 30.0]
-    policy.remove(requests[3])
+    policy.finished(requests[3], FinishReason.STOP)
     assert policy.estimated_next_schedule_time(requests[5], 7.0) == 26.0
     assert policy.estimated_next_schedule_time(requests[5], 80.0) == 20.0  # until promotion
     assert policy.estimated_next_schedule_time(requests[5], 200.0) == 0.0
@@ -327,7 +310,7 @@ def test_against_the_naive_replay(seed: int) -> None:
             num_prompt = rng.choice((1, 2, 9, 30))
             live.append(make_request(num_added, num_prompt, rng.choice((0, num_prompt // 2))))
             num_added += 1
-            policy.admit(live[-1], now)
+            admit(policy, [live[-1]], now)
             naive.admit(live[-1], now)
         elif event < 0.85:
             shares = []
@@ -338,11 +321,11 @@ def test_against_the_naive_replay(seed: int) -> None:
                     request.append(5)
                 shares.append((request, num_tokens))
             device_s = rng.choice((0.25, 1.0, 3.5))
-            policy.charge(StepBill(device_s, shares), now)
+            note_step(policy, [request for request, _ in shares], device_s, now)
             naive.charge(shares, device_s, now)
         else:
             request = live.pop(rng.randrange(len(live)))
-            policy.remove(request)
+            policy.finished(request, FinishReason.STOP)
             naive.jobs.remove(naive.job(request))
         assert order(policy, now) == naive.ordered(now)
         for request in live:

@@ -10,19 +10,20 @@ from fastserve.core.cost_model import CostModel
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.mlfq import MLFQ
 from fastserve.core.policies.priority_classes import PriorityClasses
-from fastserve.core.policies.protocol import Policy, StepBill
-from fastserve.core.request import Arrival, Request, SamplingParams
+from fastserve.core.policies.protocol import Policy
+from fastserve.core.request import FinishReason, Request
+from tests.core import builders
+from tests.core.builders import order, run
 
 AGING = 10.0
 
 
 def make_request(handle: int, priority: int) -> Request:
     """Return a request that has done nothing yet."""
-    params = SamplingParams()
-    return Request(handle, Arrival([1, 2], params, priority=priority), max_output_tokens=99)
+    return builders.make_request(handle, 2, priority=priority)
 
 
-def make_mlfq() -> Policy:
+def make_mlfq() -> MLFQ:
     """Return an inner policy with levels."""
     return MLFQ(
         CostModel(base_s=1.0, prefill_token_s=0.25),
@@ -38,21 +39,13 @@ def make_mlfq() -> Policy:
 def admit(policy: PriorityClasses, priorities: list[int], now: float = 0.0) -> list[Request]:
     """Admit one request per priority, handles in order."""
     requests = [make_request(handle, priority) for handle, priority in enumerate(priorities)]
-    for request in requests:
-        policy.admit(request, now)
+    builders.admit(policy, requests, now)
     return requests
 
 
-def order(policy: PriorityClasses, now: float = 0.0) -> list[int]:
-    """Return the handles in order, after lifts."""
-    return [request.handle for request in policy.ordered(now)]
-
-
-def run(policy: PriorityClasses, request: Request, now: float) -> None:
-    """Let a step of one request land."""
-    request.num_computed_tokens = request.num_tokens
-    request.append(5)
-    policy.charge(StepBill(1.0, [(request, 1)]), now)
+def land(policy: Policy, request: Request, now: float) -> None:
+    """Let a step of a second of one request land."""
+    run(policy, [request], 1.0, now)
 
 
 def test_lower_values_go_first_and_extremes_are_clamped() -> None:
@@ -69,16 +62,16 @@ def test_waiting_lifts_by_one_class_at_a_time() -> None:
     now = 0.0
     while now < AGING - 1:
         now += 1.0
-        run(policy, requests[1], now)
-        run(policy, requests[2], now)
+        land(policy, requests[1], now)
+        land(policy, requests[2], now)
         assert order(policy, now) == [2, 1, 0]
-    run(policy, requests[1], AGING)
-    run(policy, requests[2], AGING)
+    land(policy, requests[1], AGING)
+    land(policy, requests[2], AGING)
     assert order(policy, AGING) == [2, 0, 1]  # in class 1, where it is the oldest
-    run(policy, requests[1], 2 * AGING - 1)
-    run(policy, requests[2], 2 * AGING - 1)
+    land(policy, requests[1], 2 * AGING - 1)
+    land(policy, requests[2], 2 * AGING - 1)
     assert order(policy, 2 * AGING - 1) == [2, 0, 1]
-    run(policy, requests[2], 2 * AGING)
+    land(policy, requests[2], 2 * AGING)
     assert order(policy, 2 * AGING) == [0, 2, 1]  # in class 0
 
 
@@ -87,11 +80,11 @@ def test_a_lifted_request_goes_home_when_it_has_run() -> None:
     policy = PriorityClasses(FCFS, AGING)
     low, high = admit(policy, [1, 0])
     for turn in range(1, 6):
-        run(policy, high, turn * AGING)
+        land(policy, high, turn * AGING)
         assert order(policy, turn * AGING) == [0, 1], f"turn {turn}"
-        run(policy, low, turn * AGING)
+        land(policy, low, turn * AGING)
         assert order(policy, turn * AGING) == [1, 0]
-        run(policy, high, turn * AGING + AGING - 0.5)
+        land(policy, high, turn * AGING + AGING - 0.5)
         assert order(policy, turn * AGING + AGING - 0.5) == [1, 0]
 
 
@@ -105,9 +98,9 @@ def test_every_lift_is_by_one_class_however_often_it_was_lifted() -> None:
         for _ in range(10):
             now += AGING / 10
             for request in others:
-                run(policy, request, now)
+                land(policy, request, now)
         assert order(policy, now) == [3, 2, 0, 1]
-        run(policy, low, now)
+        land(policy, low, now)
         assert order(policy, now) == [3, 2, 1, 0]
 
 
@@ -127,19 +120,20 @@ def test_the_lowest_class_heads_the_order_in_time(num_classes: int, seed: int) -
     while num_heads < 5:
         now += 0.5
         waiting.append(make_request(handle, rng.randrange(num_classes - 1)))
-        policy.admit(waiting[-1], now)
+        builders.admit(policy, [waiting[-1]], now)
         handle += 1
-        head = next(iter(policy.ordered(now)))
+        policy.advance(now)
+        head = next(policy.ordered())
         if head is lowest:
             num_heads += 1
             longest = max(longest, now - waited_since)
             waited_since = now
-            run(policy, lowest, now)
+            land(policy, lowest, now)
         elif rng.random() < 0.5:
-            policy.remove(head)
+            policy.finished(head, FinishReason.STOP)
             waiting.remove(head)
         else:
-            run(policy, head, now)
+            land(policy, head, now)
         assert now - waited_since <= num_classes * AGING
     assert longest >= (num_classes - 1) * AGING  # and strictly by class until then
 
@@ -148,10 +142,10 @@ def test_the_coldest_is_in_the_lowest_class() -> None:
     """Estimates do not contradict the order: no class loses KV before a lower one."""
     policy = PriorityClasses(FCFS, 0.5)
     requests = admit(policy, [0] * 40 + [1] * 3 + [2] * 3)
-    estimates = [policy.estimated_next_schedule_time(r, 0.0) for r in policy.ordered(0.0)]
+    estimates = [policy.coldness(r, 0.0) for r in policy.ordered()]
     assert estimates == sorted(set(estimates))
     for request in requests[40:]:
-        policy.remove(request)
+        policy.finished(request, FinishReason.STOP)
     assert order(policy) == list(range(40))
 
 
@@ -159,15 +153,17 @@ def test_one_class_is_the_inner_policy() -> None:
     """Where nobody asks for priorities, there is nothing between the scheduler and the policy."""
     policy, bare = PriorityClasses(make_mlfq, AGING), make_mlfq()
     requests = admit(policy, [7, 7, 7])
-    for request in requests:
-        bare.admit(request, 0.0)
+    builders.admit(bare, requests)
     for now in (1.0, 2.0, 3.0, 99.0):
-        request = next(iter(bare.ordered(now)))
-        assert next(iter(policy.ordered(now))) is request
-        run(policy, request, now)
-        bare.charge(StepBill(1.0, [(request, 1)]), now)
+        bare.advance(now)
+        policy.advance(now)
+        request = next(bare.ordered())
+        assert next(policy.ordered()) is request
+        land(policy, request, now)
+        bare.ran([request], now)
         for other in requests:
             assert policy.level(other) == bare.level(other)
+            assert policy.coldness(other, now) == bare.coldness(other, now)
             estimate = policy.estimated_next_schedule_time(other, now)
             assert estimate == bare.estimated_next_schedule_time(other, now)
     assert policy.stats() == bare.stats()
@@ -177,10 +173,10 @@ def test_those_who_came_before_the_second_class_age_too() -> None:
     """Aging begins with the second class, for everybody."""
     policy = PriorityClasses(FCFS, AGING)
     low = make_request(0, 5)
-    policy.admit(low, 0.0)
+    builders.admit(policy, [low], 0.0)
     order(policy, 50.0)
     high = make_request(1, 0)
-    policy.admit(high, 50.0)
+    builders.admit(policy, [high], 50.0)
     assert order(policy, 50.0) == [1, 0]
     assert order(policy, 50.0 + AGING - 0.001) == [1, 0]
     assert order(policy, 50.0 + AGING) == [0, 1]
@@ -191,12 +187,11 @@ def test_nothing_is_left_of_those_who_ended() -> None:
     policy = PriorityClasses(make_mlfq, 1e9)
     for handle in range(5_000):
         request = make_request(handle, handle % 3)
-        policy.admit(request, float(handle))
-        run(policy, request, float(handle))
-        policy.remove(request)
-    assert len(policy._deadlines) <= 66
-    assert not policy._due
+        builders.admit(policy, [request], float(handle))
+        land(policy, request, float(handle))
+        policy.finished(request, FinishReason.STOP)
+    assert len(policy._deadlines._heap) <= 66
+    assert not len(policy._deadlines)
     assert not policy._members
     assert not policy._class_of
-    assert not policy._last_ran_at
     assert not policy._lifted

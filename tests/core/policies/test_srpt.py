@@ -7,16 +7,11 @@ from random import Random
 import pytest
 
 from fastserve.core.cost_model import CostModel
-from fastserve.core.policies.protocol import StepBill
 from fastserve.core.policies.srpt import SRPT
-from fastserve.core.request import Arrival, Request, SamplingParams
+from fastserve.core.request import FinishReason, Request
+from tests.core.builders import make_request, note_step
 
 COST = CostModel(base_s=1.0, prefill_token_s=0.1)
-
-
-def make_request(handle: int, num_prompt: int) -> Request:
-    """Return a request that has done nothing yet."""
-    return Request(handle, Arrival(range(num_prompt), SamplingParams()), max_output_tokens=50)
 
 
 def test_remaining_time_by_hand() -> None:
@@ -24,15 +19,15 @@ def test_remaining_time_by_hand() -> None:
     policy = SRPT(COST, {0: 5})
     request = make_request(0, 10)
     policy.admit(request, 0.0)
-    assert policy.estimated_next_schedule_time(request, 0.0) == pytest.approx(6.0)
+    assert policy.coldness(request, 0.0) == pytest.approx((6.0,))
     request.num_computed_tokens = 10
     request.append(7)
-    policy.charge(StepBill(2.0, [(request, 10)]), 2.0)
-    assert policy.estimated_next_schedule_time(request, 2.0) == pytest.approx(4.0)
+    note_step(policy, [request], 2.0, 2.0)
+    assert policy.coldness(request, 2.0) == pytest.approx((4.0,))
     request.num_computed_tokens = 11
     request.append(7)
-    policy.charge(StepBill(1.0, [(request, 1)]), 3.0)
-    assert policy.estimated_next_schedule_time(request, 3.0) == pytest.approx(3.0)
+    note_step(policy, [request], 1.0, 3.0)
+    assert policy.coldness(request, 3.0) == pytest.approx((3.0,))
 
 
 def test_order_is_sorted_at_all_times() -> None:
@@ -47,12 +42,10 @@ def test_order_is_sorted_at_all_times() -> None:
         for request in rng.sample(list(live.values()), min(len(live), 2)):
             request.num_computed_tokens = request.num_tokens
             if request.num_output_tokens + 1 == lengths[request.handle]:
-                policy.remove(live.pop(request.handle))
+                policy.finished(live.pop(request.handle), FinishReason.LENGTH)
                 continue
             request.append(1)
-            policy.charge(StepBill(1.0, [(request, 1)]), 0.0)
-        keys = [
-            (policy.estimated_next_schedule_time(r, 0.0), r.handle) for r in policy.ordered(0.0)
-        ]
+            note_step(policy, [request], 1.0, 0.0)
+        keys = [(policy.coldness(r, 0.0), r.handle) for r in policy.ordered()]
         assert keys == sorted(keys)
         assert {handle for _, handle in keys} == set(live)
