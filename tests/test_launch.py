@@ -16,7 +16,9 @@ from typing import TypeVar
 import pytest
 
 from fastserve import launch
-from fastserve.client.async_engine import AsyncEngine, EngineDeadError, RequestStream
+from fastserve.client.async_engine import AsyncEngine
+from fastserve.client.interfaces import EngineDeadError
+from fastserve.client.streams import RequestStream
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.launch import open_async_engine, open_engine, open_tokenizer

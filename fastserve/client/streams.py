@@ -1,18 +1,22 @@
-"""RequestStream: the news of one request, and all that is needed to run it once more.
+"""The requests of the API process: what each has said so far, and its one end.
 
-Rules: it keeps the prompt and the ids so far until the terminal update; updates that nobody has
-read yet are handed out as one. Must not know: processes, sockets, text.
+Rules: a request keeps its prompt and its ids until it ends, which is all that is needed to run it
+once more; updates that were not read yet are handed out as one. A request leaves OpenStreams when
+it ends, so that it ends once, and there its tokens and its end are counted.
+Must not know: processes, sockets, text, which engine runs a request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from fastserve.core.messages import RequestUpdate
-from fastserve.core.request import Arrival, SamplingParams
+from fastserve.client.metrics import EngineMetrics
+from fastserve.core.messages import RequestMetrics, RequestUpdate
+from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.wire.engine_messages import Abort, Add, Finish
 
 
@@ -27,21 +31,21 @@ class StreamOwner(Protocol):
 
 
 class RequestStream:
-    """The news of one request, as an async iterator that ends after the terminal update."""
+    """The updates of one request, as an async iterator that ends after the terminal one."""
 
-    def __init__(self, owner: StreamOwner, request_id: int, arrival: Arrival, now: float) -> None:
-        self.request_id = request_id
+    def __init__(self, owner: StreamOwner, number: int, arrival: Arrival, now: float) -> None:
+        self.number = number
         self.arrived_at = now - arrival.age_s  # in seconds of the caller's clock
         self.output_token_ids: list[int] = []
         self.error: Exception | None = None
         self.is_ended = False  # nothing more will come
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
-        self.num_prompt_logprobs = 0  # received so far
-        self.num_to_skip = 0  # of those a restarted engine sends again
         self.finish_at: int | None = None  # a stop string matched after so many ids
         self._owner = owner
         self._arrival = arrival
+        self._num_prompt_logprobs = 0  # received so far
+        self._num_to_skip = 0  # of those, how many the next engine will send again
         self._pending: list[RequestUpdate] = []
         self._has_news = asyncio.Event()
 
@@ -57,10 +61,11 @@ class RequestStream:
 
     def as_command(self, now: float) -> Add:
         """Return the message that makes an engine run this request, or go on with it."""
+        self._num_to_skip = self._num_prompt_logprobs
         arrival = dataclasses.replace(
             self._arrival, age_s=now - self.arrived_at, output_token_ids=self.output_token_ids
         )
-        return Add(self.request_id, arrival)
+        return Add(self.number, arrival)
 
     def __aiter__(self) -> RequestStream:
         """Iterate over the updates that are still to come."""
@@ -82,26 +87,111 @@ class RequestStream:
         """Say that a stop string matched after so many ids; the terminal update follows."""
         if not self.is_ended and self.finish_at is None:
             self.finish_at = num_output_tokens
-            self._owner.tell(Finish(self.request_id, num_output_tokens))
+            self._owner.tell(Finish(self.number, num_output_tokens))
 
     def abort(self) -> None:
         """Give the request up; nothing more comes."""
         if not self.is_ended:
-            self._owner.tell(Abort(self.request_id))
+            self._owner.tell(Abort(self.number))
             self._owner.drop(self)
 
     def push(self, update: RequestUpdate) -> None:
         """Take one update in."""
+        if update.prompt_logprobs:
+            update = self._unseen(update)
         self.output_token_ids.extend(sample.token_id for sample in update.samples)
         self._pending.append(update)
         self.is_ended = update.finish_reason is not None
         self._has_news.set()
+
+    def _unseen(self, update: RequestUpdate) -> RequestUpdate:
+        """Leave out the prompt logprobs that an engine before this one has sent already."""
+        skipped = min(self._num_to_skip, len(update.prompt_logprobs))
+        self._num_to_skip -= skipped
+        unseen = update.prompt_logprobs[skipped:]
+        self._num_prompt_logprobs += len(unseen)
+        return update._replace(prompt_logprobs=unseen)
 
     def end(self, error: Exception | None = None) -> None:
         """Let nothing more come; an error is raised once all pending updates were read."""
         self.error = error
         self.is_ended = True
         self._has_news.set()
+
+
+class OpenStreams:
+    """The requests that have not ended, by number."""
+
+    def __init__(self, metrics: EngineMetrics) -> None:
+        self._metrics = metrics
+        self._streams: dict[int, RequestStream] = {}
+        self._all_ended = asyncio.Event()
+        self._all_ended.set()
+        self._next_number = 0
+
+    def __len__(self) -> int:
+        """Return how many have not ended."""
+        return len(self._streams)
+
+    def __iter__(self) -> Iterator[RequestStream]:
+        """Iterate over those that have not ended at this moment, oldest first."""
+        return iter(list(self._streams.values()))
+
+    def __contains__(self, number: int) -> bool:
+        """Return whether a request has not ended."""
+        return number in self._streams
+
+    async def idle(self) -> None:
+        """Wait until every request has ended."""
+        await self._all_ended.wait()
+
+    def open(self, arrival: Arrival, owner: StreamOwner) -> RequestStream:
+        """Take a request in, and give it a number."""
+        stream = RequestStream(owner, self._next_number, arrival, time.monotonic())
+        self._streams[stream.number] = stream
+        self._next_number += 1
+        self._all_ended.clear()
+        return stream
+
+    def take(self, update: RequestUpdate) -> None:
+        """Hand an update to its request, which has not ended; a terminal one ends it."""
+        stream = self._streams[update.request]
+        if update.samples:
+            self._count_tokens(stream, len(update.samples))
+        stream.push(update)
+        if update.finish_reason is not None:
+            self._close(stream, update.finish_reason, update.metrics)
+
+    def end(self, number: int, reason: FinishReason, error: Exception | None = None) -> None:
+        """End a request without an update; its stream raises `error` after what is unread."""
+        stream = self._streams[number]
+        self._close(stream, reason)
+        stream.end(error)
+
+    def _close(
+        self, stream: RequestStream, reason: FinishReason, metrics: RequestMetrics | None = None
+    ) -> None:
+        del self._streams[stream.number]
+        if not self._streams:
+            self._all_ended.set()
+        self._metrics.finished(
+            reason,
+            len(stream.prompt_token_ids),
+            len(stream.output_token_ids),
+            time.monotonic() - stream.arrived_at,
+            metrics,
+            stream.params,
+        )
+
+    def _count_tokens(self, stream: RequestStream, num_tokens: int) -> None:
+        now = time.monotonic()
+        self._metrics.generated(num_tokens)
+        if stream.first_token_at is None:
+            stream.first_token_at = now
+            self._metrics.first_token(len(stream.prompt_token_ids), now - stream.arrived_at)
+        else:
+            self._metrics.next_tokens(num_tokens, now - stream.last_token_at)
+        stream.last_token_at = now
 
 
 def merged(updates: Sequence[RequestUpdate]) -> RequestUpdate:

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import fastserve
-from fastserve.client.async_engine import AsyncEngine
+from fastserve.client.interfaces import EngineClient
 from fastserve.server import protocol, serving, text_routes
 from fastserve.server.context import ServerContext
 from fastserve.server.errors import answer_http_exception
@@ -30,7 +30,7 @@ ANY = ("*",)
 
 
 def create_app(
-    engine: AsyncEngine,
+    engine: EngineClient,
     tokenizer: Tokenizer | None,
     config: EngineConfig,
     server_config: ServerConfig,

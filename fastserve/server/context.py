@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from fastserve.client.async_engine import AsyncEngine
+from fastserve.client.interfaces import EngineClient
 from fastserve.server.errors import ApiError, invalid, unavailable
 from fastserve.server.refused_fields import UnreadFields
 from fastserve.settings.engine import EngineConfig
@@ -22,7 +22,7 @@ from fastserve.wire.engine_messages import EngineInfo
 class ServerContext:
     """The parts behind the routes."""
 
-    engine: AsyncEngine
+    engine: EngineClient
     tokenizer: Tokenizer | None
     config: EngineConfig
     server_config: ServerConfig

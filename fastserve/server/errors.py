@@ -15,7 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastserve.client.async_engine import EngineDeadError, RequestFailedError
+from fastserve.client.interfaces import EngineDeadError
+from fastserve.core.messages import RequestFailedError
 
 INVALID = "invalid_request_error"
 

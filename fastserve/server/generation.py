@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from starlette.types import Receive
 
-from fastserve.client.async_engine import RequestFailedError, RequestStream
-from fastserve.core.messages import RequestMetrics, RequestUpdate, TokenLogprobs
+from fastserve.client.interfaces import UpdateStream
+from fastserve.core.messages import RequestFailedError, RequestMetrics, RequestUpdate, TokenLogprobs
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.frontend.answer import Answer, shifted_seed
 from fastserve.server.context import ServerContext
@@ -40,7 +40,7 @@ class Choice:
     prompt_index: int
     prompt: Prompt
     params: SamplingParams
-    stream: RequestStream
+    stream: UpdateStream
     answer: Answer
     has_begun: bool = False  # something of it was sent
 

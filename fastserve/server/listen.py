@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from fastapi import FastAPI
 
-from fastserve.client.async_engine import AsyncEngine, EngineDeadError
+from fastserve.client.async_engine import AsyncEngine
+from fastserve.client.interfaces import EngineDeadError
 from fastserve.settings.option import ConfigError
 from fastserve.settings.server import ServerConfig
 

@@ -13,15 +13,11 @@ from typing import TypeVar
 
 import pytest
 
-from fastserve.client.async_engine import (
-    MAX_RESTARTS,
-    AsyncEngine,
-    EngineDeadError,
-    RequestFailedError,
-    RequestStream,
-)
-from fastserve.client.streams import merged
-from fastserve.core.messages import RequestUpdate, Sample, TokenLogprobs
+from fastserve.client.async_engine import AsyncEngine
+from fastserve.client.interfaces import EngineDeadError
+from fastserve.client.streams import RequestStream
+from fastserve.client.supervisor import MAX_RESTARTS
+from fastserve.core.messages import RequestFailedError
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.settings.engine import EngineConfig
 from tests.engine.engine_process import FAILING_STEP, POISON
@@ -456,13 +452,3 @@ asyncio.run(main())
         os.close(child)
 
     run(body)
-
-
-def test_merged_updates_keep_every_sample() -> None:
-    """Updates that a slow reader missed are one update with all samples and the last word."""
-    scores = TokenLogprobs(-0.5, 1, (), ())
-    first = RequestUpdate(4, (Sample(1), Sample(2)), prompt_logprobs=(scores,))
-    last = RequestUpdate(4, (Sample(3),), FinishReason.STOP, 9)
-    assert merged([first, last]) == RequestUpdate(
-        4, [Sample(1), Sample(2), Sample(3)], FinishReason.STOP, 9, None, [scores]
-    )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.client.streams import RequestStream
+from fastserve.client.streams import RequestStream, merged
 from fastserve.core.build import build_scheduler
-from fastserve.core.messages import RequestUpdate, Sample
-from fastserve.core.request import Arrival, SamplingParams
+from fastserve.core.messages import RequestUpdate, Sample, TokenLogprobs
+from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.wire.engine_messages import Abort, Add, Finish, decode_command
 from fastserve.wire.frames import encode_frame, payload_of
@@ -63,3 +63,13 @@ def test_a_restart_keeps_ages_whatever_the_clock_of_the_engine(origin: float) ->
             assert update.metrics is not None
             ages.append(origin - update.metrics.arrival)
     assert ages == [40.0, 30.0, 20.0]
+
+
+def test_merged_updates_keep_every_sample() -> None:
+    """Updates that a slow reader missed are one update with all samples and the last word."""
+    scores = TokenLogprobs(-0.5, 1, (), ())
+    first = RequestUpdate(4, (Sample(1), Sample(2)), prompt_logprobs=(scores,))
+    last = RequestUpdate(4, (Sample(3),), FinishReason.STOP, 9)
+    assert merged([first, last]) == RequestUpdate(
+        4, [Sample(1), Sample(2), Sample(3)], FinishReason.STOP, 9, None, [scores]
+    )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import httpx
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from fastserve.client.async_engine import AsyncEngine
 from fastserve.client.metrics import EngineMetrics
 from fastserve.core.messages import RequestMetrics, RequestUpdate, Sample, TokenLogprobs
 from fastserve.core.request import Arrival, FinishReason
@@ -71,7 +70,7 @@ class ScriptedStream:
 
 
 class ScriptedEngine:
-    """Fits the API side of AsyncEngine by shape."""
+    """Fits `EngineClient` by shape."""
 
     def __init__(self, script: Script | None = None, **info: Any) -> None:
         self.script = script or says("ok")
@@ -148,7 +147,7 @@ def make_app(
 ) -> FastAPI:
     """Return the app over a scripted engine."""
     config = EngineConfig(model="tiny")
-    return create_app(cast(AsyncEngine, engine), tokenizer, config, ServerConfig(**server))
+    return create_app(engine, tokenizer, config, ServerConfig(**server))
 
 
 def call(app: ASGIApp, method: str, path: str, **kwargs: Any) -> httpx.Response:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.client.async_engine import EngineDeadError, RequestFailedError
+from fastserve.client.interfaces import EngineDeadError
+from fastserve.core.messages import RequestFailedError
 from tests.server.scripted import ScriptedEngine, call, fails, make_app, post
 
 COMPLETIONS = "/v1/completions"

@@ -1,0 +1,122 @@
+"""One engine process as the API process holds it: what it was given, and what it has said.
+
+Rules: a link lives as long as its process; a process that is started in its place gets a link of
+its own. It hears a request's commands only if it was given the request. What it says of itself
+(progress, figures, why it fails) is kept here; what it says of requests is passed on.
+Must not know: streams, why a request is given to it, when it is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import subprocess
+from collections.abc import AsyncGenerator, Mapping, Sequence
+
+from fastserve.settings.engine import EngineConfig
+from fastserve.wire.child import Child
+from fastserve.wire.engine_messages import (
+    Abort,
+    Add,
+    Configure,
+    EngineInfo,
+    EngineStats,
+    Event,
+    Failed,
+    Finish,
+    Progress,
+    Ready,
+    Updates,
+    decode_event,
+)
+from fastserve.wire.frames import encode_frame
+
+logger = logging.getLogger(__name__)
+
+STARTING = ("starting", 0.0)
+LOADED = ("ready", 1.0)
+
+
+class EngineLink:
+    """A started engine process."""
+
+    def __init__(self, child: Child[Event]) -> None:
+        self.progress = STARTING
+        self.info: EngineInfo | None = None  # what it said when it was loaded
+        self.stats: EngineStats | None = None  # the latest snapshot; `at` says how old it is
+        self.failure: Failed | None = None  # what it said of its own end
+        self.is_serving = False
+        self._child = child
+        self._given: set[int] = set()  # requests that have not ended
+
+    @classmethod
+    async def start(
+        cls, command: Sequence[str], environment: Mapping[str, str], config: EngineConfig
+    ) -> EngineLink:
+        """Start a process, and let it load what `config` says."""
+        link = cls(await Child.start(command, environment, decode_event, "engine"))
+        link._child.send(encode_frame(Configure(config)))
+        return link
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The process."""
+        return self._child.process
+
+    def give(self, add: Add) -> None:
+        """Hand over a request, or what is left of it."""
+        self._child.send(encode_frame(add))
+        self._given.add(add.request)
+
+    def has(self, number: int) -> bool:
+        """Whether it was given a request that has not ended."""
+        return number in self._given
+
+    def tell(self, command: Abort | Finish) -> None:
+        """Say something of a request, if it was given it and still serves."""
+        if self.is_serving and self.has(command.request):
+            self._child.send(encode_frame(command))
+
+    def forget(self, number: int) -> None:
+        """Take note that a request has ended."""
+        self._given.discard(number)
+
+    def present_at_death(self) -> list[int]:
+        """Return the requests whose step was under way; all it had, where it did not say which."""
+        running = self.failure.running if self.failure is not None else ()
+        return sorted(self._given.intersection(running) if running else self._given)
+
+    async def events(self) -> AsyncGenerator[Event]:
+        """Yield what it says, each after it was taken note of here, until its connection ends."""
+        async with contextlib.aclosing(self._child.events()) as events:
+            async for event in events:
+                self._note(event)
+                yield event
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Updates):
+            self.stats = event.stats or self.stats
+        elif isinstance(event, Progress):
+            if event.stage != self.progress[0]:
+                logger.info("engine: %s", event.stage)
+            self.progress = (event.stage, event.fraction)
+        elif isinstance(event, Ready):
+            self.info, self.progress = event.info, LOADED
+            self.is_serving = True
+        elif isinstance(event, Failed):
+            self.failure = event
+
+    def close(self) -> None:
+        """Ask the process to leave; its connection ends when it has."""
+        self._child.close()
+
+    def kill(self) -> None:
+        """End the process at once, whatever it is at."""
+        self._child.process.kill()
+
+    async def end(self) -> str:
+        """Wait until the process is gone, and return in one line why."""
+        self.is_serving = False
+        self._child.close()
+        cause = await self._child.cause_of_death()
+        return cause if self.failure is None else self.failure.message
