@@ -19,7 +19,8 @@ from experiments.sweep import saturation
 from fastserve.core.build import build_scheduler
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.engine.process import quiet_garbage_collector
-from fastserve.sim.sim_executor import SimExecutor, VirtualClock
+from fastserve.sim.clock import VirtualClock
+from fastserve.sim.sim_executor import SimExecutor
 from fastserve.sim.workload import Workload
 
 NAME = "e12_scheduling_time"
@@ -53,7 +54,7 @@ def timed_run(setup: Setup, policy: str, workload: Workload) -> dict[str, Any]:
         begun = time.perf_counter()
         plan = scheduler.schedule(clock.time, True)
         spent = time.perf_counter() - begun
-        if plan is None:
+        if plan is None or not plan.work:
             clock.time = due[0][0]
             continue
         executor.submit(plan)

@@ -71,6 +71,8 @@ class Beside:
 
     def planned(self, plan: SchedulerOutput, now: float) -> None:
         """Note whether the engine came straight from the step before."""
+        if not plan.work:
+            return
         self.num_seqs = len(plan.work)
         if now - self.last_at > IDLE_S:
             self.last_at = now
@@ -98,7 +100,9 @@ class Speed:
 
     def planned(self, plan: SchedulerOutput, now: float) -> None:
         """Add up the prediction."""
-        self.predicted_s += self.cost.step_s((work.num_tokens, work.start) for work in plan.work)
+        shares = [(work.num_tokens, work.start) for work in plan.work]
+        if shares:
+            self.predicted_s += self.cost.step_s(shares)
 
     def updated(self, output: ExecutorOutput, updates: Sequence[RequestUpdate], now: float) -> None:
         """Add up what it took."""

@@ -3,7 +3,8 @@
 It remembers which ids every block slot was written for, so a table that names the wrong block, a
 block that is reused too early, or a position that was never computed is an assertion, not a
 wrong token. Its samples are a function of (request, position), like a seeded sampler's, so a
-preempted request must produce what an undisturbed one does. Time is virtual.
+preempted request must produce what an undisturbed one does. Copies move what the slots hold to
+places of a host tier and back, when their time has come. Time is virtual.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from fastserve.core.messages import (
+    NO_STEP,
+    Copy,
+    CopyDirection,
     ExecutorOutput,
     NewRequest,
     Sample,
@@ -21,17 +26,7 @@ from fastserve.core.messages import (
     TokenLogprobs,
     Work,
 )
-
-
-class VirtualClock:
-    """Time that passes only when the executor waits."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def now(self) -> float:
-        """Return the current time."""
-        return self.time
+from fastserve.sim.clock import VirtualClock
 
 
 @dataclass
@@ -55,6 +50,18 @@ class _Running:
     error: str | None = None
 
 
+@dataclass
+class _Copying:
+    copy: Copy
+    finishes_at: float
+
+    @property
+    def device_blocks(self) -> tuple[int, ...]:
+        """The places on the device that are read or written."""
+        copy = self.copy
+        return copy.src if copy.direction is CopyDirection.SWAP_OUT else copy.dst
+
+
 def default_token(seed: int, position: int) -> int:
     """Return the id that request `seed` has at an output position: any deterministic function."""
     return (seed * 1_000_003 + position * 7919) % 50_000 + 10
@@ -76,6 +83,7 @@ class FakeExecutor:
         num_slots: int = 1,
         lookahead: int = 0,
         step_s: Callable[[SchedulerOutput], float] = lambda plan: 1.0,
+        copy_s: Callable[[Copy], float] = lambda copy: 1.0,
         token: Callable[[int, int], int] = default_token,
     ) -> None:
         self.num_slots = num_slots
@@ -83,24 +91,27 @@ class FakeExecutor:
         self.clock = clock
         self.block_size = block_size
         self.step_s = step_s
+        self.copy_s = copy_s
         self.token = token
         self.states: dict[int, _State] = {}
         self.slots: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, offset) → ids so far
+        self.host_slots: dict[tuple[int, int], tuple[int, ...]] = {}
         self.running: list[_Running] = []
-        self.plans: list[SchedulerOutput] = []
+        self.copying: list[_Copying] = []
+        self.plans: list[SchedulerOutput] = []  # those with work
+        self.forgotten: list[int] = []
         self.is_woken = False
         self.fails_next = False  # the next step
         self.lost: dict[int, int] = {}  # handle → epoch that went with a step that failed
 
     def can_submit(self) -> bool:
-        """Whether a step may be added to those in flight."""
+        """Whether a slot is free for a plan with work."""
         return len(self.running) < self.num_slots + (self.lookahead if self.num_slots == 1 else 0)
 
     def submit(self, plan: SchedulerOutput) -> None:
         """Check a plan and carry it out at once; it is reported when its time has come."""
-        assert self.can_submit()
-        assert plan.work
-        self.plans.append(plan)
+        assert plan.work or plan.copies or plan.forget, "an empty plan"
+        self.forgotten += plan.forget
         for handle in plan.forget:
             if self.lost.pop(handle, None) is None:
                 del self.states[handle]
@@ -109,6 +120,17 @@ class FakeExecutor:
             old = self.states.get(new.request)
             assert old is None or old.new.epoch < new.epoch
             self.states[new.request] = _State(new, list(new.cached_token_ids))
+        for copy in plan.copies:
+            self._begin_copy(copy)
+        if plan.work:
+            self._run(plan)
+        else:
+            assert not plan.new_requests
+            assert plan.step_id == NO_STEP
+
+    def _run(self, plan: SchedulerOutput) -> None:
+        assert self.can_submit()
+        self.plans.append(plan)
         in_flight = {work.request for run in self.running for work in run.plan.work}
         if self.num_slots > 1:
             assert not in_flight & {work.request for work in plan.work}, "slots must be disjoint"
@@ -127,6 +149,26 @@ class FakeExecutor:
         last = self.running[-1].finishes_at if self.running else 0.0
         run.finishes_at = max(start + run.device_s, last)
         self.running.append(run)
+
+    def _begin_copy(self, copy: Copy) -> None:
+        assert len(copy.src) == len(copy.dst)
+        assert all(copy.copy_id != other.copy.copy_id for other in self.copying)
+        copying = _Copying(copy, self.clock.time + self.copy_s(copy))
+        for run in self.running:
+            touched = run.written | run.read
+            assert touched.isdisjoint(copying.device_blocks), "a block moves under a step"
+        self.copying.append(copying)
+
+    def _end_copy(self, copy: Copy) -> None:
+        is_out = copy.direction is CopyDirection.SWAP_OUT
+        source, target = self.slots, self.host_slots
+        if not is_out:
+            source, target = target, source
+        for src, dst in zip(copy.src, copy.dst, strict=True):
+            for offset in range(self.block_size):
+                target.pop((dst, offset), None)
+                if (src, offset) in source:
+                    target[dst, offset] = source[src, offset]
 
     def _fail(self, run: _Running) -> None:
         """Lose the requests of a step: what it was to compute is nowhere, nor is their state."""
@@ -177,8 +219,13 @@ class FakeExecutor:
             run.samples.append(Sample(sample))
 
     def _check_races(self, work: Work, run: _Running) -> None:
-        """No block may be written while an earlier step of somebody else touches it."""
+        """No block may be written while an earlier step of another request touches it.
+
+        Nor may a step touch a block that is being copied.
+        """
         table = set(self.states[work.request].table)
+        for copying in self.copying:
+            assert (run.written | run.read).isdisjoint(copying.device_blocks), "the block moves"
         for other in self.running:
             mine = any(earlier.request == work.request for earlier in other.plan.work)
             if not mine:
@@ -193,15 +240,18 @@ class FakeExecutor:
         return state.table[position // self.block_size], position % self.block_size
 
     def wait(self, until: float) -> ExecutorOutput | None:
-        """Let time pass to the next finished step, `until`, or not at all when woken."""
+        """Let time pass to what finishes next, to `until`, or not at all when woken."""
         if self.is_woken:
             self.is_woken = False
             return None
-        if not self.running or self.running[0].finishes_at > until:
-            assert until < float("inf"), "waiting for ever"
-            self.clock.time = max(self.clock.time, until)
+        next_step = self.running[0].finishes_at if self.running else inf
+        next_copy = min((copying.finishes_at for copying in self.copying), default=inf)
+        if not self.clock.wait(min(next_step, next_copy), until):
             return None
-        self.clock.time = max(self.clock.time, self.running[0].finishes_at)
+        ended = [copying for copying in self.copying if copying.finishes_at <= self.clock.time]
+        for copying in ended:
+            self.copying.remove(copying)
+            self._end_copy(copying.copy)
         steps = []
         while self.running and self.running[0].finishes_at <= self.clock.time:
             run = self.running.pop(0)
@@ -209,7 +259,7 @@ class FakeExecutor:
             steps.append(
                 StepDone(run.plan.step_id, samples, run.device_s, run.scores, error=run.error)
             )
-        return ExecutorOutput(tuple(steps))
+        return ExecutorOutput(tuple(steps), tuple(copying.copy.copy_id for copying in ended))
 
     def wake(self) -> None:
         """End the next wait early."""

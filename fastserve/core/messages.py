@@ -47,24 +47,27 @@ class CopyDirection(StrEnum):
 
 
 class Copy(NamedTuple):
-    """Blocks to move between the tiers: src[i] → dst[i]."""
+    """Blocks to move between the tiers: src[i] → dst[i]. No step touches them meanwhile."""
 
     copy_id: int
     direction: CopyDirection
     src: tuple[int, ...]
     dst: tuple[int, ...]
-    after_step: int  # start once this step is done; -1: at once
-    after_copies: tuple[int, ...]
-    urgent: bool
+
+
+NO_STEP = -1  # the step_id of a plan without work: only steps are numbered
 
 
 class SchedulerOutput(NamedTuple):
-    """One plan. `forget` names handles whose worker state goes before the work is done."""
+    """One plan: a step's work, copies to begin, handles to forget; each may be all there is.
+
+    `forget` names handles whose worker state goes before the work is done. A plan without work
+    takes no slot and yields no StepDone.
+    """
 
     step_id: int
     new_requests: tuple[NewRequest, ...]
     work: tuple[Work, ...]
-    needs_copies: tuple[int, ...] = ()
     copies: tuple[Copy, ...] = ()
     forget: tuple[int, ...] = ()
 

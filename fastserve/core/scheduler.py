@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from fastserve.core.memory.memory import KVCacheManager
 from fastserve.core.memory.table import BlockTable
 from fastserve.core.messages import (
+    NO_STEP,
     ExecutorOutput,
     NewRequest,
     RequestMetrics,
@@ -78,6 +79,16 @@ class Scheduler:
         """Live requests."""
         return len(self._requests)
 
+    @property
+    def num_steps_in_flight(self) -> int:
+        """Steps that were planned and have not landed."""
+        return len(self._in_flight)
+
+    @property
+    def handles_in_flight(self) -> set[int]:
+        """Handles of the requests in these steps, those that have ended included."""
+        return {work.request for flight in self._in_flight.values() for _, _, work in flight}
+
     def add(self, arrival: Arrival, now: float) -> int:
         """Take a request in and return its handle; ValueError when it could never run."""
         params = arrival.params
@@ -124,25 +135,33 @@ class Scheduler:
     # ── plans go out ─────────────────────────────────────────────────────────────────────────
 
     def schedule(self, now: float, can_compute: bool) -> SchedulerOutput | None:
-        """Return the next step, or None when there is nothing to do now."""
-        if not can_compute or not self._requests:
-            return None
+        """Return the next plan, with work only if `can_compute`; None when there is none now."""
+        if can_compute and self._requests and (chosen := self._pack(now)):
+            return self._plan(chosen, now)
+        if self._forget:
+            return SchedulerOutput(NO_STEP, (), (), forget=self._take_forgotten())
+        return None
+
+    def _pack(self, now: float) -> list[tuple[Request, int]]:
+        """Return the shares of the next step, best first; empty where it has to wait."""
         self.cache.begin_plan(now)
         packing = Packing(self.config, self.cache, self.policy.reservation, len(self._requests))
         if self._solo is None:
             self.policy.advance(now)
         order: Iterator[Request] = iter((self._solo,)) if self._solo else self.policy.ordered()
         packing.scan(order)
-        if packing.chosen:
-            return self._plan(packing.trimmed(), now)
-        if self._in_flight:
-            return None
+        if packing.chosen or self._in_flight:
+            return packing.trimmed()
         self._stall("nothing can run and nothing is in flight")
-        return Scheduler.schedule(self, now, can_compute)  # one question, one line in a journal
+        return self._pack(now)
 
     def next_event(self, now: float) -> float:
-        """Return when time alone will change what `schedule` says: never, without swapping."""
+        """Return when time alone will change what `schedule` says; `inf`: never."""
         return float("inf")
+
+    def _take_forgotten(self) -> tuple[int, ...]:
+        forget, self._forget = tuple(self._forget), []
+        return forget
 
     def _plan(self, chosen: list[tuple[Request, int]], now: float) -> SchedulerOutput:
         """Turn shares into a step in flight."""
@@ -171,8 +190,9 @@ class Scheduler:
         step_id = self._next_step_id
         self._next_step_id += 1
         self._in_flight[step_id] = flight
-        forget, self._forget = tuple(self._forget), []
-        return SchedulerOutput(step_id, tuple(new_requests), tuple(works), forget=forget)
+        return SchedulerOutput(
+            step_id, tuple(new_requests), tuple(works), forget=self._take_forgotten()
+        )
 
     def _work(self, request: Request, table: BlockTable, start: int, num_tokens: int) -> Work:
         stop = start + num_tokens
@@ -223,7 +243,12 @@ class Scheduler:
     # ── facts: what finished ─────────────────────────────────────────────────────────────────
 
     def update(self, output: ExecutorOutput, now: float) -> list[RequestUpdate]:
-        """Take in finished steps and return the news of each request."""
+        """Take in what finished and return the news of each request.
+
+        Raises ValueError for a copy that no plan began.
+        """
+        if output.copies:
+            raise ValueError(f"copies {[*output.copies]} are done, and no plan began them")
         updates: list[RequestUpdate] = []
         for done in output.steps:
             self._land(done, now, updates)

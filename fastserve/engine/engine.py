@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput
@@ -51,14 +50,23 @@ class Engine:
         self.scheduler_s = 0.0  # in deciding: schedule and update
         self.device_s = 0.0  # in steps, as the executor reports them
         self.step_sizes = StepSizes()
-        self.steps_in_flight: deque[SchedulerOutput] = deque()
 
     def step(self, until: float = math.inf) -> list[RequestUpdate]:
         """Submit all that can run, wait for the next thing to finish, and return the news."""
+        self._submit_plans()
+        done = self.executor.wait(min(until, self.scheduler.next_event(self.clock.now())))
+        updates = self._update(done) if done else []
+        self._tidy()
+        return updates
+
+    def _submit_plans(self) -> None:
         while plan := self._schedule():
             self.executor.submit(plan)
-        done = self.executor.wait(min(until, self.scheduler.next_event(self.clock.now())))
-        return self._update(done) if done else []
+
+    def _tidy(self) -> None:
+        """Let the executor forget the last requests: an idle engine may never be stepped again."""
+        if self.is_idle:
+            self._submit_plans()
 
     def _schedule(self) -> SchedulerOutput | None:
         now = self.clock.now()
@@ -66,7 +74,7 @@ class Engine:
         self.scheduler_s += self.clock.now() - now
         if plan is not None:
             if plan.work:
-                self.steps_in_flight.append(plan)
+                self.step_sizes.add(plan.num_tokens)
             self._notify(lambda observer: observer.planned(plan, now))
         return plan
 
@@ -75,8 +83,6 @@ class Engine:
         updates = self.scheduler.update(done, now)
         self.scheduler_s += self.clock.now() - now
         self.device_s += sum(step.device_s for step in done.steps)
-        for _ in done.steps:  # they end in the order they began
-            self.step_sizes.add(self.steps_in_flight.popleft().num_tokens)
         self._notify(lambda observer: observer.updated(done, updates, now))
         return updates
 
@@ -95,7 +101,7 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left to run, and nothing that ended still holds memory."""
-        return not self.num_requests and not self.steps_in_flight
+        return not self.num_requests and not self.scheduler.num_steps_in_flight
 
     def add(self, arrival: Arrival) -> int:
         """Accept a request and return its handle; ValueError if it can never run."""
@@ -103,11 +109,15 @@ class Engine:
 
     def abort(self, handle: int) -> RequestUpdate | None:
         """End a request; return its terminal update, None if it has ended already."""
-        return self.scheduler.abort(handle, self.clock.now())
+        update = self.scheduler.abort(handle, self.clock.now())
+        self._tidy()
+        return update
 
     def finish(self, handle: int, num_output_tokens: int) -> RequestUpdate | None:
         """End a request at a stop string; return its terminal update, None if it has ended."""
-        return self.scheduler.finish(handle, num_output_tokens, self.clock.now())
+        update = self.scheduler.finish(handle, num_output_tokens, self.clock.now())
+        self._tidy()
+        return update
 
     def stats(self) -> EngineStats:
         """Return a snapshot."""

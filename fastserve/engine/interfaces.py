@@ -12,21 +12,27 @@ from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutp
 
 
 class Executor(Protocol):
-    """Carries out plans, as many at once as its SchedulerConfig was told when it was resolved."""
+    """Carries out plans, in the order in which they are submitted.
+
+    A step is a plan with work; as many are in flight at once as the SchedulerConfig was told when
+    it was resolved. A plan without work takes no slot, may be submitted at any time and yields no
+    StepDone: what it forgets is gone before the next plan begins, and a copy that it starts is
+    reported by its id, once, when it is done on every rank.
+    """
 
     def can_submit(self) -> bool:
-        """Whether a compute slot is free; copies never take one."""
+        """Whether a slot is free for a plan with work."""
 
     def submit(self, plan: SchedulerOutput) -> None:
         """Begin to carry out a plan and return at once."""
 
     def wait(self, until: float) -> ExecutorOutput | None:
-        """Return everything that finished.
+        """Return every step and every copy that finished since the last call.
 
         Blocks until something has, `wake` was called, or the clock reaches `until`; None if
         nothing finished. A step that failed is a StepDone with an `error`, and its requests are
         known no more: what plans in flight still ask of them is not done. Raises RuntimeError when
-        the device failed: the engine is then over.
+        the device failed, or a plan without work did: the engine is then over.
         """
 
     def wake(self) -> None:
@@ -47,7 +53,7 @@ class Observer(Protocol):
     """Watches the engine; must not change anything."""
 
     def planned(self, plan: SchedulerOutput, now: float) -> None:
-        """See a plan as it is submitted."""
+        """See a plan as it is submitted; it may be one without work."""
 
     def updated(self, output: ExecutorOutput, updates: Sequence[RequestUpdate], now: float) -> None:
         """See what finished and what it meant for requests."""

@@ -134,7 +134,7 @@ class Loop:
 
     def running(self) -> tuple[int, ...]:
         """Return the requests whose steps are under way."""
-        handles = {work.request for plan in self.engine.steps_in_flight for work in plan.work}
+        handles = self.engine.scheduler.handles_in_flight
         return tuple(self._requests[handle] for handle in handles if handle in self._requests)
 
     def _apply(self, command: Command) -> RequestUpdate | None:
@@ -149,9 +149,7 @@ class Loop:
             return None
         if isinstance(command, Finish):
             return self.engine.finish(handle, command.num_output_tokens)
-        self.engine.abort(handle)
-        self._forget(handle)
-        return None
+        return self.engine.abort(handle)
 
     def _add(self, command: Add) -> None:
         try:

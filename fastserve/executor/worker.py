@@ -139,8 +139,8 @@ class Worker:
 
     def _launch(self, plan: SchedulerOutput) -> Callable[[], StepDone]:
         started = time.perf_counter()
-        if plan.copies or plan.needs_copies:
-            raise RuntimeError(f"step {plan.step_id} moves KV, and there is no host tier")
+        if plan.copies:
+            raise RuntimeError("a plan moves KV, and there is no host tier")
         for handle in plan.forget:
             self.table.forget(handle)
             self._lost.pop(handle, None)

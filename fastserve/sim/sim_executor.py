@@ -9,24 +9,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
 from fastserve.core.cost_model import CostModel
 from fastserve.core.messages import ExecutorOutput, Sample, SchedulerOutput, StepDone
+from fastserve.sim.clock import VirtualClock
 
 EOS_TOKEN_ID = 0
 _ORDINARY, _EOS = Sample(1), Sample(EOS_TOKEN_ID)
-
-
-class VirtualClock:
-    """Time that passes only when the executor waits."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def now(self) -> float:
-        """Return the current time."""
-        return self.time
 
 
 class StepOverhead(NamedTuple):
@@ -85,7 +76,14 @@ class SimExecutor:
         return len(self._running) < self._max_running
 
     def submit(self, plan: SchedulerOutput) -> None:
-        """Work out when the step will be done and what it will yield."""
+        """Work out when the step will be done and what it will yield.
+
+        Raises RuntimeError for a plan that moves KV: there is no host tier.
+        """
+        if plan.copies:
+            raise RuntimeError("a plan moves KV, and there is no host tier")
+        if not plan.work:
+            return
         passes = self._passes(plan)
         step_s = sum(map(self._cost_model.step_s, passes))
         overhead = self._overhead
@@ -125,12 +123,8 @@ class SimExecutor:
         if self._is_woken:
             self._is_woken = False
             return None
-        if not self._running or self._running[0].finishes_at > until:
-            if until == float("inf"):
-                raise RuntimeError("the simulator waits for ever: nothing runs, nothing will come")
-            self._clock.time = max(self._clock.time, until)
+        if not self._clock.wait(self._running[0].finishes_at if self._running else inf, until):
             return None
-        self._clock.time = max(self._clock.time, self._running[0].finishes_at)
         steps = []
         while self._running and self._running[0].finishes_at <= self._clock.time:
             done = self._running.popleft()

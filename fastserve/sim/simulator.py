@@ -23,7 +23,8 @@ from fastserve.core.scheduler import Scheduler
 from fastserve.engine.engine import Engine
 from fastserve.engine.interfaces import Observer
 from fastserve.settings.scheduler import SchedulerConfig
-from fastserve.sim.sim_executor import OnStep, SimExecutor, StepOverhead, VirtualClock
+from fastserve.sim.clock import VirtualClock
+from fastserve.sim.sim_executor import OnStep, SimExecutor, StepOverhead
 from fastserve.sim.workload import Floats, Workload
 
 STEPS_BETWEEN_REPORTS = 512

@@ -61,7 +61,7 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
-    """Forget a request; no update follows."""
+    """Give a request up; its terminal update follows."""
 
     request: int
 

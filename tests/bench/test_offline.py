@@ -17,9 +17,10 @@ from fastserve.engine.engine import Engine
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.sim.clock import VirtualClock
 from fastserve.wire.engine_messages import EngineInfo
 from tests.checkpoints import SHAPE
-from tests.fake_executor import FakeExecutor, VirtualClock
+from tests.fake_executor import FakeExecutor
 
 INFO = EngineInfo(
     model="fake", max_model_len=128, max_request_tokens=128, vocab_size=1000, block_size=4,

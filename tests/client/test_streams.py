@@ -9,10 +9,11 @@ from fastserve.core.build import build_scheduler
 from fastserve.core.messages import RequestUpdate, Sample, TokenLogprobs
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.engine.engine import Engine
+from fastserve.sim.clock import VirtualClock
 from fastserve.wire.engine_messages import Abort, Add, Finish, decode_command
 from fastserve.wire.frames import encode_frame, payload_of
 from tests.core.harness import UNIT_COST, small_config
-from tests.fake_executor import FakeExecutor, VirtualClock
+from tests.fake_executor import FakeExecutor
 
 
 class Owner:

@@ -16,9 +16,9 @@ from fastserve.core.request import Arrival, FinishReason, Request, SamplingParam
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.engine import Engine
 from fastserve.settings.scheduler import SchedulerConfig, pool_window
+from fastserve.sim.clock import VirtualClock
 from tests.fake_executor import (
     FakeExecutor,
-    VirtualClock,
     default_token,
     prompt_score,
     random_durations,
@@ -225,13 +225,15 @@ class Harness:
         assert not stats.requests_by_level
         assert stats.num_stalls == 0
         check_forgotten(self.scheduler)
+        assert not self.executor.states
 
 
 def check_forgotten(scheduler: Scheduler) -> None:
-    """Assert that nothing per request outlives the requests, but what the next plan delivers."""
+    """Assert that nothing per request outlives the requests."""
     assert not scheduler._requests
     assert not scheduler._running
     assert not scheduler._in_flight
+    assert not scheduler._forget
     assert not scheduler.cache._tables
     assert scheduler.cache.num_leaving == 0
     assert scheduler.cache.num_tables == 0

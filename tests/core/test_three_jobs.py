@@ -9,7 +9,8 @@ from fastserve.core.cost_model import CostModel
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.settings.scheduler import SchedulerConfig
-from tests.fake_executor import FakeExecutor, VirtualClock
+from fastserve.sim.clock import VirtualClock
+from tests.fake_executor import FakeExecutor
 
 # A prefill of n tokens takes 0.42 + (n - 42) / 100 s, a decode 0.42 s.
 COST = CostModel(base_s=0.42, prefill_token_s=0.01)

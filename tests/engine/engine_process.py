@@ -21,8 +21,9 @@ from fastserve.engine.engine import Engine, MonotonicClock
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.sim.clock import VirtualClock
 from fastserve.wire.engine_messages import EngineInfo
-from tests.fake_executor import FakeExecutor, VirtualClock
+from tests.fake_executor import FakeExecutor
 
 STEP_S = 0.001
 BLOCK_SIZE = 16
@@ -61,7 +62,8 @@ class PacedExecutor:
         if self._on_poison and any(POISON in work.token_ids for work in plan.work):
             self._on_poison(self._inner)
         self._inner.submit(plan)
-        self._finishes_at = time.monotonic() + STEP_S
+        if plan.work:
+            self._finishes_at = time.monotonic() + STEP_S
 
     def wait(self, until: float) -> ExecutorOutput | None:
         """Block until the step is done, `wake`, or `until`."""

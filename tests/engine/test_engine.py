@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
-from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput
+from fastserve.core.messages import (
+    NO_STEP,
+    Copy,
+    CopyDirection,
+    ExecutorOutput,
+    RequestUpdate,
+    SchedulerOutput,
+)
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
+from fastserve.core.scheduler import Scheduler
 from fastserve.engine.engine import Engine, MonotonicClock
 from fastserve.engine.interfaces import Observer
 from fastserve.settings.scheduler import SchedulerConfig
-from tests.fake_executor import FakeExecutor, VirtualClock, default_token
+from fastserve.sim.clock import VirtualClock
+from tests.fake_executor import FakeExecutor, default_token
 
 COSTS = CostModel(base_s=0.9, prefill_token_s=0.01, decode_seq_s=0.1)
 
@@ -145,6 +156,115 @@ def test_stats_tell_what_was_done() -> None:
     assert stats.at == engine.clock.now()
 
 
+def watched(engine: Engine) -> list[tuple[float, float]]:
+    """Return a list that every wait of the executor adds its `until` and its end to."""
+    waits: list[tuple[float, float]] = []
+    wait = engine.executor.wait
+
+    def watch(until: float) -> ExecutorOutput | None:
+        output = wait(until)
+        waits.append((until, engine.clock.now()))
+        return output
+
+    engine.executor.wait = watch  # type: ignore[method-assign]
+    return waits
+
+
+def test_an_idle_engine_waits_once_and_as_long_as_asked() -> None:
+    """Nothing is due by itself: one wait, to the time given."""
+    engine = make_engine()
+    waits = watched(engine)
+    assert engine.step(until=5.0) == []
+    assert waits == [(5.0, 5.0)]
+
+
+@pytest.mark.parametrize(("num_slots", "lookahead"), [(1, 0), (1, 1), (2, 0), (4, 0)])
+def test_a_blocked_engine_wakes_when_a_step_lands(num_slots: int, lookahead: int) -> None:
+    """No slot is free, or no request can use one: one wait, to the end of the step."""
+    engine = make_engine(num_slots=num_slots, lookahead=lookahead)
+    engine.add(Arrival(range(5), SamplingParams(seed=1, max_tokens=2)))
+    waits = watched(engine)
+    for number in range(2):
+        engine.step()
+        assert waits == [(math.inf, at + 1.0) for at in range(number + 1)]
+
+
+@pytest.mark.parametrize(("num_slots", "lookahead"), [(1, 0), (1, 1), (2, 0), (4, 0)])
+def test_the_device_forgets_what_ended_though_nothing_else_is_planned(
+    num_slots: int, lookahead: int
+) -> None:
+    """Aborted between two steps, under a step, or ended by itself: an idle device knows nothing."""
+    engine = make_engine(num_slots=num_slots, lookahead=lookahead)
+    assert isinstance(engine.executor, FakeExecutor)
+    params = SamplingParams(seed=1, max_tokens=9)
+    between = engine.add(Arrival(range(5), params))
+    engine.step()
+    engine.abort(between)
+    run_all(engine)
+    assert not engine.executor.states
+    under = engine.add(Arrival(range(5), params))
+    engine.step(until=engine.clock.now() + 0.5)
+    engine.abort(under)
+    engine.step(until=engine.clock.now() + 0.1)  # its step is still in flight
+    assert not engine.executor.states
+    run_all(engine)
+    engine.add(Arrival(range(5), params))
+    run_all(engine)
+    assert not engine.executor.states
+    assert engine.executor.forgotten == [0, 1, 2]
+    assert all(plan.work for plan in engine.executor.plans)
+
+
+class Copying:
+    """A scheduler that also has blocks copied: plans carry them, what is done comes back."""
+
+    def __init__(self, scheduler: Scheduler, num_copies: int) -> None:
+        self._scheduler = scheduler
+        self._left = list(range(num_copies))
+        self.done: list[tuple[int, float]] = []
+
+    def __getattr__(self, name: str) -> object:
+        """Be the scheduler in all else."""
+        return getattr(self._scheduler, name)
+
+    def schedule(self, now: float, can_compute: bool) -> SchedulerOutput | None:
+        """Begin one copy with every plan, whether it has work or not."""
+        plan = self._scheduler.schedule(now, can_compute)
+        if not self._left:
+            return plan
+        copy_id = self._left.pop(0)
+        copy = Copy(copy_id, CopyDirection.SWAP_OUT, (60,), (copy_id,))
+        return (plan or SchedulerOutput(NO_STEP, (), ()))._replace(copies=(copy,))
+
+    def update(self, output: ExecutorOutput, now: float) -> list[RequestUpdate]:
+        """Note the copies, and hand the rest on."""
+        self.done += [(copy_id, now) for copy_id in output.copies]
+        return self._scheduler.update(output._replace(copies=()), now)
+
+
+@pytest.mark.parametrize(("num_slots", "lookahead"), [(1, 0), (1, 1), (2, 0), (4, 0)])
+def test_copies_need_no_slot_and_are_told_when_they_are_done(
+    num_slots: int, lookahead: int
+) -> None:
+    """They begin though the device is busy, end by themselves, and change no request."""
+    engine = make_engine(num_slots=num_slots, lookahead=lookahead)
+    assert isinstance(engine.executor, FakeExecutor)
+    engine.executor.copy_s = lambda copy: 0.25 * (copy.copy_id + 1)
+    copying = Copying(engine.scheduler, num_copies=4)
+    engine.scheduler = cast("Scheduler", copying)
+    handle = engine.add(Arrival(range(5), SamplingParams(seed=3, max_tokens=3)))
+    updates = run_all(engine)
+    assert copying.done == [(0, 0.25), (1, 0.5), (2, 0.75), (3, 1.0)]
+    assert ids_of(updates, handle) == [default_token(3, i) for i in range(3)]
+
+
+def test_a_copy_that_no_plan_began_is_no_secret() -> None:
+    """A fact that the scheduler cannot place is an error."""
+    engine = make_engine()
+    with pytest.raises(ValueError, match=r"copies \[7\]"):
+        engine.scheduler.update(ExecutorOutput(copies=(7,)), 0.0)
+
+
 class Recorder:
     """Remembers what it sees."""
 
@@ -169,13 +289,14 @@ class Faulty(Recorder):
 
 
 def test_observers_see_every_plan_and_result() -> None:
-    """Plans are seen before their results, with the engine's times."""
+    """Plans are seen before their results, with the engine's times; the last one only forgets."""
     recorder = Recorder()
     engine = make_engine(observers=[recorder])
     engine.add(Arrival([1, 2], SamplingParams(seed=1, max_tokens=2)))
     run_all(engine)
     assert recorder.seen == [
         ("planned", 0.0, 0), ("updated", 1.0, [0]), ("planned", 1.0, 1), ("updated", 2.0, [1]),
+        ("planned", 2.0, NO_STEP),
     ]  # fmt: skip
 
 
@@ -189,9 +310,9 @@ def test_an_observer_that_fails_is_logged_and_stops_nothing(
     with caplog.at_level(logging.ERROR):
         updates = run_all(engine)
     assert len(ids_of(updates, handle)) == 3
-    assert len(recorder.seen) == 6
+    assert len(recorder.seen) == 7
     failures = [record for record in caplog.records if record.exc_info]
-    assert len(failures) == 3
+    assert len(failures) == 4
     assert "Faulty" in failures[0].getMessage()
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from fastserve.core.request import Arrival, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.engine.process import Inbox, Outbox
 from fastserve.settings.engine import EngineConfig
 from fastserve.wire.engine_messages import (
@@ -125,6 +125,30 @@ def test_a_request_that_ends_before_its_abort_arrives_is_no_fault() -> None:
         send(connection, Abort(7), Finish(7, 1))
         connection.shutdown(socket.SHUT_WR)
         assert all(isinstance(event, Updates) and not event.updates for event in news)
+        assert process.wait(30) == 0
+
+
+@pytest.mark.processes
+def test_an_abort_is_answered_with_the_one_end_of_its_request() -> None:
+    """Like every other request, one that is aborted under way has exactly one terminal event."""
+    with engine_process() as (process, connection):
+        send(connection, Configure(EngineConfig(model="paced")))
+        arrival = Arrival([1], SamplingParams(seed=1, max_tokens=2000))
+        send(connection, Add(request=7, arrival=arrival))
+        ends: list[FinishReason] = []
+        is_aborted = False
+        for event in events(connection):
+            if not isinstance(event, Updates) or not event.updates:
+                continue
+            if not is_aborted:
+                is_aborted = True
+                send(connection, Abort(7), Abort(7))
+            assert not ends, "news after the terminal event"
+            ends += [u.finish_reason for u in event.updates if u.finish_reason is not None]
+            if ends:
+                send(connection, Abort(7))
+                connection.shutdown(socket.SHUT_WR)
+        assert ends == [FinishReason.ABORT]
         assert process.wait(30) == 0
 
 

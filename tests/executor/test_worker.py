@@ -264,7 +264,7 @@ def test_plans_that_break_the_contract_are_refused(llama):
     gap = Work(0, 2, 2, 2, (6, 7), 0, (0,), True, "last")
     with pytest.raises(RuntimeError, match="0 ids known"):
         worker.execute(SchedulerOutput(1, (new,), (gap,)))
-    copy = Copy(0, CopyDirection.SWAP_OUT, (0,), (0,), -1, (), False)
+    copy = Copy(0, CopyDirection.SWAP_OUT, (0,), (0,))
     with pytest.raises(RuntimeError, match="no host tier"):
         worker.execute(SchedulerOutput(2, (), (), copies=(copy,)))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fastserve.core.messages import SchedulerOutput, Work
-from fastserve.sim.sim_executor import EOS_TOKEN_ID, SimExecutor, VirtualClock
+from fastserve.sim.clock import VirtualClock
+from fastserve.sim.sim_executor import EOS_TOKEN_ID, SimExecutor
 from tests.sim.machines import COSTS
 
 INF = float("inf")
