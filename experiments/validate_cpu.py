@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastserve.core.cost_model import CostModel
-from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput
+from fastserve.core.messages import ExecutorOutput, Fact, RequestUpdate, SchedulerOutput
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.host.provenance import provenance
@@ -69,9 +69,12 @@ class Beside:
         self.num_seqs = 0
         self.seconds: list[tuple[int, float]] = []
 
-    def planned(self, plan: SchedulerOutput, now: float) -> None:
+    def told(self, fact: Fact, now: float) -> None:
+        """A fact takes no time of a step's."""
+
+    def planned(self, plan: SchedulerOutput | None, can_compute: bool, now: float) -> None:
         """Note whether the engine came straight from the step before."""
-        if not plan.work:
+        if plan is None or not plan.work:
             return
         self.num_seqs = len(plan.work)
         if now - self.last_at > IDLE_S:
@@ -98,9 +101,12 @@ class Speed:
         self.device_s = 0.0
         self.predicted_s = 0.0
 
-    def planned(self, plan: SchedulerOutput, now: float) -> None:
+    def told(self, fact: Fact, now: float) -> None:
+        """A fact is no step."""
+
+    def planned(self, plan: SchedulerOutput | None, can_compute: bool, now: float) -> None:
         """Add up the prediction."""
-        shares = [(work.num_tokens, work.start) for work in plan.work]
+        shares = [(work.num_tokens, work.start) for work in plan.work] if plan is not None else []
         if shares:
             self.predicted_s += self.cost.step_s(shares)
 

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,18 +110,15 @@ def open_engine(
         )
         cost_model = load_or_measure(executor.setup, lambda: executor.measure(on_progress))
         clock = MonotonicClock()
-        journal = None
+        observers = []
         if config.journal is not None:
-            # Whole lines survive a crash; a restarted engine's journal follows in the same file.
             try:
-                file = opened.enter_context(Path(config.journal).open("a", buffering=1))
+                journal = opened.enter_context(_open_journal(Path(config.journal)))
+                journal.open(clock.now(), scheduler_config, cost_model, facts.num_device_blocks)
             except OSError as error:
                 raise ConfigError(f"--journal {config.journal}: {error.strerror}") from error
-            journal = Journal(file.write)
-            journal.open(clock.now(), scheduler_config, cost_model, facts.num_device_blocks)
-        scheduler = build_scheduler(
-            scheduler_config, cost_model, facts.num_device_blocks, journal=journal
-        )
+            observers.append(journal)
+        scheduler = build_scheduler(scheduler_config, cost_model, facts.num_device_blocks)
         info = EngineInfo(
             model=config.model,
             max_model_len=facts.max_model_len,
@@ -134,7 +131,21 @@ def open_engine(
             device=facts.device,
             sampling_defaults=sampling_defaults,
         )
-        return Engine(scheduler, executor, clock, on_close=opened.pop_all().close), info
+        return Engine(scheduler, executor, clock, observers, opened.pop_all().close), info
+
+
+@contextlib.contextmanager
+def _open_journal(path: Path) -> Iterator[Journal]:
+    """Append to a file; what could not be written was an error then, and is none at the end.
+
+    Whole lines survive a crash; a restarted engine's journal follows in the same file.
+    """
+    file = path.open("a", buffering=1)
+    try:
+        yield Journal(file.write)
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def open_async_engine(config: EngineConfig, model_name: str | None = None) -> AsyncEngine:

@@ -149,6 +149,13 @@ def test_a_journal_holds_setting_facts_and_plans(tmp_path: Path) -> None:
     assert kinds.count("update") == 6
 
 
+def test_a_journal_that_cannot_be_begun_is_refused() -> None:
+    """A full disk is an error of the setting while the engine is loaded."""
+    config = EngineConfig(model="demo", num_device_blocks=32, num_threads=1, journal="/dev/full")
+    with pytest.raises(ConfigError, match="--journal /dev/full: No space left"):
+        open_engine(config)
+
+
 def test_a_setting_that_cannot_be_honoured_closes_the_executor() -> None:
     """The error is the configuration's, and nothing keeps running behind it."""
     config = EngineConfig(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from fastserve.core.cost_model import CostModel
-from fastserve.core.journal import Journal, JournaledScheduler
 from fastserve.core.memory.block import BlockPool
 from fastserve.core.memory.eviction import Defer, Eviction, Recompute, RecomputeBudget
 from fastserve.core.memory.memory import KVCacheManager
@@ -96,7 +95,6 @@ def build_scheduler(
     *,
     policy: Policy | None = None,
     lengths: Mapping[int, int] | None = None,
-    journal: Journal | None = None,
 ) -> Scheduler:
     """Return a scheduler over empty pools. Raises ValueError where one request might not fit.
 
@@ -121,9 +119,7 @@ def build_scheduler(
         num_resident_blocks=num_device_blocks if is_ideal else None,
         enable_prefix_caching=config.enable_prefix_caching,
     )
-    if journal is None:
-        return Scheduler(config, policy, cache)
-    return JournaledScheduler(config, policy, cache, journal=journal)
+    return Scheduler(config, policy, cache)
 
 
 def build_eviction(config: SchedulerConfig, cost_model: CostModel) -> Eviction:

@@ -1,7 +1,8 @@
 """The journal: one line per fact and per plan, exact, so that a run can be told apart and replayed.
 
-Rules: times are written as `float.hex()`, so nothing is rounded; lines are JSON arrays
-`[kind, now, …]`. Same facts, same plans, same hash, in any process. Must not know: files.
+Rules: it is an observer of the engine. Times are written as `float.hex()`, so nothing is rounded;
+lines are JSON arrays `[kind, now, …]`, the first of which has the number of the format. Same facts,
+same plans, same hash, in any process. `read_fact` reads what `told` writes. Must not know: files.
 """
 
 from __future__ import annotations
@@ -13,10 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastserve.core.cost_model import CostModel
-from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput, StepDone
+from fastserve.core.messages import (
+    Aborted,
+    ExecutorOutput,
+    Fact,
+    Finished,
+    RequestUpdate,
+    Sample,
+    SchedulerOutput,
+    StepDone,
+)
 from fastserve.core.request import Arrival, SamplingParams
-from fastserve.core.scheduler import Scheduler
 from fastserve.settings.scheduler import SchedulerConfig
+
+FORMAT = 1  # of the lines; another number where a reader of this one would go wrong
 
 
 def plain(value: Any) -> Any:
@@ -58,10 +69,29 @@ class Journal:
         num_device_blocks: int,
         num_host_blocks: int = 0,
     ) -> None:
-        """Write what a scheduler is built from; whoever replays builds a fresh one here."""
+        """Write what a scheduler is built from: a replay builds a fresh one here."""
         settings = dataclasses.asdict(config) | {"eos_token_ids": sorted(config.eos_token_ids)}
         costs = dataclasses.asdict(cost_model)
-        self.write("open", now, settings, costs, num_device_blocks, num_host_blocks)
+        self.write("open", now, FORMAT, settings, costs, num_device_blocks, num_host_blocks)
+
+    def told(self, fact: Fact, now: float) -> None:
+        """Write a fact down."""
+        match fact:
+            case Arrival():
+                self.write("add", now, _arrival_fields(fact))
+            case Aborted(handle):
+                self.write("abort", now, handle)
+            case Finished(handle, num_output_tokens):
+                self.write("finish", now, handle, num_output_tokens)
+            case ExecutorOutput(steps, copies):
+                self.write("update", now, [_step_fields(done) for done in steps], copies)
+
+    def planned(self, plan: SchedulerOutput | None, can_compute: bool, now: float) -> None:
+        """Write a question and its answer down."""
+        self.write("schedule", now, can_compute, plan)
+
+    def updated(self, output: ExecutorOutput, updates: Sequence[RequestUpdate], now: float) -> None:
+        """Write nothing: news follow from the facts."""
 
     def write(self, kind: str, now: float, *fields: Any) -> None:
         """Append one line."""
@@ -76,50 +106,28 @@ class Journal:
         return self._hash.hexdigest()
 
 
-class JournaledScheduler(Scheduler):
-    """A Scheduler that writes down what it is told and what it answers."""
-
-    def __init__(self, *parts: Any, journal: Journal) -> None:
-        """Take the parts of a Scheduler and the journal to write to."""
-        super().__init__(*parts)
-        self._journal = journal
-
-    def add(self, arrival: Arrival, now: float) -> int:
-        """Write the request down and add it."""
-        self._journal.write("add", now, written(arrival))
-        return super().add(arrival, now)
-
-    def abort(self, handle: int, now: float) -> RequestUpdate | None:
-        """Write the abort down and do it."""
-        self._journal.write("abort", now, handle)
-        return super().abort(handle, now)
-
-    def finish(self, handle: int, num_output_tokens: int, now: float) -> RequestUpdate | None:
-        """Write the finish down and do it."""
-        self._journal.write("finish", now, handle, num_output_tokens)
-        return super().finish(handle, num_output_tokens, now)
-
-    def schedule(self, now: float, can_compute: bool) -> SchedulerOutput | None:
-        """Write the question and the plan down."""
-        plan = super().schedule(now, can_compute)
-        self._journal.write("schedule", now, can_compute, plan)
-        return plan
-
-    def update(self, output: ExecutorOutput, now: float) -> list[RequestUpdate]:
-        """Write down what finished: ids and times, not log probabilities, which decide nothing."""
-        self._journal.write("update", now, [_outcome(done) for done in output.steps], output.copies)
-        return super().update(output, now)
+def read_fact(kind: str, fields: Sequence[Any]) -> Fact:
+    """Return the fact of a parsed line; LookupError, TypeError or ValueError if it is none."""
+    match kind:
+        case "add":
+            return _read_arrival(*fields)
+        case "abort":
+            return Aborted(*fields)
+        case "finish":
+            return Finished(*fields)
+        case "update":
+            steps, copies = fields
+            return ExecutorOutput([_read_step(*step) for step in steps], tuple(copies))
+    raise ValueError(f"no fact is called {kind!r}")
 
 
-def written(arrival: Arrival) -> dict[str, Any]:
-    """Return an arrival as a line has it; `read_arrival` is the way back."""
+def _arrival_fields(arrival: Arrival) -> dict[str, Any]:
     fields = {spec.name: getattr(arrival, spec.name) for spec in dataclasses.fields(arrival)}
     exact = {"age_s": arrival.age_s.hex(), "block_hashes": [h.hex() for h in arrival.block_hashes]}
     return fields | exact
 
 
-def read_arrival(fields: Mapping[str, Any]) -> Arrival:
-    """Return the arrival of a parsed line."""
+def _read_arrival(fields: Mapping[str, Any]) -> Arrival:
     prompt, params = fields["prompt_token_ids"], fields["params"]
     biases = {int(token_id): bias for token_id, bias in params["logit_bias"].items()}
     read = {
@@ -131,8 +139,15 @@ def read_arrival(fields: Mapping[str, Any]) -> Arrival:
     return Arrival(**{**fields, **read})
 
 
-def _outcome(done: StepDone) -> list[Any]:
-    """Return what a step came to; the reason is there only where it failed."""
+def _step_fields(done: StepDone) -> list[Any]:
+    """Return what a step came to: no log probabilities, which decide nothing."""
     ids = [sample.token_id for sample in done.samples]
     fields: list[Any] = [done.step_id, ids, done.device_s.hex()]
     return fields if done.error is None else [*fields, done.error]
+
+
+def _read_step(
+    step_id: int, token_ids: Sequence[int], device_s: str, error: str | None = None
+) -> StepDone:
+    samples = [Sample(token_id) for token_id in token_ids]
+    return StepDone(step_id, samples, float.fromhex(device_s), error=error)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
-from fastserve.core.request import FinishReason, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, SamplingParams
 
 
 class NewRequest(NamedTuple):
@@ -113,6 +113,23 @@ class ExecutorOutput(NamedTuple):
 
     steps: Sequence[StepDone] = ()
     copies: Sequence[int] = ()
+
+
+class Aborted(NamedTuple):
+    """A request is given up."""
+
+    handle: int
+
+
+class Finished(NamedTuple):
+    """A stop string in the text ended a request after so many output ids."""
+
+    handle: int
+    num_output_tokens: int
+
+
+Fact = Arrival | Aborted | Finished | ExecutorOutput
+"""Everything a scheduler is told."""
 
 
 class RequestFailedError(RuntimeError):

@@ -1,8 +1,8 @@
 """The engine: the only loop there is, between a scheduler that decides and an executor that does.
 
-Rules: `step` is called by one thread; observers watch and cannot stop it; a step that fails ends
-the requests in it, a device that fails ends the engine. Live serving, offline use and virtual time
-run these very lines.
+Rules: `step` is called by one thread; observers watch, and cannot stop a live engine; a step that
+fails ends the requests in it, a device that fails ends the engine. Live serving, offline use and
+virtual time run these very lines.
 Must not know: torch, processes, text.
 """
 
@@ -13,7 +13,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput
+from fastserve.core.messages import (
+    Aborted,
+    ExecutorOutput,
+    Fact,
+    Finished,
+    RequestUpdate,
+    SchedulerOutput,
+)
 from fastserve.core.request import Arrival
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.interfaces import Clock, Executor, Observer
@@ -70,28 +77,38 @@ class Engine:
 
     def _schedule(self) -> SchedulerOutput | None:
         now = self.clock.now()
-        plan = self.scheduler.schedule(now, can_compute=self.executor.can_submit())
+        can_compute = self.executor.can_submit()
+        plan = self.scheduler.schedule(now, can_compute)
         self.scheduler_s += self.clock.now() - now
-        if plan is not None:
-            if plan.work:
-                self.step_sizes.add(plan.num_tokens)
-            self._notify(lambda observer: observer.planned(plan, now))
+        if plan is not None and plan.work:
+            self.step_sizes.add(plan.num_tokens)
+        self._notify(lambda observer: observer.planned(plan, can_compute, now))
         return plan
 
     def _update(self, done: ExecutorOutput) -> list[RequestUpdate]:
-        now = self.clock.now()
+        now = self._tell(done)
+        begun = self.clock.now()
         updates = self.scheduler.update(done, now)
-        self.scheduler_s += self.clock.now() - now
+        self.scheduler_s += self.clock.now() - begun
         self.device_s += sum(step.device_s for step in done.steps)
         self._notify(lambda observer: observer.updated(done, updates, now))
         return updates
+
+    def _tell(self, fact: Fact) -> float:
+        """Show the observers a fact that the scheduler is about to be told; return its time."""
+        now = self.clock.now()
+        self._notify(lambda observer: observer.told(fact, now))
+        return now
 
     def _notify(self, see: Callable[[Observer], None]) -> None:
         for observer in self.observers:
             try:
                 see(observer)
             except Exception:
-                logger.exception("observer %r failed; the engine goes on", observer)
+                if self.scheduler.config.is_strict:
+                    raise
+                logger.exception("observer %r failed; the engine goes on without it", observer)
+                self.observers = tuple(item for item in self.observers if item is not observer)
 
     @property
     def num_requests(self) -> int:
@@ -105,17 +122,18 @@ class Engine:
 
     def add(self, arrival: Arrival) -> int:
         """Accept a request and return its handle; ValueError if it can never run."""
-        return self.scheduler.add(arrival, self.clock.now())
+        return self.scheduler.add(arrival, self._tell(arrival))
 
     def abort(self, handle: int) -> RequestUpdate | None:
         """End a request; return its terminal update, None if it has ended already."""
-        update = self.scheduler.abort(handle, self.clock.now())
+        update = self.scheduler.abort(handle, self._tell(Aborted(handle)))
         self._tidy()
         return update
 
     def finish(self, handle: int, num_output_tokens: int) -> RequestUpdate | None:
         """End a request at a stop string; return its terminal update, None if it has ended."""
-        update = self.scheduler.finish(handle, num_output_tokens, self.clock.now())
+        now = self._tell(Finished(handle, num_output_tokens))
+        update = self.scheduler.finish(handle, num_output_tokens, now)
         self._tidy()
         return update
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput
+from fastserve.core.messages import ExecutorOutput, Fact, RequestUpdate, SchedulerOutput
 
 
 class Executor(Protocol):
@@ -50,10 +50,16 @@ class Clock(Protocol):
 
 
 class Observer(Protocol):
-    """Watches the engine; must not change anything."""
+    """Watches the engine; must not change anything.
 
-    def planned(self, plan: SchedulerOutput, now: float) -> None:
-        """See a plan as it is submitted; it may be one without work."""
+    One that raises sees nothing further; under `is_strict` what it raised ends the engine.
+    """
+
+    def told(self, fact: Fact, now: float) -> None:
+        """See a fact before the scheduler is told; it may refuse an Arrival with ValueError."""
+
+    def planned(self, plan: SchedulerOutput | None, can_compute: bool, now: float) -> None:
+        """See each answer of `schedule` before it is submitted; None: there was nothing to do."""
 
     def updated(self, output: ExecutorOutput, updates: Sequence[RequestUpdate], now: float) -> None:
         """See what finished and what it meant for requests."""

@@ -74,7 +74,7 @@ class SchedulerConfig:
     num_slots: int = 1
     lookahead: int = 0
     eos_token_ids: frozenset[int] = frozenset()
-    is_strict: bool = False  # no progress raises, with the story of every request
+    is_strict: bool = False  # no progress, or an observer that fails, raises
 
     @classmethod
     def resolve(

@@ -66,14 +66,13 @@ def run_job(job: Job, on_progress: Callable[[int], None] = lambda num_ended: Non
                 events.scheduler = scheduler
             if job.has_timeline:
                 timelines.append(Timeline(scheduler))
-            return timelines
+            return [journal, *timelines]
 
         outcome = simulate(
             job.config,
             job.machine,
             job.workload,
             is_closed_loop=job.is_closed_loop,
-            journal=journal,
             observers=observers,
             on_step=None if events is None else events.see,
             on_progress=on_progress,

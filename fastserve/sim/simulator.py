@@ -16,7 +16,6 @@ import numpy as np
 
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
-from fastserve.core.journal import Journal
 from fastserve.core.messages import RequestMetrics, RequestUpdate, SchedulerStats
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.core.scheduler import Scheduler
@@ -66,7 +65,6 @@ def simulate(
     workload: Workload,
     *,
     is_closed_loop: bool = False,
-    journal: Journal | None = None,
     observers: Callable[[Scheduler], Sequence[Observer]] = lambda scheduler: (),
     on_step: OnStep | None = None,
     on_progress: Callable[[int], None] = lambda num_ended: None,
@@ -77,7 +75,7 @@ def simulate(
     the one before it has ended, not at its `arrived_at`. `on_progress` is told now and then how
     many have ended.
     """
-    run = _Run(config, machine, workload, is_closed_loop, journal, on_step)
+    run = _Run(config, machine, workload, is_closed_loop, on_step)
     run.engine.observers = tuple(observers(run.engine.scheduler))
     while not run.is_over:
         for _ in range(STEPS_BETWEEN_REPORTS):
@@ -97,7 +95,6 @@ class _Run:
         machine: Machine,
         workload: Workload,
         is_closed_loop: bool,
-        journal: Journal | None,
         on_step: OnStep | None,
     ) -> None:
         self._workload = workload
@@ -124,7 +121,6 @@ class _Run:
             machine.num_device_blocks,
             machine.num_host_blocks,
             lengths=self._lengths,
-            journal=journal,
         )
         self._num_device_blocks = machine.num_device_blocks
         self.engine = Engine(self._scheduler, self._executor, self._clock)

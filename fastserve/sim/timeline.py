@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple, TextIO
 
-from fastserve.core.messages import ExecutorOutput, RequestUpdate, SchedulerOutput
+from fastserve.core.messages import ExecutorOutput, Fact, RequestUpdate, SchedulerOutput
 from fastserve.core.scheduler import Scheduler
 
 MAX_SAMPLES = 2048
@@ -38,8 +38,11 @@ class Timeline:
         self._interval_s = 0.01
         self._next_at = 0.0
 
-    def planned(self, plan: SchedulerOutput, now: float) -> None:
-        """A plan changes nothing that a look after the step would not show."""
+    def told(self, fact: Fact, now: float) -> None:
+        """A fact changes nothing that a look after the step would not show."""
+
+    def planned(self, plan: SchedulerOutput | None, can_compute: bool, now: float) -> None:
+        """Nor does a plan."""
 
     def updated(self, output: ExecutorOutput, updates: Sequence[RequestUpdate], now: float) -> None:
         """Look, if it is time."""

@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
-from fastserve.core.journal import Journal, read_arrival
-from fastserve.core.messages import ExecutorOutput, Sample, StepDone
+from fastserve.core.journal import FORMAT, Journal, read_fact
+from fastserve.core.messages import Aborted, ExecutorOutput, Fact, Finished
+from fastserve.core.request import Arrival
 from fastserve.core.scheduler import Scheduler
 from fastserve.host.terminal import say
 from fastserve.settings.option import ConfigError
@@ -81,17 +82,23 @@ def replay_lines(lines: Iterator[tuple[int, list[Any]]], tally: Tally) -> None:
     """Feed all facts; raises DifferenceError at the first line that comes out differently."""
     scheduler: Scheduler | None = None
     written: list[str] = []
+    journal = Journal(written.append)
     for number, values in lines:
         try:
             kind, now, *fields = values[0], float.fromhex(values[1]), *values[2:]
             if kind == "open":
-                scheduler = _fresh(fields, written.append)
+                scheduler = _fresh(fields)
                 tally.num_runs += 1
                 continue
             if scheduler is None:
                 raise ConfigError("the journal does not begin with what the scheduler was built of")
             written.clear()
-            _APPLY[kind](scheduler, now, fields)
+            if kind == "schedule":
+                journal.planned(scheduler.schedule(now, fields[0]), fields[0], now)
+            else:
+                fact = read_fact(kind, fields)
+                journal.told(fact, now)
+                _tell(scheduler, fact, now)
             replayed = written[0]
         except ConfigError as error:
             raise ConfigError(f"line {number}: {error}") from None
@@ -105,62 +112,34 @@ def replay_lines(lines: Iterator[tuple[int, list[Any]]], tally: Tally) -> None:
         raise ConfigError("the journal is empty")
 
 
-def _fresh(fields: Sequence[Any], sink: Callable[[str], object]) -> Scheduler:
-    settings, costs, num_device_blocks, num_host_blocks = fields
+def _fresh(fields: Sequence[Any]) -> Scheduler:
+    if fields[0] != FORMAT:
+        number = fields[0] if isinstance(fields[0], int) else "no number"
+        raise ConfigError(f"a journal of another format: {number}, not {FORMAT}")
+    settings, costs, num_device_blocks, num_host_blocks = fields[1:]
     settings = settings | {"eos_token_ids": frozenset(settings["eos_token_ids"])}
     # An engine preset's costs have fields of their own, which only its device asks.
     known = {spec.name for spec in dataclasses.fields(CostModel)}
     cost_model = CostModel(**{name: value for name, value in costs.items() if name in known})
     try:
         return build_scheduler(
-            SchedulerConfig(**settings),
-            cost_model,
-            num_device_blocks,
-            num_host_blocks,
-            journal=Journal(sink),
+            SchedulerConfig(**settings), cost_model, num_device_blocks, num_host_blocks
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _add(scheduler: Scheduler, now: float, fields: Sequence[Any]) -> None:
-    arrival = read_arrival(fields[0])
-    with contextlib.suppress(ValueError):  # it was refused then as well
-        scheduler.add(arrival, now)
-
-
-def _abort(scheduler: Scheduler, now: float, fields: Sequence[Any]) -> None:
-    scheduler.abort(fields[0], now)
-
-
-def _finish(scheduler: Scheduler, now: float, fields: Sequence[Any]) -> None:
-    scheduler.finish(fields[0], fields[1], now)
-
-
-def _schedule(scheduler: Scheduler, now: float, fields: Sequence[Any]) -> None:
-    scheduler.schedule(now, can_compute=fields[0])
-
-
-def _update(scheduler: Scheduler, now: float, fields: Sequence[Any]) -> None:
-    steps = [
-        StepDone(
-            step_id,
-            [Sample(token_id) for token_id in samples],
-            float.fromhex(device_s),
-            error=reason[0] if reason else None,
-        )
-        for step_id, samples, device_s, *reason in fields[0]
-    ]
-    scheduler.update(ExecutorOutput(steps, tuple(fields[1])), now)
-
-
-_APPLY: dict[str, Callable[[Scheduler, float, Sequence[Any]], None]] = {
-    "add": _add,
-    "abort": _abort,
-    "finish": _finish,
-    "schedule": _schedule,
-    "update": _update,
-}
+def _tell(scheduler: Scheduler, fact: Fact, now: float) -> None:
+    match fact:
+        case Arrival():
+            with contextlib.suppress(ValueError):  # it was refused then as well
+                scheduler.add(fact, now)
+        case Aborted(handle):
+            scheduler.abort(handle, now)
+        case Finished(handle, num_output_tokens):
+            scheduler.finish(handle, num_output_tokens, now)
+        case ExecutorOutput():
+            scheduler.update(fact, now)
 
 
 def _difference(number: int, now: float, recorded: list[Any], replayed: str) -> str:

@@ -87,14 +87,9 @@ class Harness:
             token=token,
         )
         self.scheduler = build_scheduler(
-            config,
-            UNIT_COST,
-            num_device_blocks,
-            policy=policy,
-            lengths=lengths,
-            journal=self.journal,
+            config, UNIT_COST, num_device_blocks, policy=policy, lengths=lengths
         )
-        self.engine = Engine(self.scheduler, self.executor, self.clock)
+        self.engine = Engine(self.scheduler, self.executor, self.clock, [self.journal])
         self.expected: dict[int, Expected] = {}
         self.num_errors = 0  # ends of requests whose step failed
 

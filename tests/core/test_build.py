@@ -6,7 +6,6 @@ import pytest
 
 from fastserve.core.build import build_policy, build_scheduler
 from fastserve.core.cost_model import CostModel
-from fastserve.core.journal import Journal, JournaledScheduler
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.mlfq import MLFQ
 from fastserve.core.policies.srpt import SRPT
@@ -56,13 +55,6 @@ def test_quanta_come_from_settings_and_costs(changes: dict[str, object], level: 
     policy.admit(request, 0.0)
     assert policy.levels is not None
     assert policy.levels.level(request) == level
-
-
-def test_a_journal_makes_it_a_journaled_scheduler() -> None:
-    """Without a journal nothing is written and nothing is paid."""
-    config = small_config(max_model_len=16)
-    assert not isinstance(build_scheduler(config, COST, 4), JournaledScheduler)
-    assert isinstance(build_scheduler(config, COST, 4, journal=Journal()), JournaledScheduler)
 
 
 def test_a_window_beyond_the_pool_is_refused() -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from fastserve.core.build import build_scheduler
-from fastserve.core.journal import Journal, encode_line, read_arrival, written
-from fastserve.core.messages import ExecutorOutput, Sample, StepDone
+from fastserve.core.journal import Journal, read_fact
+from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.request import Arrival, SamplingParams
 from tests.core.arrivals import arrivals
-from tests.core.harness import UNIT_COST, Harness, small_config
+from tests.core.harness import Harness, small_config
+from tests.core.replayed import replayed
 
 ROOT = Path(__file__).parents[2]
 HASH_PROGRAM = """
@@ -78,39 +78,6 @@ def busy_run(lines: list[str], *, slots: int, lookahead: int) -> Harness:
     return harness
 
 
-def replay(lines: list[str], harness: Harness) -> list[str]:
-    """Feed the facts of a journal to a new scheduler and return what it writes."""
-    written: list[str] = []
-    scheduler = build_scheduler(harness.config, UNIT_COST, 9, journal=Journal(written.append))
-    for line in lines:
-        kind, at, *rest = json.loads(line)
-        now = float.fromhex(at)
-        if kind == "add":
-            arrival = read_arrival(rest[0])
-            try:
-                scheduler.add(arrival, now)
-            except ValueError:
-                assert arrival.params.max_tokens == 99
-        elif kind == "schedule":
-            scheduler.schedule(now, rest[0])
-        elif kind == "update":
-            steps = [
-                StepDone(
-                    step_id,
-                    [Sample(i) for i in ids],
-                    float.fromhex(device_s),
-                    error=reason[0] if reason else None,
-                )
-                for step_id, ids, device_s, *reason in rest[0]
-            ]
-            scheduler.update(ExecutorOutput(steps, rest[1]), now)
-        else:
-            getattr(scheduler, kind)(*rest, now)
-    assert scheduler.num_requests == 0
-    scheduler.check()
-    return written
-
-
 @pytest.mark.parametrize(("slots", "lookahead"), [(1, 0), (1, 1), (2, 0)])
 def test_replay_repeats_every_plan(slots: int, lookahead: int) -> None:
     """The facts of a journal lead a new scheduler to the very same lines."""
@@ -118,7 +85,7 @@ def test_replay_repeats_every_plan(slots: int, lookahead: int) -> None:
     harness = busy_run(lines, slots=slots, lookahead=lookahead)
     kinds = {json.loads(line)[0] for line in lines}
     assert kinds == {"add", "schedule", "update", "abort", "finish"}
-    assert replay(lines, harness) == lines
+    assert replayed(lines, harness.config, 9) == lines
 
 
 def test_a_changed_fact_changes_the_hash() -> None:
@@ -140,7 +107,24 @@ def test_a_changed_fact_changes_the_hash() -> None:
 @given(arrivals())
 def test_an_arrival_reads_back_as_it_was_written(arrival: Arrival) -> None:
     """Every field, floats to the last bit."""
-    assert read_arrival(json.loads(encode_line([written(arrival)]))[0]) == arrival
+    lines: list[str] = []
+    Journal(lines.append).told(arrival, 1.0)
+    kind, _, *fields = json.loads(lines[0])
+    assert read_fact(kind, fields) == arrival
+
+
+def test_a_stall_can_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the scheduler asks itself again, that is still one question and one plan."""
+    monkeypatch.setattr(FCFS, "ordered", lambda self: iter(()))
+    lines: list[str] = []
+    harness = Harness(small_config(is_strict=False), 8, sink=lines.append)
+    for prompt in ([1, 2], [3]):
+        harness.add(prompt, 2)
+    while harness.is_busy:
+        harness.step()
+    assert harness.scheduler.stats(0.0).num_stalls == 2
+    assert len(harness.executor.plans) == 4
+    assert replayed(lines, harness.config, 8) == lines
 
 
 def test_what_has_no_words_is_refused() -> None:

@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from fastserve.core.request import FinishReason
 from tests.core.harness import Harness, small_config
+from tests.core.replayed import replayed
 
 WINDOW = 24
 EOS, ANOTHER_EOS, STOP = 0, 1, 2
@@ -25,6 +26,8 @@ class EventsInAnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.harness: Harness
         self.lengths: dict[int, int] = {}
+        self.lines: list[str] = []
+        self.num_blocks = 0
         self.has_failure = False
 
     @initialize(
@@ -68,7 +71,10 @@ class EventsInAnyOrder(RuleBasedStateMachine):
             eos_token_ids=frozenset((EOS, ANOTHER_EOS)),
         )
         num_blocks = -(-WINDOW // block_size) + num_spare_blocks
-        self.harness = Harness(config, num_blocks, lengths=self.lengths, token=few_ids)
+        self.harness = Harness(
+            config, num_blocks, lengths=self.lengths, token=few_ids, sink=self.lines.append
+        )
+        self.num_blocks = num_blocks
 
     @rule(
         num_shared=st.integers(0, WINDOW - 1),
@@ -154,12 +160,15 @@ class EventsInAnyOrder(RuleBasedStateMachine):
         self.has_failure = True
 
     def teardown(self) -> None:
-        """Everything that was accepted ends, once and right, and all blocks come home."""
+        """Everything accepted ends, once and right; all blocks come home; it can be replayed."""
         if not hasattr(self, "harness"):
             return
         for update in self.harness.engine.step(self.harness.clock.now()):
             self.harness.take(update)
         self.harness.drain()
+        if self.harness.config.scheduling_policy != "srpt":  # whose foresight is in no journal
+            config = self.harness.config
+            assert replayed(self.lines, config, self.num_blocks) == self.lines
         reasons = {expected.finish_reason for expected in self.harness.expected.values()}
         assert self.has_failure or FinishReason.ERROR not in reasons
 

@@ -11,11 +11,13 @@ import pytest
 
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
+from fastserve.core.journal import Journal
 from fastserve.core.messages import (
     NO_STEP,
     Copy,
     CopyDirection,
     ExecutorOutput,
+    Fact,
     RequestUpdate,
     SchedulerOutput,
 )
@@ -31,14 +33,18 @@ COSTS = CostModel(base_s=0.9, prefill_token_s=0.01, decode_seq_s=0.1)
 
 
 def make_engine(
-    *, num_slots: int = 1, lookahead: int = 0, observers: Sequence[Observer] = ()
+    *,
+    num_slots: int = 1,
+    lookahead: int = 0,
+    observers: Sequence[Observer] = (),
+    is_strict: bool = True,
 ) -> Engine:
     """Return an engine before a checked fake device with 64 blocks of 4 tokens."""
     clock = VirtualClock()
     executor = FakeExecutor(clock, 4, num_slots=num_slots, lookahead=lookahead)
     config = SchedulerConfig(
         max_num_seqs=4, max_num_batched_tokens=16, max_model_len=128, block_size=4,
-        num_slots=num_slots, lookahead=lookahead, is_strict=True,
+        num_slots=num_slots, lookahead=lookahead, is_strict=is_strict,
     )  # fmt: skip
     return Engine(build_scheduler(config, COSTS, 64), executor, clock, observers)
 
@@ -271,9 +277,13 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: list[tuple[str, float, object]] = []
 
-    def planned(self, plan: SchedulerOutput, now: float) -> None:
+    def told(self, fact: Fact, now: float) -> None:
+        """See a fact."""
+        self.seen.append(("told", now, type(fact).__name__))
+
+    def planned(self, plan: SchedulerOutput | None, can_compute: bool, now: float) -> None:
         """See a plan."""
-        self.seen.append(("planned", now, plan.step_id))
+        self.seen.append(("planned", now, None if plan is None else plan.step_id))
 
     def updated(self, output: ExecutorOutput, updates: Sequence[RequestUpdate], now: float) -> None:
         """See an update."""
@@ -283,37 +293,73 @@ class Recorder:
 class Faulty(Recorder):
     """Fails at everything."""
 
-    def planned(self, plan: SchedulerOutput, now: float) -> None:
+    def planned(self, plan: SchedulerOutput | None, can_compute: bool, now: float) -> None:
         """Fail."""
         raise KeyError("a bug in an observer")
 
 
-def test_observers_see_every_plan_and_result() -> None:
-    """Plans are seen before their results, with the engine's times; the last one only forgets."""
+def test_observers_see_every_fact_plan_and_result() -> None:
+    """Facts before the scheduler is told, plans before their results; the last only forgets."""
     recorder = Recorder()
     engine = make_engine(observers=[recorder])
-    engine.add(Arrival([1, 2], SamplingParams(seed=1, max_tokens=2)))
+    handle = engine.add(Arrival([1, 2], SamplingParams(seed=1, max_tokens=2)))
     run_all(engine)
+    engine.abort(handle)
+    engine.finish(handle, 1)
+    with pytest.raises(ValueError, match="empty"):
+        engine.add(Arrival([], SamplingParams()))
     assert recorder.seen == [
-        ("planned", 0.0, 0), ("updated", 1.0, [0]), ("planned", 1.0, 1), ("updated", 2.0, [1]),
-        ("planned", 2.0, NO_STEP),
+        ("told", 0.0, "Arrival"),
+        ("planned", 0.0, 0), ("planned", 0.0, None),
+        ("told", 1.0, "ExecutorOutput"), ("updated", 1.0, [0]),
+        ("planned", 1.0, 1), ("planned", 1.0, None),
+        ("told", 2.0, "ExecutorOutput"), ("updated", 2.0, [1]),
+        ("planned", 2.0, NO_STEP), ("planned", 2.0, None),
+        ("told", 2.0, "Aborted"), ("planned", 2.0, None),
+        ("told", 2.0, "Finished"), ("planned", 2.0, None),
+        ("told", 2.0, "Arrival"),
     ]  # fmt: skip
 
 
 def test_an_observer_that_fails_is_logged_and_stops_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The failure is in the log with its trace; requests and other observers go on."""
+    """It is logged once, with its trace, and dropped; requests and other observers go on."""
     recorder = Recorder()
-    engine = make_engine(observers=[Faulty(), recorder])
+    engine = make_engine(observers=[Faulty(), recorder], is_strict=False)
     handle = engine.add(Arrival([1, 2], SamplingParams(seed=1, max_tokens=3)))
     with caplog.at_level(logging.ERROR):
         updates = run_all(engine)
     assert len(ids_of(updates, handle)) == 3
-    assert len(recorder.seen) == 7
+    assert len(recorder.seen) == 1 + 3 * 4 + 2
     failures = [record for record in caplog.records if record.exc_info]
-    assert len(failures) == 4
+    assert len(failures) == 1
     assert "Faulty" in failures[0].getMessage()
+    assert engine.observers == (recorder,)
+
+
+def test_a_journal_that_cannot_be_written_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """A full disk costs the journal, not the requests."""
+
+    def write(line: str) -> None:
+        if len(lines) == 4:
+            raise OSError(28, "No space left on device")
+        lines.append(line)
+
+    lines: list[str] = []
+    engine = make_engine(observers=[Journal(write)], is_strict=False)
+    handle = engine.add(Arrival([1, 2], SamplingParams(seed=1, max_tokens=3)))
+    assert len(ids_of(run_all(engine), handle)) == 3
+    assert len(lines) == 4
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+
+
+def test_a_strict_engine_has_no_patience_with_observers() -> None:
+    """In the simulator what an observer raises is the run's failure."""
+    engine = make_engine(observers=[Faulty()])
+    engine.add(Arrival([1, 2], SamplingParams(seed=1, max_tokens=3)))
+    with pytest.raises(KeyError, match="a bug"):
+        engine.step()
 
 
 def test_close_lets_go_once_of_what_was_opened() -> None:

@@ -52,7 +52,10 @@ class Checker:
         self.num_checks = 0
         self.most_in_flight = 0
 
-    def planned(self, plan, now) -> None:
+    def told(self, fact, now) -> None:
+        """A fact alone changes nothing."""
+
+    def planned(self, plan, can_compute, now) -> None:
         """Look at how many steps fly together."""
         self.most_in_flight = max(self.most_in_flight, len(self.scheduler._in_flight))
 

@@ -201,7 +201,7 @@ def test_the_same_run_has_the_same_journal():
     for seed in (3, 3, 4):
         journal = Journal()
         config = small_config(scheduling_policy="skip-join-mlfq")
-        simulate(config, MACHINE, random_workload(seed), journal=journal)
+        simulate(config, MACHINE, random_workload(seed), observers=lambda scheduler: [journal])  # noqa: B023
         hashes.append(journal.sha256)
     assert hashes[0] == hashes[1] != hashes[2]
 

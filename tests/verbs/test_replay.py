@@ -95,8 +95,8 @@ def test_another_scheduler_gives_other_plans(live_journal, tmp_path, capsys):
     """The same facts under another policy do not give the same plans."""
 
     def change(lines):
-        lines[0][2]["scheduling_policy"] = "fcfs"
-        lines[0][2]["max_num_seqs"] = 2
+        lines[0][3]["scheduling_policy"] = "fcfs"
+        lines[0][3]["max_num_seqs"] = 2
 
     assert cli.main(["replay", str(forged(live_journal, tmp_path, change))]) == 1
     assert "line " in capsys.readouterr().out
@@ -109,11 +109,17 @@ def test_another_scheduler_gives_other_plans(live_journal, tmp_path, capsys):
         ("hello\n", "line 1 is not JSON"),
         ("[1]\n", "not a line of a journal"),
         ('["add","0x0.0p+0"]\n', "does not begin"),
-        ('["open","0x0.0p+0",{},{},1,0]\n', "line 1: not a line of a journal"),
-        ('["open","0x0.0p+0",[],{},1,0]\n', "line 1: not a line of a journal"),
-        ('["open","noon",{},{},1,0]\n', "line 1: not a line of a journal"),
-        ('["open",12.5,{},{},1,0]\n', "line 1: not a line of a journal"),
-        ('["open","0x1p+99999",{},{},1,0]\n', "line 1: not a line of a journal"),
+        ('["open","0x0.0p+0",1,{},{},1,0]\n', "line 1: not a line of a journal"),
+        ('["open","0x0.0p+0",1,[],{},1,0]\n', "line 1: not a line of a journal"),
+        ('["open","0x0.0p+0"]\n', "line 1: not a line of a journal"),
+        (
+            '["open","0x0.0p+0",{},{},1,0]\n',
+            "line 1: a journal of another format: no number, not 1",
+        ),
+        ('["open","0x0.0p+0",2,{},{},1,0]\n', "line 1: a journal of another format: 2, not 1"),
+        ('["open","noon",1,{},{},1,0]\n', "line 1: not a line of a journal"),
+        ('["open",12.5,1,{},{},1,0]\n', "line 1: not a line of a journal"),
+        ('["open","0x1p+99999",1,{},{},1,0]\n', "line 1: not a line of a journal"),
         ('{"object":"error"}\n', "line 1: not a line of a journal"),
         ("[" * 100_000 + "\n", "line 1 is not JSON"),
         ("\0\n", "line 1 is not JSON"),
