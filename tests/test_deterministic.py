@@ -37,14 +37,11 @@ def test_chunks_and_company_do_not_change_a_bit(dtype: torch.dtype, tmp_path: Pa
     assert differing(load(tmp_path, dtype, kernels="auto"), ALL_CASES) == []
 
 
-@pytest.mark.parametrize("kernels", ["numba", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_kind_of_kernel_keeps_the_bits(
-    kernels: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    """The kernels that need no compiler are as exact, and so is plain torch."""
+def test_plain_torch_keeps_the_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Where there is no compiler, a token's bits are its own too."""
     make_checkpoint(tmp_path, "llama")
-    assert differing(load(tmp_path, dtype, kernels=kernels), FEW_CASES) == []
+    assert differing(load(tmp_path, dtype, kernels="torch"), FEW_CASES) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -118,8 +118,8 @@ class EngineConfig:
     )
     cpu_kernels: str = option(
         "auto",
-        "fused CPU kernels: compiled here, by numba, or plain torch; auto: the first there is",
-        choices=("auto", "native", "numba", "torch"),
+        "fused CPU kernels, compiled here, or plain torch; auto: kernels where they can be built",
+        choices=("auto", "native", "torch"),
     )
     deterministic: bool = option(
         False, "a token's logits and KV are the same bits in any batch, resumed or not; slower"

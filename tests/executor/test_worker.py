@@ -326,8 +326,8 @@ def test_the_network_always_runs_in_inference_mode(llama, monkeypatch):
 
 def test_flags_without_effect_are_refused(llama):
     """Before anything is loaded."""
-    with pytest.raises(ConfigError, match="--cpu-kernels numba"):
-        open_worker(llama[0], cpu_kernels="numba", dtype="float16")
+    with pytest.raises(ConfigError, match="--cpu-kernels native"):
+        open_worker(llama[0], cpu_kernels="native", dtype="float16")
 
 
 def test_dtypes_are_honoured(llama):

@@ -1,7 +1,7 @@
 """CpuAttention: paged attention by compiled CPU kernels.
 
 Rules: keys and values are read in place, by block table; a token's result has the same bits in any
-batch and any chunking. Must not know: requests, weights, who owns the KV, which kernels run.
+batch and any chunking. Must not know: requests, weights, who owns the KV.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import Tensor
 from fastserve.model.attention.interfaces import LayerAttention, LayerKV
 from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.input_batch import InputBatch
-from fastserve.model.kernels.cpu.kernels import CpuKernels, attention_work
+from fastserve.model.kernels.cpu.attention_work import attention_work
+from fastserve.model.kernels.cpu.kernels import CpuKernels
 
 
 class CpuAttention:

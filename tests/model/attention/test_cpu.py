@@ -18,7 +18,6 @@ from tests.model.kernels.cpu.kernel_cases import (
     DTYPES,
     TOLERANCES,
     every_dtype,
-    every_kernel,
     kernels_of,
     threads,
 )
@@ -41,7 +40,6 @@ def reference(qkv, layer, batch, heads):
     return torch.stack(out)
 
 
-@every_kernel
 @settings(max_examples=60, deadline=None)
 @given(
     shares=shares_strategy,
@@ -53,9 +51,7 @@ def reference(qkv, layer, batch, heads):
     count=st.sampled_from([1, 2]),
     seed=st.integers(0, 99),
 )
-def test_equals_the_definition(
-    name, shares, kv_heads, group, head_dim, block_size, dtype, count, seed
-):
+def test_equals_the_definition(shares, kv_heads, group, head_dim, block_size, dtype, count, seed):
     """Decodes and chunks of any shape give the definition's values and read no other slot."""
     torch.manual_seed(seed)
     num_blocks = sum(-(-(count + start) // block_size) for count, start in shares) + 1
@@ -70,7 +66,7 @@ def test_equals_the_definition(
     kv = PagedKV(tensor)
     qkv = torch.randn(len(batch.token_ids), heads + 2 * kv_heads, head_dim).to(dtype)
     attention = CpuAttention(
-        kernels_of(name, dtype), AttentionShape.scaled_by_dim(heads, kv_heads, head_dim)
+        kernels_of(dtype), AttentionShape.scaled_by_dim(heads, kv_heads, head_dim)
     )
     with threads(count):
         actual = attention.plan(batch)(qkv, None, kv.layers[1])
@@ -98,18 +94,15 @@ def run_shares(attention, tensor, qkv, table, shares):
     return dict(zip(ids.tolist(), out, strict=True))
 
 
-@every_kernel
 @every_dtype
-def test_bits_of_a_token_are_its_own(name, dtype):
+def test_bits_of_a_token_are_its_own(dtype):
     """Batch, row, chunking and threads leave a token's bits alone."""
     torch.manual_seed(0)
     heads, kv_heads, dim, length = 6, 2, 64, 200
     qkv = torch.randn(length, heads + 2 * kv_heads, dim).to(dtype)
     table = np.random.default_rng(0).permutation(13)
     tensor = torch.full((13, 1, 2, 16, kv_heads, dim), torch.nan, dtype=dtype)
-    attention = CpuAttention(
-        kernels_of(name, dtype), AttentionShape.scaled_by_dim(heads, kv_heads, dim)
-    )
+    attention = CpuAttention(kernels_of(dtype), AttentionShape.scaled_by_dim(heads, kv_heads, dim))
     with threads(1):
         whole = run_shares(attention, tensor, qkv, table, [(0, length)])
         for size in (1, 7, 64):

@@ -1,6 +1,6 @@
-// The kernels of fastserve/model/kernels/cpu/kernels.py in C++17, without any library.
+// The kernels that kernels.py calls, in C++17, without any library.
 //
-// Rules: every entry takes one pointer to its packed arguments (compiled_kernels.py lays them out)
+// Rules: every entry takes one pointer to its packed arguments (kernels.py lays them out)
 // and may run in several threads at once, which take shares of the work by counting up `next`.
 // What is computed for a row or token is one fixed sequence of operations, so that its bits depend
 // neither on its neighbours nor on the number of threads.

@@ -1,4 +1,4 @@
-"""What the tests of CPU kernels share: both implementations, and forced threads."""
+"""What the tests of CPU kernels share: the kernels of a dtype, and forced threads."""
 
 from __future__ import annotations
 
@@ -8,36 +8,33 @@ from functools import cache
 import pytest
 import torch
 
-from fastserve.model.kernels.cpu import compiled_kernels
+from fastserve.model.kernels.cpu import kernels
 from fastserve.model.kernels.cpu.kernel_choice import choose_kernels
 
-NAMES = ("native", "numba")
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
-every_kernel = pytest.mark.parametrize("name", NAMES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @cache
-def kernels_of(name, dtype):
+def kernels_of(dtype):
     """Return kernels, made once per run."""
-    kernels = choose_kernels(name, dtype)
-    assert kernels is not None
-    assert kernels.name == name
-    return kernels
+    made = choose_kernels("native", dtype)
+    assert made is not None
+    return made
 
 
 @contextmanager
 def threads(count):
     """Run kernels in `count` threads, however small the work is."""
-    old = torch.get_num_threads(), compiled_kernels.PARALLEL_ELEMENTS
-    positions = compiled_kernels.PARALLEL_POSITIONS
+    old = torch.get_num_threads(), kernels.PARALLEL_ELEMENTS
+    positions = kernels.PARALLEL_POSITIONS
     torch.set_num_threads(count)
-    compiled_kernels.PARALLEL_ELEMENTS = compiled_kernels.PARALLEL_POSITIONS = 0
+    kernels.PARALLEL_ELEMENTS = kernels.PARALLEL_POSITIONS = 0
     try:
         yield
     finally:
         torch.set_num_threads(old[0])
-        compiled_kernels.PARALLEL_ELEMENTS = old[1]
-        compiled_kernels.PARALLEL_POSITIONS = positions
+        kernels.PARALLEL_ELEMENTS = old[1]
+        kernels.PARALLEL_POSITIONS = positions

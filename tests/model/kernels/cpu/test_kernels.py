@@ -1,4 +1,4 @@
-"""The row-wise kernels against float64 torch, for both implementations."""
+"""The row-wise kernels against float64 torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tests.model.kernels.cpu.kernel_cases import (
     DTYPES,
     TOLERANCES,
     every_dtype,
-    every_kernel,
     kernels_of,
     threads,
 )
@@ -46,13 +45,12 @@ def rms(x, weight):
     return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
 
 
-@every_kernel
 @settings(max_examples=40, deadline=None)
 @given(**shapes)
-def test_norms(name, rows, width, dtype, count, seed):
+def test_norms(rows, width, dtype, count, seed):
     """Norms of any width and number of rows equal torch's in float64."""
     torch.manual_seed(seed)
-    kernels = kernels_of(name, dtype)
+    kernels = kernels_of(dtype)
     x, weight, bias = random(dtype, rows, width), random(dtype, width), random(dtype, width)
     with threads(count):
         check(kernels.rms_norm(x, weight, EPS), rms(x, weight), dtype)
@@ -62,34 +60,31 @@ def test_norms(name, rows, width, dtype, count, seed):
         check(kernels.layer_norm(x, weight, bias, EPS), expected, dtype)
 
 
-@every_kernel
 @settings(max_examples=40, deadline=None)
 @given(**shapes)
-def test_silu_mul(name, rows, width, dtype, count, seed):
+def test_silu_mul(rows, width, dtype, count, seed):
     """The gated activation equals torch's in float64, far from zero too."""
     torch.manual_seed(seed)
     gate_up = random(dtype, rows, 2 * width) * 20
     with threads(count):
-        actual = kernels_of(name, dtype).silu_mul(gate_up)
+        actual = kernels_of(dtype).silu_mul(gate_up)
     gate, up = gate_up.double().chunk(2, dim=1)
     check(actual, torch.nn.functional.silu(gate) * up, dtype)
 
 
-@every_kernel
 @every_dtype
-def test_extreme_numbers(name, dtype):
+def test_extreme_numbers(dtype):
     """Activations saturate, and what is not a number stays that."""
     gate = torch.tensor([[0.0, 1e4, -1e4, torch.inf, torch.nan, -80.0, 90.0]], dtype=dtype)
     up = torch.ones_like(gate)
-    actual = kernels_of(name, dtype).silu_mul(torch.cat((gate, up), 1))
+    actual = kernels_of(dtype).silu_mul(torch.cat((gate, up), 1))
     torch.testing.assert_close(actual, torch.nn.functional.silu(gate), equal_nan=True)
     x = torch.ones(3, 40, dtype=dtype)
     x[1, 7] = torch.nan
-    normed = kernels_of(name, dtype).rms_norm(x, torch.ones(40, dtype=dtype), EPS)
+    normed = kernels_of(dtype).rms_norm(x, torch.ones(40, dtype=dtype), EPS)
     assert normed.isnan().all(1).tolist() == [False, True, False]
 
 
-@every_kernel
 @settings(max_examples=30, deadline=None)
 @given(
     tokens=st.integers(1, 20),
@@ -99,20 +94,19 @@ def test_extreme_numbers(name, dtype):
     dtype=st.sampled_from(DTYPES),
     count=st.sampled_from([1, 2]),
 )
-def test_head_norm(name, tokens, heads, kv_heads, head_dim, dtype, count):
+def test_head_norm(tokens, heads, kv_heads, head_dim, dtype, count):
     """Queries and keys are normalized with their rows of weights, values are left alone."""
     torch.manual_seed(tokens)
     qkv = random(dtype, tokens, heads + 2 * kv_heads, head_dim)
     weight = random(dtype, heads + kv_heads, head_dim)
     actual = qkv.clone()
     with threads(count):
-        kernels_of(name, dtype).head_rms_norm_(actual, weight, EPS)
+        kernels_of(dtype).head_rms_norm_(actual, weight, EPS)
     normed = heads + kv_heads
     check(actual[:, :normed], rms(qkv[:, :normed], weight), dtype)
     assert torch.equal(actual[:, normed:], qkv[:, normed:])
 
 
-@every_kernel
 @settings(max_examples=30, deadline=None)
 @given(
     tokens=st.integers(1, 20),
@@ -124,9 +118,7 @@ def test_head_norm(name, tokens, heads, kv_heads, head_dim, dtype, count):
     is_rotary=st.booleans(),
     count=st.sampled_from([1, 2]),
 )
-def test_rotate_and_write(
-    name, tokens, heads, kv_heads, head_dim, block_size, dtype, is_rotary, count
-):
+def test_rotate_and_write(tokens, heads, kv_heads, head_dim, block_size, dtype, is_rotary, count):
     """Pairs are rotated in place; keys and values arrive in their slots and nowhere else."""
     torch.manual_seed(tokens)
     tensor = torch.randn(tokens + 1, 2, 2, block_size, kv_heads, head_dim).to(dtype)
@@ -143,7 +135,7 @@ def test_rotate_and_write(
         rotated = torch.view_as_real(pairs * rotations).flatten(-2)
         expected = torch.cat((rotated, expected[:, heads + kv_heads :]), 1)
     with threads(count):
-        kernels = kernels_of(name, dtype)
+        kernels = kernels_of(dtype)
         kernels.rotate_and_write(qkv, rotations, kv.layers[1], blocks, offsets, heads)
     check(qkv, expected, dtype)
     tensor[blocks, 1, 0, offsets] = qkv[:, heads : heads + kv_heads]
@@ -151,22 +143,20 @@ def test_rotate_and_write(
     assert torch.equal(kv.tensor, tensor)
 
 
-@every_kernel
-def test_wrong_tensors_are_refused(name):
+def test_wrong_tensors_are_refused():
     """A pointer is never taken of a tensor of another dtype or layout."""
-    kernels = kernels_of(name, torch.float32)
+    kernels = kernels_of(torch.float32)
     with pytest.raises(ValueError, match="bfloat16"):
         kernels.silu_mul(torch.zeros(2, 8, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="strides"):
         kernels.silu_mul(torch.zeros(8, 2).t())
 
 
-@every_kernel
 @every_dtype
-def test_rows_do_not_depend_on_neighbours(name, dtype):
+def test_rows_do_not_depend_on_neighbours(dtype):
     """A row has the same bits alone and among others, in one thread and in two."""
     torch.manual_seed(0)
-    kernels, x, weight = kernels_of(name, dtype), random(dtype, 33, 200), random(dtype, 200)
+    kernels, x, weight = kernels_of(dtype), random(dtype, 33, 200), random(dtype, 200)
     for kernel in (
         lambda rows: kernels.rms_norm(rows, weight, EPS),
         lambda rows: kernels.layer_norm(rows, weight, weight, EPS),

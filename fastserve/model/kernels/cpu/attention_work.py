@@ -1,0 +1,48 @@
+"""The work list of a CPU's attention: a step's rows, cut into pieces that threads take in turn.
+
+Must not know: networks, requests, who owns the KV, what is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastserve.model.input_batch import IntArray, Rows
+
+CHUNK_TOKENS = 16
+"""Query tokens of one sequence that share what is read of its keys and values."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWork:
+    """The pieces that a step's attention falls into, longest first.
+
+    A piece is a run of consecutive tokens of one sequence: its first token, how many, its row of
+    the tables, the position of its first token.
+    """
+
+    pieces: IntArray  # [num_pieces, 4]
+    tables: IntArray  # [num_rows, blocks] block ids; entries past a token's position are not read
+    positions: int  # read in all, which tells whether threads pay
+
+
+def attention_work(rows: Rows) -> AttentionWork:
+    """Cut the rows of a step into pieces."""
+    counts, starts = rows.counts, rows.starts
+    first_tokens = np.cumsum(counts) - counts
+    if rows.num_single == len(counts):
+        row_ids, inner = np.arange(len(counts)), np.zeros_like(counts)
+    else:
+        parts = (counts + CHUNK_TOKENS - 1) // CHUNK_TOKENS
+        row_ids = np.repeat(np.arange(len(counts)), parts)
+        first_parts = np.cumsum(parts) - parts
+        inner = (np.arange(len(row_ids)) - first_parts[row_ids]) * CHUNK_TOKENS
+    tokens = np.minimum(counts[row_ids] - inner, CHUNK_TOKENS)
+    positions = starts[row_ids] + inner
+    pieces = np.stack((first_tokens[row_ids] + inner, tokens, row_ids, positions), axis=1)
+    costs = (positions + tokens) * tokens
+    order = np.argsort(-costs, kind="stable")
+    tables = np.ascontiguousarray(rows.tables)
+    return AttentionWork(np.ascontiguousarray(pieces[order]), tables, int(costs.sum()))
