@@ -173,7 +173,7 @@ def add_verb(
 ) -> Parser:
     """Declare a verb that runs a model; `owners` are the settings it takes beside the engine's."""
     verb = new_verb(verbs, name, run, text)
-    verb.usage = f"%(prog)s {operand} [FLAGS]"  # every flag in one line helps nobody
+    verb.usage = f"%(prog)s {operand} [FLAGS]"  # every flag in one line would be read by no user
     verb.add_argument("--config", metavar="FILE", help="YAML file of flags; given flags win")
     for owner in (*owners, EngineConfig):
         add_arguments(verb, owner, has_positional=operand == "[MODEL]")

@@ -33,7 +33,7 @@ from fastserve.wire.engine_messages import EngineInfo
 if TYPE_CHECKING:
     from fastserve.executor.local import LocalExecutor
 
-# Threads that spin between steps take the cores of whoever else works on this machine; those that
+# Threads that spin between steps take cores from other processes of this machine; those that
 # sleep at once are woken by the kernel for every operation (docs/performance.md). This many turns
 # last from one operation of a step to the next, some tens of microseconds. Without the policy,
 # libgomp takes a tenth of them as soon as a second thread of the process has used torch.

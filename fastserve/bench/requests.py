@@ -107,7 +107,7 @@ def random_ids(rng: random.Random, count: int, config: ServeBenchConfig) -> list
 def traced_ids(
     trace: Workload, row: int, rng: random.Random, config: ServeBenchConfig
 ) -> list[int]:
-    """Return the prompt of a row: equal hash ids are equal tokens, the rest nobody else's."""
+    """Return the prompt of a row: equal hash ids are equal tokens, the rest are its own."""
     ids: list[int] = []
     for hash_id in () if trace.hash_ids is None else trace.hash_ids[row]:
         ids += random_ids(random.Random(f"{config.seed} {hash_id}"), HASH_ID_TOKENS, config)

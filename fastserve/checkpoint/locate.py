@@ -96,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def eos_token_ids(directory: Path, of_tokenizer: int | None = None) -> frozenset[int]:
-    """Return the ids that end a text, by either of those who tell: the model and its tokenizer.
+    """Return the ids that end a text, the model's and its tokenizer's.
 
     The model's are generation_config.json's, else config.json's, else those of its family. An id
     beyond the vocabulary can never be drawn, and is left out.

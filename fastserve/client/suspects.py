@@ -1,9 +1,9 @@
-"""Finds the request that kills the engine, so that it ends alone and not everybody with it.
+"""Finds the request that kills the engine, so that it ends and no other request does.
 
 Rules: a death is charged to the requests whose step was under way, or, where the process could not
-say, to all it had; a token that comes afterwards clears a request. Whoever was charged with two
-deaths in a row is a suspect: in the next process suspects run before all others, one at a time,
-each until its next token. A death with one request under way, its second in a row, is that
+say, to all it had; a token that comes afterwards clears a request. A request that was charged
+with two deaths in a row is a suspect: in the next process suspects run before all others, one at a
+time, each until its next token. A death with one request under way, its second in a row, is that
 request's: it fails. Must not know: processes, sockets, why an engine died.
 """
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 class CostModel:
     """Seconds of one step.
 
-    step = base + max(floor, prefill_token · Σ tokens + decode_seq · decodes)
+    step = base + matrix + max(floor, prefill_token · Σ tokens + decode_seq · decodes)
                 + prefill_pair · Σ tokens · (start + tokens / 2) + decode_context · Σ context
-    where a share of one token is a decode and `context` counts the tokens it attends to. The floor
-    is what reading the weights takes: computing few tokens hides behind it.
+    where a share of one token is a decode and `context` counts the tokens it attends to. `matrix`
+    is paid by a step of more than one token, whose products are of matrices. The floor is what
+    reading the weights takes: computing few tokens hides behind it.
     """
 
     base_s: float

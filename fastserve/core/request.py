@@ -111,7 +111,7 @@ class Arrival:
     """What is known of a request when it is added: all that the core is told of it.
 
     The same value travels from the API over the wire to the scheduler, its journal and a replay.
-    `prompt_token_ids` is kept as a tuple or a range, which nobody can change afterwards. A policy
+    `prompt_token_ids` is kept as a tuple or a range, which cannot be changed afterwards. A policy
     learns and decides from what stands here: what it may know of a request is a field here.
     """
 

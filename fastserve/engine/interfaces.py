@@ -1,4 +1,4 @@
-"""The doors of the engine: what does the work, what tells the time, who watches.
+"""The doors of the engine: what does the work, what tells the time, what watches.
 
 Rules: an executor fits `Executor` by shape, it does not inherit. Must not know: torch.
 """

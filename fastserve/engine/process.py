@@ -106,7 +106,7 @@ class Outbox:
             while (event := self._events.get()) is not None:
                 self._connection.sendall(encode_frame(event))
         except OSError as error:  # the inbox sees the same end and stops the loop
-            logger.debug("nobody reads any more: %s", error)
+            logger.debug("the API process is gone: %s", error)
 
 
 class Loop:

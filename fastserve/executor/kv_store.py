@@ -2,7 +2,7 @@
 
 Rules: one tensor per tier, block-major. Memory is mapped as it is first touched, so that a large
 pool costs nothing until it is used. With poisoning (tests) every block is NaN until it enters a
-table, so that a read of a block that is nobody's shows.
+table, so that a read of a block of no request shows.
 Must not know: which request owns a block.
 """
 

@@ -180,7 +180,7 @@ def _await(plan: SchedulerOutput, works: Sequence[Work], step: PendingStep) -> S
 def _placed(
     plan: SchedulerOutput, works: Sequence[Work], samples: Sequence[Sample]
 ) -> Sequence[Sample]:
-    """Return one sample for each Work of the plan; those of lost requests are read by nobody."""
+    """Return one sample for each Work of the plan; those of lost requests are never read."""
     if len(works) == len(plan.work):
         return samples
     done = {work.request for work in works}

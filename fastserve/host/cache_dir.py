@@ -1,6 +1,6 @@
 """Where this user's copies of what can be made again are kept: kernels, step times, experiments.
 
-Rules: code is loaded from here, so nobody else may be able to write it.
+Rules: code is loaded from here, so no other user may be able to write it.
 Must not know: what is in it.
 """
 

@@ -3,7 +3,7 @@
 Rules: built with numpy from whole arrays; rows (a sequence's share of the step) come ordered by
 `order_rows`, single tokens first, so that attention splits decodes from chunks by slicing. Unused
 table entries repeat a block of the same row: padding may be read (and masked), so it must never
-name a stranger's block. How attention groups or pads rows is its own business.
+name a block of another request. How attention groups or pads rows is its own business.
 Must not know: requests, sampling, kernels.
 """
 

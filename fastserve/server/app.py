@@ -35,7 +35,7 @@ def create_app(
     config: EngineConfig,
     server_config: ServerConfig,
 ) -> FastAPI:
-    """Return the HTTP app over an engine that somebody else starts and closes.
+    """Return the HTTP app over an engine, which the caller starts and closes.
 
     `app.state.context.is_draining = True` refuses new work while what is under way ends.
     """
@@ -118,7 +118,7 @@ def add_model_routes(app: FastAPI, context: ServerContext) -> None:
 
 
 def add_status_routes(app: FastAPI, context: ServerContext) -> None:
-    """Add the routes for those who watch the server; they need no key."""
+    """Add the routes that say how the server is; they need no key."""
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")

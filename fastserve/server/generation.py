@@ -29,7 +29,7 @@ NEWS_QUEUE = 64  # updates waiting for a slow client; further ones merge in thei
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection; nobody is there to be told."""
+    """The client closed the connection and can be told nothing."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""Describes the routes to those who generate clients and tests: /openapi.json.
+"""Describes the routes, to generate clients and tests from: /openapi.json.
 
 Rules: one table says what each route takes and answers; bodies come from protocol.py and
 responses.py themselves. A status that is not here is never answered.

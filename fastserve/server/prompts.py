@@ -1,7 +1,7 @@
 """From a request's prompt or messages to token ids.
 
-Rules: long texts are encoded on a thread, so that they hold nobody up. Ids are checked here: what
-leaves is a prompt the model can embed. Must not know: sampling, answers.
+Rules: long texts are encoded on a thread, so that they hold no other request up. Ids are checked
+here: what leaves is a prompt the model can embed. Must not know: sampling, answers.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ async def respond(
     try:
         content = await unless_gone(request.receive, whole_answer(choices, shape))
     except ClientGoneError:
-        return Response(status_code=499)  # nobody reads it; the log does
+        return Response(status_code=499)  # not sent, only logged
     finally:
         abort_all(choices)
     return Response(content, media_type="application/json")

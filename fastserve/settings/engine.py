@@ -52,7 +52,7 @@ class EngineConfig:
     max_model_len: int | None = option(
         None, "longest prompt + output, in tokens (the model's window)", minimum=2
     )
-    seed: int = option(0, "base of the seeds of requests that bring none")
+    seed: int = option(0, "seed of what is drawn for requests that set none")
     generation_config: str = option(
         "auto",
         "sampling defaults: the model's generation_config.json, or none (vllm)",
@@ -105,7 +105,7 @@ class EngineConfig:
     )
     max_recompute_share: float = option(
         0.1,
-        "device time that newcomers may make others recompute, over all of it; inf: the paper's",
+        "share of device time to recompute KV taken by requests without any; inf: no limit (paper)",
         minimum=0.0,
     )
 

@@ -112,7 +112,7 @@ def _open_trace_events(job: Job, opened: contextlib.ExitStack) -> TraceEvents | 
 
 
 class AbandonedError(Exception):
-    """Nobody waits for the result any more."""
+    """The result is not waited for any more."""
 
 
 _progress: Any = None  # of this process, when it is one of several

@@ -1,6 +1,6 @@
 """Chat messages → prompt text, by the Jinja template that a model brings.
 
-Rules: a template is somebody else's code, so it runs in Jinja's immutable sandbox, sees plain JSON
+Rules: a template is foreign code, so it runs in Jinja's immutable sandbox, sees plain JSON
 values only, and cannot store private names. The helpers are those that templates are written for:
 raise_exception, strftime_now, tojson, loop controls; `{% generation %}` marks are passed through.
 Every failure is a ChatTemplateError with one line for the user. Must not know: ids, HTTP.

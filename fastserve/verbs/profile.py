@@ -23,6 +23,7 @@ from fastserve.settings.option import ConfigError
 
 MEANING = {
     "base_s": "a step, whatever is in it",
+    "matrix_s": "a step of more than one token",
     "prefill_token_s": "a prompt token",
     "prefill_pair_s": "a prompt token, for each token it attends to",
     "decode_seq_s": "a sequence that decodes",

@@ -3,7 +3,7 @@
 Rules: rotation and the write of KV are one kernel. Single tokens go through the decode kernel,
 their contexts split where rows alone would leave the device idle, and a second kernel joins the
 splits; chunks go in tiles. With `split_tokens` a context is always split at the same positions and
-every token of a chunk goes as a single one, so that its values do not depend on its company.
+every token of a chunk goes as a single one, so that its values do not depend on the batch.
 Half types keep their dtype in matrix products and float32 elsewhere.
 Must not know: requests, weights, who owns the KV.
 """

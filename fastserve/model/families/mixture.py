@@ -2,7 +2,7 @@
 
 Rules: made of other parts, so that it runs wherever they do. Routing is float32 in every dtype, and
 so is the sum over experts. Only experts that some token chose are run; a token's experts are added
-in their order, whoever else is in the batch. Checkpoints hold experts one by one (under Mixtral's
+in their order, whatever else is in the batch. Checkpoints hold experts one by one (under Mixtral's
 names or Qwen3's) or stacked (as transformers 5 keeps them in memory); both are read.
 Must not know: attention, batches, devices.
 """

@@ -1,4 +1,4 @@
-"""TiledLinear: a projection whose rows have the same bits in any company.
+"""TiledLinear: a projection whose rows have the same bits in any batch.
 
 Rules: the product is only ever asked for in a few tile heights, the last tile padded with zeros. A
 matrix kernel is free to add up in another order for another number of rows, and often does for one

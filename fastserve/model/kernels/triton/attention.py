@@ -1,7 +1,7 @@
 """Attention over paged KV: single tokens with the context split, and tiles of a chunk.
 
 Rules: scores and sums are float32, in powers of two; matrix products take DOT, the dtype of queries
-and KV. A program reads only positions that its tokens attend to: what lies beyond is nobody's.
+and KV. A program reads only positions that its tokens attend to: the rest may be of no request.
 Must not know: rotation, how rows were chosen.
 """
 
