@@ -1,4 +1,4 @@
-"""What ranks agree on before they allocate."""
+"""What ranks agree on before they allocate, and what is refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import dataclasses
 import pytest
 import torch
 
-from fastserve.executor.choices import Choices
-from fastserve.executor.opening import WINDOWS_PER_SEQ, agree_on_blocks
+from fastserve.checkpoint.model_config import read_model_config
+from fastserve.executor import kv_store, worker
+from fastserve.executor.choices import Choices, choose
+from fastserve.executor.opening import WINDOWS_PER_SEQ, agree_on_blocks, open_worker
+from fastserve.executor.worker import Worker
 from fastserve.settings.engine import EngineConfig
+from fastserve.settings.option import ConfigError
 from fastserve.settings.scheduler import StepLimits
+from tests.checkpoints import greedy, make_checkpoint
+from tests.executor.driver import Driven, Driver
 
 CHOICES = Choices(
     device=torch.device("cpu"),
@@ -37,3 +43,58 @@ def test_more_than_can_be_of_use_is_not_taken():
     assert blocks(10**6) == WINDOWS_PER_SEQ * 4 * 10
     longer = dataclasses.replace(CHOICES, max_model_len=101)  # a block more in each window
     assert blocks(10**6, 10**7, choices=longer) == WINDOWS_PER_SEQ * 4 * 11
+
+
+def silent(stage: str, fraction: float) -> None:
+    """Show no progress."""
+
+
+def test_ranks_with_different_room_allocate_the_same(tmp_path, monkeypatch):
+    """One plan fits both: a block that one has, the other has too."""
+    model = make_checkpoint(tmp_path, "llama")
+    config = EngineConfig(model=str(tmp_path), device="cpu", max_model_len=64)
+    model_config = read_model_config(tmp_path)
+    choices = choose(config, model_config)
+    ranks = [Worker(config, model_config, choices, eos_token_ids=frozenset()) for _ in range(2)]
+    facts = [rank.load(tmp_path, silent) for rank in ranks]
+    rooms = []
+    for rank, fact, fit in zip(ranks, facts, (9, 7), strict=True):
+        memory = int(fit * fact.block_bytes / kv_store.CPU_SHARE) + 1
+        monkeypatch.setattr(kv_store, "available_memory", lambda memory=memory: memory)
+        rooms.append(rank.room())
+    assert rooms == [9, 7]
+    num_blocks = agree_on_blocks(config, choices, rooms)
+    for rank in ranks:
+        rank.allocate(num_blocks, silent)
+        assert len(rank.kv.device.tensor) == 7
+        request = Driven(range(5, 25), num_tokens=8)
+        Driver(rank.execute, num_blocks, config.block_size).run(request)
+        assert request.output == greedy(model, request.ids, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"max_model_len": 10**6}, "--max-model-len"),
+        ({"enable_chunked_prefill": False, "max_num_batched_tokens": 16}, "--max-num-batched"),
+        ({"cpu_kernels": "native", "dtype": "float16"}, "--cpu-kernels"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_weights_are_read(
+    settings, reason, tmp_path, monkeypatch
+):
+    """A large model takes minutes to load."""
+    make_checkpoint(tmp_path, "llama")
+
+    def load(*args: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(worker, "open_weights", load)
+    with pytest.raises(ConfigError, match=reason):
+        open_worker(
+            EngineConfig(model=str(tmp_path), device="cpu", **settings),
+            tmp_path,
+            num_threads=1,
+            eos_token_ids=frozenset(),
+            on_progress=silent,
+        )
