@@ -17,6 +17,7 @@ import numpy as np
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
 from fastserve.core.messages import RequestMetrics, RequestUpdate, SchedulerStats
+from fastserve.core.policies.protocol import Policy
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.engine import Engine
@@ -64,6 +65,7 @@ def simulate(
     machine: Machine,
     workload: Workload,
     *,
+    policy: Policy | None = None,
     is_closed_loop: bool = False,
     observers: Callable[[Scheduler], Sequence[Observer]] = lambda scheduler: (),
     on_step: OnStep | None = None,
@@ -71,11 +73,11 @@ def simulate(
 ) -> Outcome:
     """Run every row to its end and return what became of it.
 
-    Every row must fit the window. With `is_closed_loop` a turn of a session arrives `think_s` after
-    the one before it has ended, not at its `arrived_at`. `on_progress` is told now and then how
-    many have ended.
+    Every row must fit the window. A `policy` orders in place of the configured one. With
+    `is_closed_loop` a turn of a session arrives `think_s` after the one before it has ended, not at
+    its `arrived_at`. `on_progress` is told now and then how many have ended.
     """
-    run = _Run(config, machine, workload, is_closed_loop, on_step)
+    run = _Run(config, machine, workload, policy, is_closed_loop, on_step)
     run.engine.observers = tuple(observers(run.engine.scheduler))
     while not run.is_over:
         for _ in range(STEPS_BETWEEN_REPORTS):
@@ -94,6 +96,7 @@ class _Run:
         config: SchedulerConfig,
         machine: Machine,
         workload: Workload,
+        policy: Policy | None,
         is_closed_loop: bool,
         on_step: OnStep | None,
     ) -> None:
@@ -120,6 +123,7 @@ class _Run:
             machine.cost_model,
             machine.num_device_blocks,
             machine.num_host_blocks,
+            policy=policy,
             lengths=self._lengths,
         )
         self._num_device_blocks = machine.num_device_blocks

@@ -5,6 +5,7 @@ It exists for comparison with the serving MLFQ, which it is made of.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from fastserve.core.policies.mlfq import MLFQ
@@ -52,8 +53,8 @@ class ArtifactMLFQ:
             self.levels.advance(now)
 
     def next_event(self, now: float) -> float:
-        """Return the earliest time at which a request might starve."""
-        return self.levels.next_event(now)
+        """Return inf while steps have to pass before any is promoted."""
+        return math.inf if self._num_steps_left > 0 else self.levels.next_event(now)
 
     def ordered(self) -> Iterator[Request]:
         """Yield level by level, first in first out."""

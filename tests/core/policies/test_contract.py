@@ -1,0 +1,185 @@
+"""What every policy promises: a pure order, time in one place, accounts that move with requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from random import Random
+
+import pytest
+
+from fastserve.core.build import build_policy
+from fastserve.core.cost_model import CostModel
+from fastserve.core.policies.fcfs import FCFS
+from fastserve.core.policies.priority_classes import PriorityClasses
+from fastserve.core.policies.protocol import ClassPolicy, Policy
+from fastserve.core.request import FinishReason, Request
+from fastserve.sim.config import SIMULATED_POLICIES
+from tests.core.builders import admit, make_request, note_step
+from tests.core.harness import small_config
+
+COST = CostModel(base_s=0.5, prefill_token_s=0.25, decode_seq_s=0.25)
+LENGTHS = {handle: 1 + handle * 7 % 30 for handle in range(500)}
+AGING = 4.0
+
+
+def make_inner(name: str) -> ClassPolicy:
+    """Return a policy by name, in which requests starve after three seconds."""
+    config = small_config(scheduling_policy=name, starvation_limit=3.0)
+    return build_policy(config, COST, LENGTHS)
+
+
+def in_classes(name: str) -> Policy:
+    """Return priority classes of a policy."""
+    return PriorityClasses(lambda: make_inner(name), AGING)
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    **{name: partial(make_inner, name) for name in SIMULATED_POLICIES},
+    **{f"classes of {name}": partial(in_classes, name) for name in SIMULATED_POLICIES},
+}
+
+
+def handles(policy: Policy) -> list[int]:
+    """Return the order as it stands."""
+    return [request.handle for request in policy.ordered()]
+
+
+class Traffic:
+    """Random arrivals, steps and ends over one policy, in virtual time."""
+
+    def __init__(self, policy: Policy, seed: int) -> None:
+        self.policy = policy
+        self.rng = Random(seed)
+        self.now = 0.0
+        self.live: list[Request] = []
+        self.num_added = 0
+
+    def turn(self) -> None:
+        """Let something happen to some requests."""
+        rng, event = self.rng, self.rng.random()
+        if event < 0.4 or not self.live:
+            request = make_request(
+                self.num_added, rng.choice((1, 5, 20)), priority=rng.randrange(3)
+            )
+            self.num_added += 1
+            self.live.append(request)
+            admit(self.policy, [request], self.now)
+        elif event < 0.8:
+            self.policy.advance(self.now)
+            ran = list(self.policy.ordered())[: rng.choice((1, 2, 4))]
+            for request in ran:
+                request.num_computed_tokens = request.num_tokens
+                request.append(1)
+            self.now += 0.5
+            note_step(self.policy, ran, 0.5, self.now)
+        else:
+            request = self.live.pop(rng.randrange(len(self.live)))
+            self.policy.finished(request, rng.choice(tuple(FinishReason)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", POLICIES)
+def test_looking_changes_nothing(name: str, seed: int) -> None:
+    """Of two policies with the same traffic, the one that is looked at plans as the other does."""
+    seen, unseen = Traffic(POLICIES[name](), seed), Traffic(POLICIES[name](), seed)
+    for _ in range(120):
+        seen.turn()
+        unseen.turn()
+        for request in seen.live:
+            seen.policy.coldness(request, seen.now)
+            seen.policy.estimated_next_schedule_time(request, seen.now)
+            if seen.policy.levels is not None:
+                seen.policy.levels.level(request)
+        next(seen.policy.ordered(), None)
+        assert handles(seen.policy) == handles(seen.policy)
+        seen.policy.next_event(seen.now)
+        for traffic in (seen, unseen):
+            traffic.policy.advance(traffic.now)
+        assert handles(seen.policy) == handles(unseen.policy)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", POLICIES)
+def test_nothing_changes_before_the_next_event(name: str, seed: int) -> None:
+    """Time alone leaves the order as it is until `next_event`."""
+    traffic = Traffic(POLICIES[name](), seed)
+    policy = traffic.policy
+    for _ in range(120):
+        traffic.turn()
+        policy.advance(traffic.now)
+        before = handles(policy)
+        event = policy.next_event(traffic.now)
+        assert event > traffic.now
+        policy.advance(min(event, traffic.now + 100.0) - 1e-6)
+        assert handles(policy) == before
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_head_is_among_the_warmest(name: str) -> None:
+    """No request that runs first loses its KV before one of the last."""
+    traffic = Traffic(POLICIES[name](), 1)
+    for _ in range(200):
+        traffic.turn()
+        traffic.policy.advance(traffic.now)
+        coldness = [traffic.policy.coldness(r, traffic.now) for r in traffic.policy.ordered()]
+        assert not coldness or coldness[0] == min(coldness)
+
+
+@pytest.mark.parametrize("name", SIMULATED_POLICIES)
+def test_a_request_that_moves_there_and_back_is_where_it_was(name: str) -> None:
+    """To change the class is not to end: level, quantum and deadline are kept."""
+    traffic = Traffic(make_inner(name), 7)
+    policy, other = make_inner(name), make_inner(name)
+    traffic.policy = policy
+    for _ in range(60):
+        traffic.turn()
+        policy.advance(traffic.now)
+        coldness = {r.handle: policy.coldness(r, traffic.now) for r in traffic.live}
+        event = policy.next_event(traffic.now)
+        for request in list(policy.ordered()):
+            policy.move(request, other)
+        assert handles(policy) == []
+        other.advance(traffic.now)
+        for request in list(other.ordered()):
+            other.move(request, policy)
+        policy.advance(traffic.now)
+        assert {r.handle: policy.coldness(r, traffic.now) for r in traffic.live} == coldness
+        assert policy.next_event(traffic.now) == event
+
+
+class Tally:
+    """How requests ended, over all priority classes."""
+
+    def __init__(self) -> None:
+        self.reasons: list[FinishReason] = []
+
+
+class Learner(FCFS):
+    """A policy that learns from ends."""
+
+    def __init__(self, tally: Tally) -> None:
+        super().__init__()
+        self._tally = tally
+
+    def finished(self, request: Request, reason: FinishReason) -> None:
+        """Note the reason."""
+        super().finished(request, reason)
+        self._tally.reasons.append(reason)
+
+
+def test_what_one_class_learns_all_know_and_a_move_is_no_end() -> None:
+    """A part handed to every class hears of each end once, and why; of lifts it hears nothing."""
+    tally = Tally()
+    policy = PriorityClasses(lambda: Learner(tally), AGING)
+    high, low = make_request(0, priority=0), make_request(1, priority=1)
+    admit(policy, [high, low])
+    policy.advance(AGING)
+    assert handles(policy) == [0, 1]
+    assert policy.coldness(low, AGING)[0] == 0, "lifted"
+    note_step(policy, [low], 1.0, AGING + 1.0)
+    assert policy.coldness(low, AGING)[0] == 1, "back in its class"
+    assert not tally.reasons
+    policy.finished(low, FinishReason.ABORT)
+    policy.finished(high, FinishReason.LENGTH)
+    assert tally.reasons == [FinishReason.ABORT, FinishReason.LENGTH]
