@@ -20,7 +20,7 @@ def prompt_of(handle: int, length: int) -> list[int]:
     return [1000 * (handle + 1) + position for position in range(length)]
 
 
-def work(**changes: Any) -> Work:
+def make_work(**changes: Any) -> Work:
     """Return one token of request 0, the next of whose ids is sampled, unless told otherwise."""
     fields: dict[str, Any] = {
         "request": 0,

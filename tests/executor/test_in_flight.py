@@ -19,13 +19,14 @@ from hypothesis.stateful import (
     rule,
 )
 
-from fastserve.core.messages import SchedulerOutput, StepDone, Work
+from fastserve.core.messages import SchedulerOutput, StepDone
 from fastserve.executor.in_flight import InFlight
+from tests.core.builders import make_work
 
 
 def plan(step_id: int, *, has_work: bool = True) -> SchedulerOutput:
     """Return a plan of one decode, or one that only forgets."""
-    work = Work(step_id, 0, 3, 1, (7,), 0, (), True, "last")
+    work = make_work(request=step_id, start=3, token_ids=(7,))
     return SchedulerOutput(step_id, (), (work,) if has_work else (), forget=(step_id + 1000,))
 
 

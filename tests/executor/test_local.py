@@ -10,13 +10,14 @@ import time
 import pytest
 import torch
 
-from fastserve.core.messages import NewRequest, SchedulerOutput, StepDone, Work
+from fastserve.core.messages import NewRequest, SchedulerOutput, StepDone
 from fastserve.core.request import SamplingParams
 from fastserve.engine.interfaces import Executor
 from fastserve.executor.local import LocalExecutor
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from tests.checkpoints import EOS_TOKEN_ID, make_checkpoint
+from tests.core.builders import make_work
 from tests.executor.driver import GREEDY, Driven, Driver
 
 PROMPT = [random.Random(i).randrange(2, 190) for i in range(11)]
@@ -57,7 +58,9 @@ def open_executor(checkpoint):
 
 def first_plan(step_id=0, handle=0, params=GREEDY) -> SchedulerOutput:
     """Return the prefill of PROMPT."""
-    work = Work(handle, 0, 0, len(PROMPT), tuple(PROMPT), 0, (3, 1), True, "last")
+    work = make_work(
+        request=handle, num_tokens=len(PROMPT), token_ids=tuple(PROMPT), block_ids=(3, 1)
+    )
     new = NewRequest(handle, 0, len(PROMPT), params, ())
     return SchedulerOutput(step_id, (new,), (work,))
 
@@ -106,7 +109,7 @@ def test_lookahead_yields_the_same_tokens(open_executor, params):
     pending = [first_plan(params=params)]
     for position in range(len(PROMPT), len(PROMPT) + 11):
         blocks = (20 + position,) if position % 8 == 0 else ()
-        work = Work(0, 0, position, 1, (), position // 8, blocks, True, "last")
+        work = make_work(start=position, table_from=position // 8, block_ids=blocks)
         pending.append(SchedulerOutput(position, (), (work,)))
     while len(tokens) < 12:
         while pending and ahead.can_submit():
@@ -133,7 +136,8 @@ def test_two_steps_in_flight_with_lookahead(open_executor):
     assert executor.can_submit()
 
 
-IMPOSSIBLE = Work(9, 0, 0, 1, (5,), 0, (0,), True, "last")  # of a request that no plan introduced
+# Of a request that no plan introduced.
+IMPOSSIBLE = make_work(request=9, token_ids=(5,), block_ids=(0,))
 
 
 def next_step(executor: LocalExecutor) -> StepDone:
@@ -162,11 +166,13 @@ def test_what_is_in_flight_behind_a_failed_step_is_left_out(open_executor):
     executor = open_executor(lookahead=1)
     executor.submit(first_plan(0, 0))
     assert next_step(executor).error is None
-    decode = Work(0, 0, len(PROMPT), 1, (), 1, (), True, "last")
+    decode = make_work(start=len(PROMPT), table_from=1)
     executor.submit(SchedulerOutput(1, (), (decode, IMPOSSIBLE)))
     new = NewRequest(1, 0, len(PROMPT), GREEDY, ())
-    prefill = Work(1, 0, 0, len(PROMPT), tuple(PROMPT), 0, (6, 5), True, "last")
-    again = Work(0, 0, len(PROMPT) + 1, 1, (), 1, (), True, "last")
+    prefill = make_work(
+        request=1, num_tokens=len(PROMPT), token_ids=tuple(PROMPT), block_ids=(6, 5)
+    )
+    again = make_work(start=len(PROMPT) + 1, table_from=1)
     executor.submit(SchedulerOutput(2, (new,), (again, prefill)))
     steps: list[StepDone] = []
     while len(steps) < 2:

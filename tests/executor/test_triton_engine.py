@@ -26,6 +26,7 @@ from fastserve.model.ops.cuda_ops import CudaOps
 from fastserve.model.ops.torch_ops import TorchOps
 from fastserve.settings.engine import EngineConfig
 from tests.checkpoints import EOS_TOKEN_ID, VOCAB_SIZE, greedy, make_checkpoint
+from tests.core.builders import make_work
 from tests.executor.driver import GREEDY, Driven, Driver
 
 RANDOM = SamplingParams(temperature=1.0, seed=5, top_p=0.9)
@@ -132,11 +133,11 @@ def test_a_step_begins_before_the_ids_of_the_last_are_known(params, replays, tmp
     Driver(open_worker(tmp_path, is_async=True).execute, 64, 8).run(request)
 
     ahead = open_worker(tmp_path, is_async=True)
-    first = Work(0, 0, 0, len(PROMPT), tuple(PROMPT), 0, (3, 1), True, "last")
+    first = make_work(num_tokens=len(PROMPT), token_ids=tuple(PROMPT), block_ids=(3, 1))
     plans = [SchedulerOutput(0, (NewRequest(0, 0, len(PROMPT), params, ()),), (first,))]
     for position in range(len(PROMPT), len(PROMPT) + 5):
         blocks = (20 + position,) if position % 8 == 0 else ()
-        later = Work(0, 0, position, 1, (), position // 8, blocks, True, "last")
+        later = make_work(start=position, table_from=position // 8, block_ids=blocks)
         plans.append(SchedulerOutput(position, (), (later,)))
     tokens, launched = [], []
     for plan in plans:
@@ -160,9 +161,11 @@ def test_rows_change_places_between_steps(replays, tmp_path):
             length = len(prompts[handle])
             if step == 0:
                 ids, blocks = tuple(prompts[handle]), (handle * 4, handle * 4 + 1)
-                made.append(Work(handle, 0, 0, length, ids, 0, blocks, True, "last"))
+                made.append(
+                    make_work(request=handle, num_tokens=length, token_ids=ids, block_ids=blocks)
+                )
             else:
-                made.append(Work(handle, 0, length + step - 1, 1, (), 0, (), True, "last"))
+                made.append(make_work(request=handle, start=length + step - 1))
         return tuple(made)
 
     new = tuple(NewRequest(i, 0, len(ids), GREEDY, ()) for i, ids in enumerate(prompts))
@@ -196,13 +199,15 @@ def test_a_failed_step_is_reported_in_order_and_its_requests_are_left_out(replay
 
     def prefill(handle: int, blocks: tuple[int, ...]) -> tuple[NewRequest, Work]:
         new = NewRequest(handle, 0, size, GREEDY, ())
-        return new, Work(handle, 0, 0, size, tuple(PROMPT), 0, blocks, True, "last")
+        return new, make_work(
+            request=handle, num_tokens=size, token_ids=tuple(PROMPT), block_ids=blocks
+        )
 
     def decode(position: int) -> Work:
-        return Work(0, 0, position, 1, (), 1, (), True, "last")
+        return make_work(start=position, table_from=1)
 
     (new, first), (other, later) = prefill(0, (3, 1)), prefill(1, (6, 5))
-    unknown = Work(9, 0, 0, 1, (5,), 0, (0,), True, "last")
+    unknown = make_work(request=9, token_ids=(5,), block_ids=(0,))
     executor.submit(SchedulerOutput(0, (new,), (first,)))
     executor.submit(SchedulerOutput(1, (), (decode(size), unknown)))
     steps: list[StepDone] = []

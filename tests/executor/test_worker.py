@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastserve.core.messages import Copy, CopyDirection, NewRequest, SchedulerOutput, Work
+from fastserve.core.messages import Copy, CopyDirection, NewRequest, SchedulerOutput
 from fastserve.core.request import SamplingParams
 from fastserve.executor import opening
 from fastserve.executor.opening import Opened
@@ -25,6 +25,7 @@ from tests.checkpoints import (
     make_checkpoint,
     write_old_dialect,
 )
+from tests.core.builders import make_work
 from tests.executor.driver import GREEDY, Driven, Driver
 
 NUM_BLOCKS = 96
@@ -168,11 +169,15 @@ def test_recomputed_request_draws_the_same_tokens(llama):
         SchedulerOutput(
             0,
             (NewRequest(77, 3, 10, params, ()),),
-            (Work(77, 3, 0, 23, tuple(ids), 0, blocks, True, "last"),),
+            (
+                make_work(
+                    request=77, epoch=3, num_tokens=23, token_ids=tuple(ids), block_ids=blocks
+                ),
+            ),
         )
     ]
     for position in range(23, 32):
-        work = Work(77, 3, position, 1, (whole.ids[position],), 0, (), True, "last")
+        work = make_work(request=77, epoch=3, start=position, token_ids=(whole.ids[position],))
         plans.append(SchedulerOutput(position, (), (work,)))
     again = [worker.execute(plan).samples[0].token_id for plan in plans]
     assert again == whole.output[13:23]
@@ -189,7 +194,9 @@ def test_cached_prefix_is_not_computed_again(llama):
     shared = tuple(first.blocks[:2])  # 16 ids
     fresh = tuple(block for block in range(NUM_BLOCKS) if block not in first.blocks)[:2]
     new = NewRequest(50, 0, len(prompt), GREEDY, tuple(prompt[:16]))
-    work = Work(50, 0, 16, 5, tuple(prompt[16:]), 0, shared + fresh, True, "last")
+    work = make_work(
+        request=50, start=16, num_tokens=5, token_ids=tuple(prompt[16:]), block_ids=shared + fresh
+    )
     done = worker.execute(SchedulerOutput(99, (new,), (work,)))
     assert done.samples[0].token_id == first.output[0]
 
@@ -245,10 +252,10 @@ def test_reading_a_strangers_block_shows(llama):
     prompt = random_prompt(12, seed=1)
     params = SamplingParams(temperature=1.0, seed=1)
     new = NewRequest(0, 0, 12, params, ())
-    first = Work(0, 0, 0, 11, tuple(prompt[:11]), 0, (3, 4), False, "last")
+    first = make_work(num_tokens=11, token_ids=tuple(prompt[:11]), block_ids=(3, 4), sample=False)
     worker.execute(SchedulerOutput(0, (new,), (first,)))
     worker.kv.poison([3])
-    second = Work(0, 0, 11, 1, (prompt[11],), 0, (), True, "last")
+    second = make_work(start=11, token_ids=(prompt[11],))
     with pytest.raises(RuntimeError, match="not numbers"):
         worker.execute(SchedulerOutput(1, (), (second,)))
 
@@ -258,10 +265,10 @@ def test_plans_that_break_the_contract_are_refused(llama):
     path, _ = llama
     worker = open_worker(path)
     new = NewRequest(0, 2, 4, GREEDY, ())
-    stale = Work(0, 1, 0, 4, (4, 5, 6, 7), 0, (0,), True, "last")
+    stale = make_work(epoch=1, num_tokens=4, token_ids=(4, 5, 6, 7), block_ids=(0,))
     with pytest.raises(RuntimeError, match="epoch 1"):
         worker.execute(SchedulerOutput(0, (new,), (stale,)))
-    gap = Work(0, 2, 2, 2, (6, 7), 0, (0,), True, "last")
+    gap = make_work(epoch=2, start=2, num_tokens=2, token_ids=(6, 7), block_ids=(0,))
     with pytest.raises(RuntimeError, match="0 ids known"):
         worker.execute(SchedulerOutput(1, (new,), (gap,)))
     copy = Copy(0, CopyDirection.SWAP_OUT, (0,), (0,))

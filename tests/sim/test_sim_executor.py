@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.core.messages import SchedulerOutput, Work
+from fastserve.core.messages import SchedulerOutput
 from fastserve.sim.clock import VirtualClock
 from fastserve.sim.sim_executor import EOS_TOKEN_ID, SimExecutor
+from tests.core.builders import make_work
 from tests.sim.machines import COSTS
 
 INF = float("inf")
@@ -14,7 +15,13 @@ INF = float("inf")
 
 def plan(step_id, request, start, num_tokens, *, sample=True):
     """Return a plan with one share."""
-    work = Work(request, 0, start, num_tokens, (1,) * num_tokens, 0, (), sample, "last")
+    work = make_work(
+        request=request,
+        start=start,
+        num_tokens=num_tokens,
+        token_ids=(1,) * num_tokens,
+        sample=sample,
+    )
     return SchedulerOutput(step_id, (), (work,))
 
 

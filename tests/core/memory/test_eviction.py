@@ -9,18 +9,8 @@ import random
 import pytest
 
 from fastserve.core.memory.eviction import RecomputeBudget
-from fastserve.core.messages import SchedulerOutput
+from tests.core.builders import one_second, prompt_of
 from tests.core.harness import UNIT_COST, Harness, small_config
-
-
-def one_second(plan: SchedulerOutput) -> float:
-    """Every step takes a second."""
-    return 1.0
-
-
-def prompt_of(handle: int, length: int) -> list[int]:
-    """Return ids that no other handle has."""
-    return [1000 * (handle + 1) + position for position in range(length)]
 
 
 def run(mode: str, num_blocks: int, share: float = float("inf")) -> Harness:
