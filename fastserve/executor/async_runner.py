@@ -124,11 +124,9 @@ class CudaTimer:
         self._start.record()
 
     def stop(self) -> None:
-        """Fit `StepTimer`."""
         self._end.record()
 
     def wait(self) -> float:
-        """Fit `StepTimer`."""
         self._end.synchronize()
         milliseconds: float = self._start.elapsed_time(self._end)
         return milliseconds / 1000.0
@@ -147,11 +145,9 @@ class HostTimer:
         self._end = self._start
 
     def stop(self) -> None:
-        """Fit `StepTimer`."""
         self._end = time.perf_counter()
 
     def wait(self) -> float:
-        """Fit `StepTimer`."""
         return self._end - self._start
 
 

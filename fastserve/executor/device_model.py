@@ -28,7 +28,6 @@ class DeviceModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Fit `Network`."""
         return self.network.dtype
 
     def __call__(self, batch: InputBatch, kv: PagedKV) -> Tensor:

@@ -64,7 +64,6 @@ class PreNormLayer:
         layer_kv: LayerKV,
         attention: LayerAttention,
     ) -> Tensor:
-        """Fit `DecoderLayer`."""
         qkv = self.qkv(self.attention_norm(hidden))
         qkv = qkv.view(len(qkv), -1, self.head_dim)
         if self.head_norm is not None:
@@ -72,7 +71,6 @@ class PreNormLayer:
         return attention(qkv, rotations, layer_kv)
 
     def add_outputs(self, hidden: Tensor, mixed: Tensor) -> Tensor:
-        """Fit `DecoderLayer`."""
         hidden = self.output.add_to(hidden, mixed)
         return self.mlp.add_to(hidden, self.mlp_norm(hidden))
 

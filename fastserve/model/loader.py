@@ -83,11 +83,9 @@ class SafetensorsWeights:
                 self._unused.add(name)
 
     def has(self, name: str) -> bool:
-        """Fit `Weights`."""
         return name in self._file_of
 
     def get(self, name: str, *shape: int, part: Slice | None = None) -> Tensor:
-        """Fit `Weights`."""
         file = self._file_of.get(name)
         if file is None:
             self._refuse_quantized()

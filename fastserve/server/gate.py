@@ -3,7 +3,7 @@
 Rules: plain ASGI, so that streams pass through untouched; keys are compared in constant time;
 a body is measured as it is read, whatever its headers say; a path means the same with a slash
 behind it. An unexpected exception is logged with its request's name and answered with a 500.
-Must not know: routes, bodies, the engine.
+Must not know: routes, what bodies say, the engine.
 """
 
 from __future__ import annotations

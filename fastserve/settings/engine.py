@@ -1,4 +1,4 @@
-"""The settings of the engine and the server, once: flags, YAML keys, LLM(**kw), their validation.
+"""The settings of the engine, once: flags, YAML keys, LLM(**kw), their validation.
 
 Rules: frozen, resolved once. What is measured (block counts, the model's window) is a result that
 is passed on, never written back. An option exists only once it has an effect.

@@ -23,7 +23,6 @@ class CpuAttention:
         self.shape = shape
 
     def plan(self, batch: InputBatch) -> LayerAttention:
-        """Fit `Attention`."""
         work = attention_work(batch.rows)
         kernels, shape = self.kernels, self.shape
         blocks, offsets = batch.write_blocks, batch.write_offsets

@@ -58,7 +58,6 @@ class GatheredAttention:
         self._buffers: dict[str, Tensor] = {}
 
     def plan(self, batch: InputBatch) -> LayerAttention:
-        """Fit `Attention`."""
         groups, chunks = self._groups(batch), self._chunks(batch)
 
         def run(qkv: Tensor, rotations: Tensor | None, layer: LayerKV) -> Tensor:

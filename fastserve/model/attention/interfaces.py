@@ -86,7 +86,6 @@ class ReferenceAttention:
         self.shape = shape
 
     def plan(self, batch: InputBatch) -> LayerAttention:
-        """Fit `Attention`."""
         rows = batch.rows
         tables = [
             torch.from_numpy(table[:used]).to(batch.token_ids.device)

@@ -49,7 +49,6 @@ class TiledAttention:
         self.shape = shape
 
     def plan(self, batch: InputBatch) -> LayerAttention:
-        """Fit `Attention`."""
         groups: list[Group] = []
         num_heads, num_kv_heads = self.shape.num_heads, self.shape.num_kv_heads
 

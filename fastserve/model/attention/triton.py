@@ -80,7 +80,6 @@ class TritonAttention:
         return shape.head_dim <= MAX_HEAD_DIM
 
     def plan(self, batch: InputBatch) -> LayerAttention:
-        """Fit `Attention`."""
         return TritonStep(self, batch)
 
     def num_splits(self, num_tokens: int, max_context: int, device: torch.device) -> int:
@@ -121,7 +120,6 @@ class TritonStep:
         )
 
     def __call__(self, qkv: Tensor, rotations: Tensor | None, layer: LayerKV) -> Tensor:
-        """Fit `LayerAttention`."""
         attention = self.attention
         rotate_and_write(qkv, rotations, layer, self.batch, attention.shape.num_heads)
         width = attention.shape.width

@@ -33,7 +33,6 @@ class GPT2Loader:
         )
 
     def embedding(self) -> Embedding:
-        """Fit `FamilyLoader`."""
         config = self.config
         positions = self.weights.get(
             f"{self.root}wpe.weight", config.max_position_embeddings, config.hidden_size
@@ -41,7 +40,6 @@ class GPT2Loader:
         return Embedding(self._token_table, positions)
 
     def layer(self, index: int) -> PreNormLayer:
-        """Fit `FamilyLoader`."""
         prefix = f"{self.names.layers}.{index}"
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         return PreNormLayer(
@@ -58,7 +56,6 @@ class GPT2Loader:
         )
 
     def head(self) -> Head:
-        """Fit `FamilyLoader`."""
         config = self.config
         table = (
             self._token_table

@@ -36,11 +36,9 @@ class LlamaLoader:
         self.ops = ops
 
     def embedding(self) -> Embedding:
-        """Fit `FamilyLoader`."""
         return Embedding(self._token_table)
 
     def layer(self, index: int) -> PreNormLayer:
-        """Fit `FamilyLoader`."""
         config, weights, ops = self.config, self.weights, self.ops
         prefix = f"{self.names.layers}.{index}"
         width = config.num_heads * config.head_dim
@@ -65,7 +63,6 @@ class LlamaLoader:
         )
 
     def head(self) -> Head:
-        """Fit `FamilyLoader`."""
         config = self.config
         table = (
             self._token_table
@@ -75,7 +72,6 @@ class LlamaLoader:
         return Head(self.ops.linear(table), norm=self._norm("model.norm"))
 
     def rotary(self, max_len: int, device: torch.device) -> Rotary:
-        """Fit `FamilyLoader`."""
         return Rotary(self.config.rope, self.config.head_dim, max_len, device)
 
     @cached_property

@@ -34,12 +34,10 @@ class PostNormLayer(PreNormLayer):
         layer_kv: LayerKV,
         attention: LayerAttention,
     ) -> Tensor:
-        """Fit `DecoderLayer`."""
         qkv = self.qkv(hidden)
         return attention(qkv.view(len(qkv), -1, self.head_dim), rotations, layer_kv)
 
     def add_outputs(self, hidden: Tensor, mixed: Tensor) -> Tensor:
-        """Fit `DecoderLayer`."""
         hidden = self.attention_norm(self.output.add_to(hidden, mixed))
         # The sum is written over its first operand, so the input is a copy.
         return self.mlp_norm(self.mlp.add_to(hidden.clone(), hidden))
@@ -64,7 +62,6 @@ class OPTLoader:
         )
 
     def embedding(self) -> Embedding:
-        """Fit `FamilyLoader`."""
         config, root = self.config, self.root
         num_rows = config.max_position_embeddings + POSITION_OFFSET
         positions = self.weights.get(
@@ -80,7 +77,6 @@ class OPTLoader:
         )
 
     def layer(self, index: int) -> PreNormLayer:
-        """Fit `FamilyLoader`."""
         config, ops = self.config, self.ops
         prefix = f"{self.names.layers}.{index}"
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -99,7 +95,6 @@ class OPTLoader:
         )
 
     def head(self) -> Head:
-        """Fit `FamilyLoader`."""
         config = self.config
         table = (
             self._token_table

@@ -27,41 +27,34 @@ class CpuOps:
         self._fallback = fallback
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
-        """Fit `Ops`."""
         if can_pack(weight):
             return PackedLinear(weight, bias)
         return self._fallback.linear(weight, bias)
 
     def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
-        """Fit `Ops`."""
         if self._kernels is None:
             return self._fallback.rms_norm(weight, eps)
         return FusedRMSNorm(self._kernels, weight, eps)
 
     def head_rms_norm(self, weight: Tensor, eps: float) -> HeadNormOp:
-        """Fit `Ops`."""
         if self._kernels is None:
             return self._fallback.head_rms_norm(weight, eps)
         return FusedHeadNorm(self._kernels, weight, eps)
 
     def layer_norm(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> NormOp:
-        """Fit `Ops`."""
         if self._kernels is None or weight is None or bias is None:
             return self._fallback.layer_norm(weight, bias, eps)
         return FusedLayerNorm(self._kernels, weight, bias, eps)
 
     def mlp(self, up: LinearOp, activation: Activation, down: LinearOp) -> MLPOp:
-        """Fit `Ops`."""
         return self._fallback.mlp(up, activation, down)
 
     def gated_mlp(self, gate_up: LinearOp, down: LinearOp) -> MLPOp:
-        """Fit `Ops`."""
         if self._kernels is None:
             return self._fallback.gated_mlp(gate_up, down)
         return FusedGatedMLP(self._kernels, gate_up, down)
 
     def attention(self, shape: AttentionShape) -> Attention:
-        """Fit `Ops`."""
         if self._kernels is None:
             return self._fallback.attention(shape)
         return CpuAttention(self._kernels, shape)
@@ -78,7 +71,6 @@ class FusedRMSNorm:
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Fit `NormOp`."""
         return self.kernels.rms_norm(x, self.weight, self.eps)
 
 
@@ -93,7 +85,6 @@ class FusedHeadNorm:
         self.eps = eps
 
     def __call__(self, qkv: Tensor) -> None:
-        """Fit `HeadNormOp`."""
         self.kernels.head_rms_norm_(qkv, self.weight, self.eps)
 
 
@@ -109,7 +100,6 @@ class FusedLayerNorm:
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Fit `NormOp`."""
         return self.kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
@@ -124,5 +114,4 @@ class FusedGatedMLP:
         self.down = down
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """Fit `MLPOp`."""
         return self.down.add_to(residual, self.kernels.silu_mul(self.gate_up(x)))

@@ -32,33 +32,26 @@ class CudaOps:
         self._split_tokens = FIXED_SPLIT_TOKENS if is_batch_invariant else None
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
-        """Fit `Ops`."""
         return self._fallback.linear(weight, bias)
 
     def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
-        """Fit `Ops`."""
         if weight.shape[-1] > MAX_NORM_WIDTH:
             return self._fallback.rms_norm(weight, eps)
         return TritonRMSNorm(weight, eps)
 
     def head_rms_norm(self, weight: Tensor, eps: float) -> HeadNormOp:
-        """Fit `Ops`."""
         return HeadNorm(self.rms_norm(weight, eps), len(weight))
 
     def layer_norm(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> NormOp:
-        """Fit `Ops`."""
         return self._fallback.layer_norm(weight, bias, eps)
 
     def mlp(self, up: LinearOp, activation: Activation, down: LinearOp) -> MLPOp:
-        """Fit `Ops`."""
         return self._fallback.mlp(up, activation, down)
 
     def gated_mlp(self, gate_up: LinearOp, down: LinearOp) -> MLPOp:
-        """Fit `Ops`."""
         return TritonGatedMLP(gate_up, down)
 
     def attention(self, shape: AttentionShape) -> Attention:
-        """Fit `Ops`."""
         if not TritonAttention.supports(shape):
             return self._fallback.attention(shape)
         return TritonAttention(shape, self._dtype, split_tokens=self._split_tokens)

@@ -43,25 +43,19 @@ class DeterministicOps:
         return TiledLinear(self._parts.linear(weight, bias), self._heights[shape])
 
     def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
-        """Fit `Ops`."""
         return self._parts.rms_norm(weight, eps)
 
     def head_rms_norm(self, weight: Tensor, eps: float) -> HeadNormOp:
-        """Fit `Ops`."""
         return self._parts.head_rms_norm(weight, eps)
 
     def layer_norm(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> NormOp:
-        """Fit `Ops`."""
         return self._parts.layer_norm(weight, bias, eps)
 
     def mlp(self, up: LinearOp, activation: Activation, down: LinearOp) -> MLPOp:
-        """Fit `Ops`."""
         return self._parts.mlp(up, activation, down)
 
     def gated_mlp(self, gate_up: LinearOp, down: LinearOp) -> MLPOp:
-        """Fit `Ops`."""
         return self._parts.gated_mlp(gate_up, down)
 
     def attention(self, shape: AttentionShape) -> Attention:
-        """Fit `Ops`."""
         return self._parts.attention(shape)

@@ -46,10 +46,8 @@ class PackedLinear:
         self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Fit `LinearOp`."""
         y: Tensor = _product(x, self.packed, self.bias, "none", [], "")
         return y
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """Fit `LinearOp`."""
         return residual.add_(_product(x, self.packed, self.bias, "none", [], ""))

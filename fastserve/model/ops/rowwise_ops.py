@@ -28,19 +28,15 @@ class RowwiseOps(TorchOps):
     """Fits `Ops`, for any dtype."""
 
     def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
-        """Fit `Ops`."""
         return RowwiseRMSNorm(weight, eps)
 
     def mlp(self, up: LinearOp, activation: Activation, down: LinearOp) -> MLPOp:
-        """Fit `Ops`."""
         return RowwiseMLP(up, activation, down)
 
     def gated_mlp(self, gate_up: LinearOp, down: LinearOp) -> MLPOp:
-        """Fit `Ops`."""
         return RowwiseGatedMLP(gate_up, down)
 
     def attention(self, shape: AttentionShape) -> Attention:
-        """Fit `Ops`."""
         return TiledAttention(shape)
 
 
@@ -55,7 +51,6 @@ class RowwiseRMSNorm:
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Fit `NormOp`."""
         rows = x.float().contiguous()
         norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
         scale: Tensor = (norm * norm).div_(self.width).add_(self.eps).sqrt_().reciprocal_()
@@ -73,7 +68,6 @@ class RowwiseMLP:
         self.down = down
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """Fit `MLPOp`."""
         wide = self.up(x)
         return self.down.add_to(residual, activate(wide.float(), self.activation).to(wide.dtype))
 
@@ -89,7 +83,6 @@ class RowwiseGatedMLP:
         self.width = gate_up.out_width // 2
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """Fit `MLPOp`."""
         gate_up = self.gate_up(x)  # [num_tokens, 2 * intermediate]
         gate = activate(gate_up[:, : self.width].float(), "silu")
         return self.down.add_to(residual, gate.mul_(gate_up[:, self.width :]).to(gate_up.dtype))

@@ -44,7 +44,6 @@ class TiledLinear:
         self._cuts: dict[int, list[Cut]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Fit `LinearOp`."""
         num_rows = x.shape[0]
         if num_rows in self.heights:
             return self.inner(x)

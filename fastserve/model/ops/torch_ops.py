@@ -23,11 +23,9 @@ class TorchOps:
         self._dtype = dtype
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
-        """Fit `Ops`."""
         return Linear(weight, bias)
 
     def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
-        """Fit `Ops`."""
         return RMSNorm(weight, eps)
 
     def head_rms_norm(self, weight: Tensor, eps: float) -> HeadNormOp:
@@ -35,17 +33,13 @@ class TorchOps:
         return HeadNorm(self.rms_norm(weight, eps), len(weight))
 
     def layer_norm(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> NormOp:
-        """Fit `Ops`."""
         return LayerNorm(weight, bias, eps)
 
     def mlp(self, up: LinearOp, activation: Activation, down: LinearOp) -> MLPOp:
-        """Fit `Ops`."""
         return MLP(up, activation, down)
 
     def gated_mlp(self, gate_up: LinearOp, down: LinearOp) -> MLPOp:
-        """Fit `Ops`."""
         return GatedMLP(gate_up, down)
 
     def attention(self, shape: AttentionShape) -> Attention:
-        """Fit `Ops`."""
         return GatheredAttention(shape, self._dtype)
