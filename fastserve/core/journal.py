@@ -67,12 +67,11 @@ class Journal:
         config: SchedulerConfig,
         cost_model: CostModel,
         num_device_blocks: int,
-        num_host_blocks: int = 0,
     ) -> None:
         """Write what a scheduler is built from: a replay builds a fresh one here."""
         settings = dataclasses.asdict(config) | {"eos_token_ids": sorted(config.eos_token_ids)}
         costs = dataclasses.asdict(cost_model)
-        self.write("open", now, FORMAT, settings, costs, num_device_blocks, num_host_blocks)
+        self.write("open", now, FORMAT, settings, costs, num_device_blocks)
 
     def told(self, fact: Fact, now: float) -> None:
         """Write a fact down."""

@@ -36,7 +36,6 @@ class Machine:
 
     cost_model: CostModel
     num_device_blocks: int
-    num_host_blocks: int = 0
     overhead: StepOverhead = StepOverhead()  # noqa: RUF009 - an immutable tuple
 
 
@@ -122,7 +121,6 @@ class _Run:
             config,
             machine.cost_model,
             machine.num_device_blocks,
-            machine.num_host_blocks,
             policy=policy,
             lengths=self._lengths,
         )

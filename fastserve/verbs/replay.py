@@ -116,15 +116,13 @@ def _fresh(fields: Sequence[Any]) -> Scheduler:
     if fields[0] != FORMAT:
         number = fields[0] if isinstance(fields[0], int) else "no number"
         raise ConfigError(f"a journal of another format: {number}, not {FORMAT}")
-    settings, costs, num_device_blocks, num_host_blocks = fields[1:]
+    settings, costs, num_device_blocks = fields[1:]
     settings = settings | {"eos_token_ids": frozenset(settings["eos_token_ids"])}
     # An engine preset's costs have fields of their own, which only its device asks.
     known = {spec.name for spec in dataclasses.fields(CostModel)}
     cost_model = CostModel(**{name: value for name, value in costs.items() if name in known})
     try:
-        return build_scheduler(
-            SchedulerConfig(**settings), cost_model, num_device_blocks, num_host_blocks
-        )
+        return build_scheduler(SchedulerConfig(**settings), cost_model, num_device_blocks)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

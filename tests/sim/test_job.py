@@ -43,7 +43,7 @@ def test_the_fast_journal_has_the_lines_of_the_plain_one():
     job = make_job()
     lines: list[str] = []
     journal = Journal(lines.append)
-    journal.open(0.0, job.config, MACHINE.cost_model, MACHINE.num_device_blocks, 0)
+    journal.open(0.0, job.config, MACHINE.cost_model, MACHINE.num_device_blocks)
     simulate(job.config, MACHINE, WORKLOAD, observers=lambda scheduler: [journal])
     assert run_job(job).report["journal_sha256"] == journal.sha256
     assert json.loads(lines[0])[0] == "open"
