@@ -146,7 +146,6 @@ class Request:
         "block_hashes",
         "client",
         "epoch",
-        "finish_reason",
         "first_scheduled_at",
         "first_token_at",
         "handle",
@@ -162,7 +161,6 @@ class Request:
         "num_recomputed_tokens",
         "num_scheduled_tokens",
         "num_scored_tokens",
-        "num_swaps",
         "num_tokens",
         "output_token_ids",
         "params",
@@ -202,7 +200,6 @@ class Request:
         self.steps_in_flight = 0
         self.epoch = 0
         self.table: BlockTable | None = None
-        self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
         self.first_scheduled_at: float | None = None
         self.first_token_at: float | None = None
@@ -213,7 +210,6 @@ class Request:
         self.num_scored_tokens = 0
         self.num_lost_tokens = 0  # of the epochs before this one
         self.num_preemptions = 0
-        self.num_swaps = 0
         self.num_recomputed_tokens = 0
         self.num_cached_tokens = 0
 

@@ -141,7 +141,7 @@ class Engine:
         """Return a snapshot."""
         now = self.clock.now()
         return EngineStats(
-            scheduler=self.scheduler.stats(now),
+            scheduler=self.scheduler.stats(),
             num_requests=self.num_requests,
             scheduler_s=self.scheduler_s,
             device_s=self.device_s,

@@ -207,7 +207,7 @@ class _Run:
             finished_at=np.array([metrics.finished for metrics in ended]),
             max_gap_s=np.where(is_one_token, np.nan, self._max_gap_s),
             queue_s=np.array([metrics.queue_s for metrics in ended]),
-            stats=self._scheduler.stats(self._clock.time),
+            stats=self._scheduler.stats(),
             num_steps=self._executor.num_steps,
             busy_s=self._executor.busy_s,
             # KV beyond the device is on the host: the ideal link hides where.

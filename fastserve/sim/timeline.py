@@ -48,7 +48,7 @@ class Timeline:
         """Look, if it is time."""
         if now < self._next_at:
             return
-        stats, cache = self._scheduler.stats(now), self._scheduler.cache
+        stats, cache = self._scheduler.stats(), self._scheduler.cache
         self.samples.append(
             TimelineSample(
                 now,

@@ -65,7 +65,7 @@ def test_no_prompt_is_a_prefix_hit() -> None:
         offline.decode(3, 9, 2)
         assert offline.prefill(30) == 30 / 3.0
     scheduler = offline.engine.scheduler
-    assert scheduler.stats(0.0).num_computed_prompt_tokens == 3 * (3 * 9 + 30)
+    assert scheduler.stats().num_computed_prompt_tokens == 3 * (3 * 9 + 30)
     scheduler.check()
 
 

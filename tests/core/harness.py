@@ -213,7 +213,7 @@ class Harness:
         self.scheduler.check()
         assert self.scheduler.num_requests == 0
         assert all(expected.finish_reason is not None for expected in self.expected.values())
-        stats = self.scheduler.stats(self.clock.now())
+        stats = self.scheduler.stats()
         assert stats.device_blocks_used == 0
         assert stats.device_blocks_free + stats.device_blocks_cached == stats.device_blocks_total
         assert (stats.num_running, stats.num_waiting, stats.num_preempted) == (0, 0, 0)
@@ -226,7 +226,7 @@ class Harness:
 def check_forgotten(scheduler: Scheduler) -> None:
     """Assert that nothing per request outlives the requests."""
     assert not scheduler._requests
-    assert not scheduler._running
+    assert not scheduler._accounts._running
     assert not scheduler._in_flight
     assert not scheduler._forget
     assert not scheduler.cache._tables

@@ -71,7 +71,7 @@ def busy_run(lines: list[str], *, slots: int, lookahead: int) -> Harness:
     harness.finish(harness.live[-1])
     harness.drain()
     assert harness.num_errors > 0
-    stats = harness.scheduler.stats(0.0)
+    stats = harness.scheduler.stats()
     assert stats.num_preemptions > 0
     assert stats.num_recomputed_tokens > 0
     assert stats.num_dropped_samples > 0 or not lookahead
@@ -122,7 +122,7 @@ def test_a_stall_can_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
         harness.add(prompt, 2)
     while harness.is_busy:
         harness.step()
-    assert harness.scheduler.stats(0.0).num_stalls == 2
+    assert harness.scheduler.stats().num_stalls == 2
     assert len(harness.executor.plans) == 4
     assert replayed(lines, harness.config, 8) == lines
 

@@ -112,7 +112,7 @@ def test_the_head_takes_kv_from_anyone() -> None:
     assert tokens_of(harness.executor.plans[-1]).get(head) == 28
     assert sum(harness.request(handle).epoch for handle in (0, 1)) >= 1
     harness.drain()
-    stats = harness.scheduler.stats(0.0)
+    stats = harness.scheduler.stats()
     assert stats.num_preemptions > 0
     assert stats.num_recomputed_tokens > 0
 
@@ -192,7 +192,7 @@ def test_nobody_takes_kv_from_those_before_it() -> None:
     harness.step()
     assert late not in tokens_of(harness.executor.plans[-1])
     harness.drain()
-    assert harness.scheduler.stats(0.0).num_recomputed_tokens == 0
+    assert harness.scheduler.stats().num_recomputed_tokens == 0
 
 
 def test_a_recomputing_request_keeps_its_blocks_until_it_is_past_where_it_was() -> None:
@@ -290,7 +290,7 @@ def test_the_head_of_the_order_runs_within_the_bound(batch: int) -> None:
                             bound += request.num_lost_tokens + 1 - request.num_computed_tokens
             waited = len(harness.executor.plans) - num_plans
             num_waits += waited > 0
-            assert waited <= bound, f"seed {seed}: {waited} plans, {scheduler.story()}"
+            assert waited <= bound, f"seed {seed}: {waited} plans, {scheduler._stalls.story()}"
         harness.check_at_rest()
     assert num_waits > 0
 
@@ -328,11 +328,11 @@ def test_waiting_is_bounded_by_the_starvation_limit(
         if long in tokens_of(harness.executor.plans[-1]):
             longest, waited_since = max(longest, now - waited_since), now
         if now - waited_since <= alpha:
-            num_ahead = harness.scheduler.stats(now).requests_by_level.get(0, 0)
+            num_ahead = harness.scheduler.stats().requests_by_level.get(0, 0)
         bound = (1 + lookahead) * (2 + -(-num_ahead // num_seqs))
         assert now - waited_since <= alpha + bound
     assert longest >= alpha
-    assert harness.scheduler.stats(0.0).num_promotions > 0
+    assert harness.scheduler.stats().num_promotions > 0
     harness.drain()
 
 
@@ -348,7 +348,7 @@ def test_seats_are_respected_and_passed_on(max_live: int) -> None:
         peak = max(peak, harness.scheduler.cache.num_tables)
     harness.drain()  # the harness counts the seats after every step
     assert peak == min(max_live, 4) or peak == max_live
-    assert harness.scheduler.stats(0.0).num_recomputed_tokens > 0 or max_live == 5
+    assert harness.scheduler.stats().num_recomputed_tokens > 0 or max_live == 5
 
 
 def test_nobody_is_evicted_for_a_request_that_cannot_run_now() -> None:

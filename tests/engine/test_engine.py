@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import cast
 
 import pytest
@@ -21,7 +22,9 @@ from fastserve.core.messages import (
     RequestUpdate,
     SchedulerOutput,
 )
-from fastserve.core.request import Arrival, FinishReason, SamplingParams
+from fastserve.core.policies.fcfs import FCFS
+from fastserve.core.policies.protocol import Policy
+from fastserve.core.request import Arrival, FinishReason, Request, SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.engine import Engine, MonotonicClock
 from fastserve.engine.interfaces import Observer
@@ -38,6 +41,7 @@ def make_engine(
     lookahead: int = 0,
     observers: Sequence[Observer] = (),
     is_strict: bool = True,
+    policy: Policy | None = None,
 ) -> Engine:
     """Return an engine before a checked fake device with 64 blocks of 4 tokens."""
     clock = VirtualClock()
@@ -46,7 +50,8 @@ def make_engine(
         max_num_seqs=4, max_num_batched_tokens=16, max_model_len=128, block_size=4,
         num_slots=num_slots, lookahead=lookahead, is_strict=is_strict,
     )  # fmt: skip
-    return Engine(build_scheduler(config, COSTS, 64), executor, clock, observers)
+    scheduler = build_scheduler(config, COSTS, 64, policy=policy)
+    return Engine(scheduler, executor, clock, observers)
 
 
 def run_all(engine: Engine) -> list[RequestUpdate]:
@@ -187,12 +192,50 @@ def test_an_idle_engine_waits_once_and_as_long_as_asked() -> None:
 @pytest.mark.parametrize(("num_slots", "lookahead"), [(1, 0), (1, 1), (2, 0), (4, 0)])
 def test_a_blocked_engine_wakes_when_a_step_lands(num_slots: int, lookahead: int) -> None:
     """No slot is free, or no request can use one: one wait, to the end of the step."""
-    engine = make_engine(num_slots=num_slots, lookahead=lookahead)
+    engine = make_engine(num_slots=num_slots, lookahead=lookahead, policy=FCFS())
     engine.add(Arrival(range(5), SamplingParams(seed=1, max_tokens=2)))
     waits = watched(engine)
     for number in range(2):
         engine.step()
         assert waits == [(math.inf, at + 1.0) for at in range(number + 1)]
+
+
+class LateSecond(FCFS):
+    """Lets the second request run from 0.5 on; the last event is always the one that it names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_open = False
+
+    def advance(self, now: float) -> None:
+        """Open at 0.5."""
+        self._is_open = now >= 0.5
+
+    def next_event(self, now: float) -> float:
+        """Return a time that may have come already."""
+        return 0.5
+
+    def ordered(self) -> Iterator[Request]:
+        """Yield what may run."""
+        return islice(super().ordered(), 2 if self._is_open else 1)
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "planned_at", "untils"),
+    [(2, [0.0, 0.5], [0.5, math.inf, math.inf]), (1, [0.0, 1.0], [math.inf, math.inf])],
+)
+def test_a_blocked_engine_wakes_when_time_changes_the_order(
+    num_slots: int, planned_at: list[float], untils: list[float]
+) -> None:
+    """At that very time and once where a slot is free; where none is, time is of no account."""
+    engine = make_engine(num_slots=num_slots, policy=LateSecond())
+    waits = watched(engine)
+    handles = [engine.add(Arrival(range(5), SamplingParams(seed=1, max_tokens=1)))
+               for _ in range(2)]  # fmt: skip
+    updates = run_all(engine)
+    found = {u.request: u.metrics.first_scheduled for u in updates if u.metrics is not None}
+    assert [found[handle] for handle in handles] == planned_at
+    assert [until for until, _ in waits] == untils
 
 
 @pytest.mark.parametrize(("num_slots", "lookahead"), [(1, 0), (1, 1), (2, 0), (4, 0)])

@@ -31,7 +31,7 @@ def run(mode: str, num_blocks: int, share: float = float("inf")) -> Harness:
 
 def test_recompute_takes_kv_and_computes_it_again() -> None:
     """The mode that the others are held against."""
-    stats = run("recompute", 18).scheduler.stats(0.0)
+    stats = run("recompute", 18).scheduler.stats()
     assert stats.num_preemptions > 0
     assert stats.num_recomputed_tokens > 0
 
@@ -39,11 +39,10 @@ def test_recompute_takes_kv_and_computes_it_again() -> None:
 def test_defer_takes_nothing_for_newcomers() -> None:
     """Where those who hold KV can all grow, preempting never costs a token."""
     harness = run("defer", 18)
-    stats = harness.scheduler.stats(0.0)
+    stats = harness.scheduler.stats()
     assert stats.num_preemptions > 0
     assert (
-        stats.num_recomputed_tokens
-        < run("recompute", 18).scheduler.stats(0.0).num_recomputed_tokens
+        stats.num_recomputed_tokens < run("recompute", 18).scheduler.stats().num_recomputed_tokens
     )
     newcomers = [
         {new.request for new in plan.new_requests if new.epoch == 0}
@@ -82,7 +81,7 @@ def test_first_come_first_served_lets_nobody_pass_who_lost_their_kv() -> None:
     begun = [
         (new.request, new.epoch) for plan in harness.executor.plans for new in plan.new_requests
     ]
-    assert harness.scheduler.stats(0.0).num_recomputed_tokens > 0
+    assert harness.scheduler.stats().num_recomputed_tokens > 0
     # Request 10 has lost its KV twice when 12, which would fit, first comes up.
     assert begun.index((10, 2)) < begun.index((12, 0))
 
@@ -90,7 +89,7 @@ def test_first_come_first_served_lets_nobody_pass_who_lost_their_kv() -> None:
 def test_ideal_moves_kv_for_nothing() -> None:
     """All stay alive, nothing is recomputed, and the requests of a step fit on the device."""
     harness = run("ideal", 18)
-    stats = harness.scheduler.stats(0.0)
+    stats = harness.scheduler.stats()
     assert stats.num_preemptions > 0
     assert stats.num_recomputed_tokens == 0
     tables: dict[int, int] = {}
@@ -138,5 +137,5 @@ def test_recomputation_stays_within_its_share(seed: int) -> None:
             for _ in range(rng.randrange(4)):
                 harness.step()
         harness.drain()
-        recomputed.append(harness.scheduler.stats(0.0).num_recomputed_tokens)
+        recomputed.append(harness.scheduler.stats().num_recomputed_tokens)
     assert recomputed[0] < 0.5 * recomputed[1]

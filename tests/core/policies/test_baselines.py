@@ -19,7 +19,7 @@ def test_orca_reserves_the_longest_output() -> None:
     harness.drain()
     assert served(harness)[:12] == [{0, 1}] * 12
     assert all(2 in step for step in served(harness)[12:])
-    assert harness.scheduler.stats(0.0).num_recomputed_tokens == 0
+    assert harness.scheduler.stats().num_recomputed_tokens == 0
 
 
 def test_static_batches_let_nobody_in() -> None:
@@ -42,7 +42,7 @@ def test_fixed_priority_prefers_short_prompts_for_life() -> None:
     harness.add(prompt_of(1, 3), 8)
     harness.drain()
     assert served(harness) == [{0}] * 2 + [{1}] * 8 + [{0}] * 3
-    assert harness.scheduler.stats(0.0).num_preemptions == 1
+    assert harness.scheduler.stats().num_preemptions == 1
 
 
 def test_the_artifact_falls_one_level_and_promotes_late() -> None:
@@ -62,7 +62,7 @@ def test_the_artifact_falls_one_level_and_promotes_late() -> None:
     assert levels.level(request) <= joined + 1
     harness.add(prompt_of(1, 4), 900)
     steps = 0
-    while harness.scheduler.stats(0.0).num_promotions == 0:
+    while harness.scheduler.stats().num_promotions == 0:
         harness.step()
         steps += 1
     assert steps > 900

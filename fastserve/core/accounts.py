@@ -1,0 +1,129 @@
+"""Accounts: what happened to requests, counted for their ends and for the engine's statistics.
+
+Rules: nothing here decides. Counters only grow. A request waits from its arrival, and from the end
+of its last step, until a plan has it or it ends: `queue_s` is the sum. It is preempted when it ran
+in the plan before, could be in the next one, and is not. Must not know: samples, blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fastserve.core.memory.block import BlockPool
+from fastserve.core.messages import RequestMetrics, SchedulerStats
+from fastserve.core.policies.protocol import LevelStats, Policy
+from fastserve.core.request import Request
+
+
+@dataclass(slots=True)
+class Counters:
+    """Sums over all requests."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+    num_computed_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_dropped_samples: int = 0
+    num_stalls: int = 0
+
+
+class Accounts:
+    """The counters, and which requests run."""
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+        # Those of the latest plan, and those that could not be in it: in flight, at their limit.
+        self._running: dict[int, Request] = {}
+
+    def planned(self, chosen: Iterable[tuple[Request, int]], now: float) -> None:
+        """Note a plan of these shares; `steps_in_flight` includes the step."""
+        self.counters.num_steps += 1
+        planned: dict[int, Request] = {}
+        for request, _ in chosen:
+            planned[request.handle] = request
+            if request.steps_in_flight == 1:
+                request.queue_s += now - request.last_ran_at
+                if request.first_scheduled_at is None:
+                    request.first_scheduled_at = now
+        for handle, request in self._running.items():
+            if handle not in planned:
+                if request.steps_in_flight or request.is_at_length_limit:
+                    planned[handle] = request
+                else:
+                    request.num_preemptions += 1
+                    self.counters.num_preemptions += 1
+        self._running = planned
+
+    def computed(self, request: Request, before: int, end: int) -> bool:
+        """Note that positions [before, end) have KV; return whether any never had it before."""
+        counters = self.counters
+        if before < request.num_prompt_tokens:
+            counters.num_computed_prompt_tokens += min(end, request.num_prompt_tokens) - before
+        if end <= request.max_computed_tokens:
+            repeated = end - before
+        else:
+            repeated = max(request.max_computed_tokens - before, 0)
+            request.max_computed_tokens = end
+        if repeated:
+            request.num_recomputed_tokens += repeated
+            counters.num_recomputed_tokens += repeated
+        return repeated < end - before
+
+    def closed(self, request: Request, level: int, now: float) -> RequestMetrics:
+        """Return what happened to a request that ends."""
+        self._running.pop(request.handle, None)
+        if not request.steps_in_flight:
+            request.queue_s += now - request.last_ran_at
+        return RequestMetrics(
+            arrival=request.arrived_at,
+            first_scheduled=request.first_scheduled_at,
+            first_token=request.first_token_at,
+            finished=now,
+            queue_s=request.queue_s,
+            num_preemptions=request.num_preemptions,
+            num_swaps=0,
+            recomputed_tokens=request.num_recomputed_tokens,
+            cached_tokens=request.num_cached_tokens,
+            level=level,
+        )
+
+    def snapshot(
+        self, requests: Mapping[int, Request], policy: Policy, pool: BlockPool
+    ) -> SchedulerStats:
+        """Return the counters beside what is so now; `requests` are the live ones."""
+        levels, counters = _level_stats(policy, len(requests)), self.counters
+        num_started = sum(r.first_scheduled_at is not None for r in requests.values())
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=len(requests) - num_started,
+            num_preempted=num_started - len(self._running),
+            requests_by_level=levels.requests_by_level,
+            device_blocks_total=pool.num_device_blocks,
+            device_blocks_free=pool.num_free,
+            device_blocks_cached=pool.num_cached,
+            device_blocks_used=pool.num_used,
+            host_blocks_total=0,
+            host_blocks_used=0,
+            num_steps=counters.num_steps,
+            num_preemptions=counters.num_preemptions,
+            num_demotions=levels.num_demotions,
+            num_promotions=levels.num_promotions,
+            num_recomputed_tokens=counters.num_recomputed_tokens,
+            num_computed_prompt_tokens=counters.num_computed_prompt_tokens,
+            num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
+            num_dropped_samples=counters.num_dropped_samples,
+            num_stalls=counters.num_stalls,
+        )
+
+
+def level_of(policy: Policy, request: Request) -> int:
+    """Return the level of a live request; 0 where the policy has none."""
+    return 0 if policy.levels is None else policy.levels.level(request)
+
+
+def _level_stats(policy: Policy, num_requests: int) -> LevelStats:
+    if policy.levels is not None:
+        return policy.levels.stats()
+    return LevelStats(0, 0, {0: num_requests} if num_requests else {})

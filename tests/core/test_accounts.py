@@ -1,0 +1,83 @@
+"""Accounts: held against what an observer of the door adds up by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from fastserve.core.accounts import Counters
+from fastserve.core.messages import ExecutorOutput, Fact, RequestUpdate, SchedulerOutput
+from fastserve.core.request import Arrival
+from tests.core.harness import Harness, small_config
+
+PIPELINES = ((1, 0), (1, 1), (2, 0), (4, 0))
+
+
+class Naive:
+    """Adds up, from plans and results alone, how long each request waited and what it computed."""
+
+    def __init__(self) -> None:
+        self.now_flying: dict[int, int] = {}
+        self.waits_since: dict[int, float] = {}
+        self.queue_s: dict[int, float] = {}
+        self.ended: dict[int, tuple[float, float]] = {}
+        self.plans: dict[int, SchedulerOutput] = {}
+
+    def told(self, fact: Fact, now: float) -> None:
+        """A request arrives with the next handle."""
+        if isinstance(fact, Arrival):
+            handle = len(self.queue_s)
+            self.queue_s[handle] = 0.0
+            self.waits_since[handle] = now
+            self.now_flying[handle] = 0
+
+    def planned(self, plan: SchedulerOutput | None, can_compute: bool, now: float) -> None:
+        """Those in a plan wait no longer."""
+        if plan is None or not plan.work:
+            return
+        self.plans[plan.step_id] = plan
+        for work in plan.work:
+            if not self.now_flying[work.request]:
+                self.queue_s[work.request] += now - self.waits_since[work.request]
+            self.now_flying[work.request] += 1
+
+    def updated(self, output: ExecutorOutput, updates: Sequence[RequestUpdate], now: float) -> None:
+        """Those whose last step has landed wait again; those that end do not."""
+        for done in output.steps:
+            for work in self.plans.pop(done.step_id).work:
+                self.now_flying[work.request] -= 1
+                self.waits_since[work.request] = now
+        for update in updates:
+            if update.metrics is not None:
+                self.ended[update.request] = (self.queue_s[update.request], update.metrics.queue_s)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_the_time_in_queues_is_what_an_observer_adds_up(pipeline: tuple[int, int]) -> None:
+    """Through preemption, recomputation and several steps in flight, request by request."""
+    num_preemptions = 0
+    for seed in range(20):
+        config = small_config(
+            max_num_seqs=2, max_num_batched_tokens=7, max_model_len=24, starvation_limit=1.0,
+            scheduling_policy="skip-join-mlfq", num_slots=pipeline[0], lookahead=pipeline[1],
+        )  # fmt: skip
+        harness = Harness(config, 8, seed=seed)
+        naive = Naive()
+        harness.engine.observers = (*harness.engine.observers, naive)
+        for number in range(6):
+            harness.add(range(1 + 3 * number), 5)
+            harness.step()
+        harness.drain()
+        assert len(naive.ended) == 6
+        for ours, theirs in naive.ended.values():
+            assert theirs == pytest.approx(ours, abs=1e-9)
+        num_preemptions += harness.scheduler.stats().num_preemptions
+    assert num_preemptions > 0
+
+
+def test_every_counter_is_in_the_statistics() -> None:
+    """Nothing is counted that nobody can read."""
+    stats = Harness(small_config(), 8).scheduler.stats()
+    for name in Counters.__slots__:
+        assert getattr(stats, name) == 0
