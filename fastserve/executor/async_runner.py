@@ -3,7 +3,7 @@
 Rules: until a step's ids are known, ~i stands for the i-th of them among a request's ids, and only
 the next step may be launched meanwhile: it takes them from the device. A step that needs ids on the
 host (penalties, log probabilities) waits for those before it. One transfer brings a step's inputs,
-one its ids back. Must not know: scheduling, who owns blocks, threads.
+one its ids back. Must not know: scheduling, which request owns a block, threads.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Rules: turns Works into an InputBatch, runs the network, and draws one token for each Work that asks
 for it, in the plan's order. The common case (every row greedy, nothing to score) takes no detour.
-Must not know: scheduling, who owns blocks, threads.
+Must not know: scheduling, which request owns a block, threads.
 """
 
 from __future__ import annotations

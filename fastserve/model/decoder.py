@@ -4,7 +4,7 @@ Rules: embed, plan attention, run the layers, cut to the rows that get logits, n
 last layer only these rows go through the output projection and the MLP. The first stage of a
 network takes token ids, any other takes the hidden state of the one before it; the last returns
 logits, any other its hidden state. A network in stages computes the bits of the whole one.
-Must not know: families, checkpoints, requests, who owns the KV, how hidden state travels.
+Must not know: families, checkpoints, requests, how hidden state travels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the families share: the embedding, the usual layer, and the head.
 
-Must not know: families, checkpoints, requests, who owns the KV.
+Must not know: families, checkpoints, requests.
 """
 
 from __future__ import annotations

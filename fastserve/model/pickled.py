@@ -4,7 +4,7 @@ Rules: meant for a process of its own, which may run out of memory or crash. Pic
 `weights_only`, which builds tensors and nothing else; what asks for more is refused. That alone
 keeps a hostile pickle from running. Files are written under another name and renamed
 when all are complete, the index last, so that a checkpoint is there as a whole or not at all.
-Must not know: what the tensors mean, who shows the progress.
+Must not know: what the tensors mean, what shows the progress.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Rules: a frame is the length of its payload, then the payload: msgpack, with the tag of its struct.
 A stream that ends, inside a frame or not, has no more frames.
-Must not know: any schema, who is at the other end.
+Must not know: any schema, what is at the other end.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Who holds which KV block."""
+"""Which request holds which KV block."""

@@ -1,7 +1,7 @@
 """Blocks of KV and the pool that owns their places.
 
 A Block is content, not place: it is append-only, immutable once full, and outlives the request
-that computed it as long as nobody needs its place. Rules: a place belongs to exactly one Block or
+that computed it as long as its place is not needed. Rules: a place belongs to exactly one Block or
 to the free list; a Block that no table names and that has a hash stays as prefix cache, least
 recently used first to go. Must not know: requests, policies, tensors.
 """

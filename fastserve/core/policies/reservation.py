@@ -1,6 +1,6 @@
 """What a request must be given to begin: which of its blocks, and whether before others.
 
-Must not know: blocks, who else waits.
+Must not know: blocks, which other requests wait.
 """
 
 from __future__ import annotations

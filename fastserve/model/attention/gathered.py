@@ -3,7 +3,7 @@
 Rules: single tokens of similar context form groups, each padded to its own longest; every chunk is
 a call of its own. Blocks are gathered (one contiguous copy each) into a reused buffer, and the
 query heads that share a key-value head are folded into the query dimension, which the fused kernel
-takes without repeating keys. Must not know: requests, weights, who owns the KV.
+takes without repeating keys. Must not know: requests, weights.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Rules: an attention is planned once per step and then run once per layer; it rotates the step's
 queries and keys, writes keys and values to their slots, and reads by block table. Every kind is
-tested against ReferenceAttention. Must not know: requests, weights, who owns the KV.
+tested against ReferenceAttention. Must not know: requests, weights.
 """
 
 from __future__ import annotations

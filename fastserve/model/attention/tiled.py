@@ -5,7 +5,7 @@ number at a time, and what they attend to in tiles of fixed positions, so that e
 shape. A tile that lies past a row's context changes nothing in it, to the bit. Rows that fill up
 the last group repeat another, and positions past a context repeat its first: nothing is read that
 was not written. It is not fast: it serves where there are no compiled kernels.
-Must not know: requests, weights, who owns the KV.
+Must not know: requests, weights.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ their contexts split where rows alone would leave the device idle, and a second 
 splits; chunks go in tiles. With `split_tokens` a context is always split at the same positions and
 every token of a chunk goes as a single one, so that its values do not depend on the batch.
 Half types keep their dtype in matrix products and float32 elsewhere.
-Must not know: requests, weights, who owns the KV.
+Must not know: requests, weights.
 """
 
 from __future__ import annotations

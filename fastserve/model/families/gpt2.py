@@ -1,6 +1,6 @@
 """GPT-2: learned positions, LayerNorm, a plain MLP; matrices are stored transposed.
 
-Must not know: requests, sampling, who owns the KV.
+Must not know: requests, sampling.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Rules: one loader, no subclass per model: flags of LlamaConfig tell them apart. Query, key and value
 are one product, gate and up another.
-Must not know: requests, sampling, who owns the KV.
+Must not know: requests, sampling.
 """
 
 from __future__ import annotations

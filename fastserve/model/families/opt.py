@@ -1,7 +1,7 @@
 """OPT: learned positions, LayerNorm, a plain MLP; opt-350m has norms last and narrow embeddings.
 
 Rules: query, key and value are one product.
-Must not know: requests, sampling, who owns the KV.
+Must not know: requests, sampling.
 """
 
 from __future__ import annotations

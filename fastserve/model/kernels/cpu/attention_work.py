@@ -1,6 +1,6 @@
 """The work list of a CPU's attention: a step's rows, cut into pieces that threads take in turn.
 
-Must not know: networks, requests, who owns the KV, what is computed.
+Must not know: networks, requests, what is computed.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ keys and values before it: the same bits in any batch, chunking or number of thr
 serves one thread. An entry is the address of `void entry(void* args)`; the first argument counts
 the shares of work that threads have taken. Pointers are only passed for tensors that were checked:
 dtype, contiguity.
-Must not know: networks, requests, who owns the KV, how entries come about.
+Must not know: networks, requests, how entries come about.
 """
 
 from __future__ import annotations
