@@ -47,7 +47,7 @@ class PlanHash:
     def on_step(self, plan: SchedulerOutput, stages: Sequence[tuple[float, float]]) -> None:
         """Take one plan in, with the time at which it begins."""
         parts = [
-            (w.request, w.epoch, w.start, w.num_tokens, w.table_from, list(w.block_ids), w.sample)
+            (w.handle, w.epoch, w.start, w.num_tokens, w.table_from, list(w.block_ids), w.sample)
             for w in plan.work
         ]
         line = (plan.step_id, stages[0][0].hex(), parts)

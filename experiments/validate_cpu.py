@@ -184,7 +184,7 @@ def run_real(engine: Engine, workload: Workload) -> Floats:
         for update in engine.step(until):
             if update.metrics is not None:
                 metrics = update.metrics
-                jct_s[row_of[update.request]] = metrics.finished - metrics.arrival
+                jct_s[row_of[update.handle]] = metrics.finished - metrics.arrival
     return jct_s
 
 

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from fastserve.core import request
 from fastserve.core.messages import RequestFailedError, RequestUpdate
-from fastserve.core.request import Arrival, FinishReason
+from fastserve.core.request import Arrival, FinishReason, Handle
 from fastserve.frontend.answer import shifted_seed
 from fastserve.frontend.request_checks import check_params, check_prompt, fitted
 from fastserve.launch import open_engine, open_tokenizer
@@ -82,7 +82,7 @@ class LLM:
             self._engine, self.info = open_engine(
                 self.config, lambda stage, fraction: status.update(f"{stage} {fraction:.0%}")
             )
-        self._live: dict[int, Choice] = {}
+        self._live: dict[Handle, Choice] = {}
         self._seeds = random.Random(self.config.seed)
         self._num_requests = 0
 
@@ -289,14 +289,14 @@ class LLM:
             self._deliver(update)
 
     def _deliver(self, update: RequestUpdate) -> None:
-        choice = self._live.get(update.request)
+        choice = self._live.get(update.handle)
         if choice is None:
             return
         choice.push(update)
         if choice.is_finished:
-            del self._live[update.request]
+            del self._live[update.handle]
         elif choice.answer.finish_at is not None:
-            ended = self._engine.finish(update.request, choice.answer.finish_at)
+            ended = self._engine.finish(update.handle, choice.answer.finish_at)
             if ended is not None:
                 self._deliver(ended)
 

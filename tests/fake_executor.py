@@ -26,6 +26,7 @@ from fastserve.core.messages import (
     TokenLogprobs,
     Work,
 )
+from fastserve.core.request import Handle
 from fastserve.sim.clock import VirtualClock
 
 
@@ -46,7 +47,7 @@ class _Running:
     written: set[int]
     read: set[int]
     device_s: float
-    scores: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    scores: dict[Handle, list[TokenLogprobs]] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -116,10 +117,10 @@ class FakeExecutor:
             if self.lost.pop(handle, None) is None:
                 del self.states[handle]
         for new in plan.new_requests:
-            self.lost.pop(new.request, None)
-            old = self.states.get(new.request)
+            self.lost.pop(new.handle, None)
+            old = self.states.get(new.handle)
             assert old is None or old.new.epoch < new.epoch
-            self.states[new.request] = _State(new, list(new.cached_token_ids))
+            self.states[new.handle] = _State(new, list(new.cached_token_ids))
         for copy in plan.copies:
             self._begin_copy(copy)
         if plan.work:
@@ -131,13 +132,13 @@ class FakeExecutor:
     def _run(self, plan: SchedulerOutput) -> None:
         assert self.can_submit()
         self.plans.append(plan)
-        in_flight = {work.request for run in self.running for work in run.plan.work}
+        in_flight = {work.handle for run in self.running for work in run.plan.work}
         if self.num_slots > 1:
-            assert not in_flight & {work.request for work in plan.work}, "slots must be disjoint"
+            assert not in_flight & {work.handle for work in plan.work}, "slots must be disjoint"
         run = _Running(plan, 0.0, [], set(), set(), self.step_s(plan))
-        assert len({work.request for work in plan.work}) == len(plan.work)
+        assert len({work.handle for work in plan.work}) == len(plan.work)
         for work in plan.work:
-            if self.lost.get(work.request) != work.epoch:
+            if self.lost.get(work.handle) != work.epoch:
                 self._execute(work, run)
             elif work.sample:
                 run.samples.append(Sample(0))
@@ -175,14 +176,14 @@ class FakeExecutor:
         self.fails_next = False
         run.error, run.samples, run.scores = "it was told to fail", [], {}
         for work in run.plan.work:
-            state = self.states.pop(work.request, None)
-            self.lost[work.request] = work.epoch
+            state = self.states.pop(work.handle, None)
+            self.lost[work.handle] = work.epoch
             if state is not None:
                 for position in range(work.start, work.start + work.num_tokens):
                     self.slots.pop(self._slot(state, position), None)
 
     def _execute(self, work: Work, run: _Running) -> None:
-        state = self.states[work.request]
+        state = self.states[work.handle]
         assert state.new.epoch == work.epoch
         assert work.num_tokens >= 1
         assert work.table_from <= len(state.table), "the table has a hole"
@@ -209,7 +210,7 @@ class FakeExecutor:
         self._check_races(work, run)
         if work.logits == "all":
             scored = range(max(work.start, 1), min(stop, state.new.num_prompt_tokens))
-            run.scores[work.request] = [prompt_score(state.token_ids[p], p) for p in scored]
+            run.scores[work.handle] = [prompt_score(state.token_ids[p], p) for p in scored]
         if work.sample:
             assert stop == len(state.token_ids)
             seed = state.new.params.seed
@@ -223,14 +224,14 @@ class FakeExecutor:
 
         Nor may a step touch a block that is being copied.
         """
-        table = set(self.states[work.request].table)
+        table = set(self.states[work.handle].table)
         for copying in self.copying:
             assert (run.written | run.read).isdisjoint(copying.device_blocks), "the block moves"
         for other in self.running:
-            mine = any(earlier.request == work.request for earlier in other.plan.work)
+            mine = any(earlier.handle == work.handle for earlier in other.plan.work)
             if not mine:
                 fresh = {
-                    self._slot(self.states[work.request], p)[0]
+                    self._slot(self.states[work.handle], p)[0]
                     for p in range(work.start, work.start + work.num_tokens)
                 }
                 assert fresh <= table

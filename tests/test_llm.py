@@ -320,7 +320,7 @@ def test_a_prompt_that_fills_the_window_is_scored(llm: LLM) -> None:
     num_scores, reason = 0, None
     while reason is None:
         for update in llm._engine.step():
-            assert update.request == handle
+            assert update.handle == handle
             num_scores += len(update.prompt_logprobs)
             reason = update.finish_reason
     assert (num_scores, reason) == (size - 1, "length")

@@ -78,7 +78,7 @@ class Offline:
             ends.append(self.engine.clock.now())
             tokens.append(sum(len(update.samples) for update in updates))
             if handles:
-                handles.difference_update(update.request for update in updates if update.samples)
+                handles.difference_update(update.handle for update in updates if update.samples)
                 first_step = len(ends) - 1
         self._drain()
         gaps = [later - sooner for sooner, later in itertools.pairwise(ends[first_step:])]

@@ -19,8 +19,16 @@ from fastserve.client.metrics import EngineMetrics
 from fastserve.client.streams import OpenStreams, RequestStream
 from fastserve.client.suspects import DEATHS_OF_A_SUSPECT, Suspects
 from fastserve.core.messages import RequestFailedError, RequestUpdate
-from fastserve.core.request import Arrival, FinishReason
-from fastserve.wire.engine_messages import Abort, EngineInfo, Event, Finish, Rejected, Updates
+from fastserve.core.request import NO_HANDLE, Arrival, FinishReason
+from fastserve.wire.engine_messages import (
+    Abort,
+    EngineInfo,
+    Event,
+    Finish,
+    Rejected,
+    RequestNumber,
+    Updates,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +83,7 @@ class Dispatcher:
         for stream in self.streams:
             self._end(stream.number, FinishReason.ERROR, EngineDeadError(reason))
 
-    def _link_for(self, number: int) -> EngineLink | None:
+    def _link_for(self, number: RequestNumber) -> EngineLink | None:
         """Return the process that may run a request; None while none serves, or in a trial."""
         is_serving = self._link is not None and self._link.is_serving
         return self._link if is_serving and self._suspects.on_trial in (None, number) else None
@@ -88,7 +96,7 @@ class Dispatcher:
             if link is None or link.has(number):
                 continue
             if stream.finish_at is not None:  # its text is complete: only the word of it was lost
-                self._update(RequestUpdate(number, (), FinishReason.STOP))
+                self._update(number, RequestUpdate(NO_HANDLE, (), FinishReason.STOP))
                 continue
             link.give(stream.as_command(time.monotonic()))
 
@@ -97,34 +105,36 @@ class Dispatcher:
     def receive(self, event: Event) -> None:
         """Take in what a process says of requests, and its figures."""
         if isinstance(event, Updates):
-            for update in event.updates:
-                self._update(update)
+            for number, update in event.updates:
+                self._update(number, update)
             if event.stats is not None:
                 self._metrics.snapshot(event.stats)
         elif isinstance(event, Rejected):
-            self._end(event.request, FinishReason.ERROR, ValueError(event.message))
+            self._end(event.number, FinishReason.ERROR, ValueError(event.message))
 
-    def _update(self, update: RequestUpdate) -> None:
-        if update.request not in self.streams:  # it was aborted while this was on its way
+    def _update(self, number: RequestNumber, update: RequestUpdate) -> None:
+        if number not in self.streams:  # it was aborted while this was on its way
             return
-        self.streams.take(update)
+        self.streams.take(number, update)
         if update.finish_reason is not None:
-            self._forget(update.request)
+            self._forget(number)
         elif update.samples:
-            self._clear(update.request)
+            self._clear(number)
 
-    def _end(self, number: int, reason: FinishReason, error: Exception | None = None) -> None:
+    def _end(
+        self, number: RequestNumber, reason: FinishReason, error: Exception | None = None
+    ) -> None:
         """End a request without an update; nothing is done if it has ended."""
         if number in self.streams:
             self.streams.end(number, reason, error)
             self._forget(number)
 
-    def _forget(self, number: int) -> None:
+    def _forget(self, number: RequestNumber) -> None:
         if self._link is not None:
             self._link.forget(number)
         self._clear(number)
 
-    def _clear(self, number: int) -> None:
+    def _clear(self, number: RequestNumber) -> None:
         """Let the next suspect run, or all requests, once this one is past its trial."""
         if self._suspects.clear(number):
             self._hand_over()

@@ -26,6 +26,7 @@ from fastserve.wire.engine_messages import (
     Finish,
     Progress,
     Ready,
+    RequestNumber,
     Updates,
     decode_event,
 )
@@ -47,7 +48,7 @@ class EngineLink:
         self.failure: Failed | None = None  # what it said of its own end
         self.is_serving = False
         self._child = child
-        self._given: set[int] = set()  # requests that have not ended
+        self._given: set[RequestNumber] = set()  # requests that have not ended
 
     @classmethod
     async def start(
@@ -66,22 +67,22 @@ class EngineLink:
     def give(self, add: Add) -> None:
         """Hand over a request, or what is left of it."""
         self._child.send(encode_frame(add))
-        self._given.add(add.request)
+        self._given.add(add.number)
 
-    def has(self, number: int) -> bool:
+    def has(self, number: RequestNumber) -> bool:
         """Whether it was given a request that has not ended."""
         return number in self._given
 
     def tell(self, command: Abort | Finish) -> None:
         """Say something of a request, if it was given it and still serves."""
-        if self.is_serving and self.has(command.request):
+        if self.is_serving and self.has(command.number):
             self._child.send(encode_frame(command))
 
-    def forget(self, number: int) -> None:
+    def forget(self, number: RequestNumber) -> None:
         """Take note that a request has ended."""
         self._given.discard(number)
 
-    def present_at_death(self) -> list[int]:
+    def present_at_death(self) -> list[RequestNumber]:
         """Return the requests whose step was under way; all it had, where it did not say which."""
         running = self.failure.running if self.failure is not None else ()
         return sorted(self._given.intersection(running) if running else self._given)

@@ -17,7 +17,7 @@ from typing import Protocol
 from fastserve.client.metrics import EngineMetrics
 from fastserve.core.messages import RequestMetrics, RequestUpdate
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
-from fastserve.wire.engine_messages import Abort, Add, Finish
+from fastserve.wire.engine_messages import Abort, Add, Finish, RequestNumber
 
 
 class StreamOwner(Protocol):
@@ -33,7 +33,9 @@ class StreamOwner(Protocol):
 class RequestStream:
     """The updates of one request, as an async iterator that ends after the terminal one."""
 
-    def __init__(self, owner: StreamOwner, number: int, arrival: Arrival, now: float) -> None:
+    def __init__(
+        self, owner: StreamOwner, number: RequestNumber, arrival: Arrival, now: float
+    ) -> None:
         self.number = number
         self.arrived_at = now - arrival.age_s  # in seconds of the caller's clock
         self.output_token_ids: list[int] = []
@@ -124,10 +126,10 @@ class OpenStreams:
 
     def __init__(self, metrics: EngineMetrics) -> None:
         self._metrics = metrics
-        self._streams: dict[int, RequestStream] = {}
+        self._streams: dict[RequestNumber, RequestStream] = {}
         self._all_ended = asyncio.Event()
         self._all_ended.set()
-        self._next_number = 0
+        self._next_number = RequestNumber(0)
 
     def __len__(self) -> int:
         """Return how many have not ended."""
@@ -137,7 +139,7 @@ class OpenStreams:
         """Iterate over those that have not ended at this moment, oldest first."""
         return iter(list(self._streams.values()))
 
-    def __contains__(self, number: int) -> bool:
+    def __contains__(self, number: RequestNumber) -> bool:
         """Return whether a request has not ended."""
         return number in self._streams
 
@@ -149,20 +151,22 @@ class OpenStreams:
         """Take a request in, and give it a number."""
         stream = RequestStream(owner, self._next_number, arrival, time.monotonic())
         self._streams[stream.number] = stream
-        self._next_number += 1
+        self._next_number = RequestNumber(self._next_number + 1)
         self._all_ended.clear()
         return stream
 
-    def take(self, update: RequestUpdate) -> None:
+    def take(self, number: RequestNumber, update: RequestUpdate) -> None:
         """Hand an update to its request, which has not ended; a terminal one ends it."""
-        stream = self._streams[update.request]
+        stream = self._streams[number]
         if update.samples:
             self._count_tokens(stream, len(update.samples))
         stream.push(update)
         if update.finish_reason is not None:
             self._close(stream, update.finish_reason, update.metrics)
 
-    def end(self, number: int, reason: FinishReason, error: Exception | None = None) -> None:
+    def end(
+        self, number: RequestNumber, reason: FinishReason, error: Exception | None = None
+    ) -> None:
         """End a request without an update; its stream raises `error` after what is unread."""
         stream = self._streams[number]
         self._close(stream, reason)

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from fastserve.wire.engine_messages import RequestNumber
+
 DEATHS_OF_A_SUSPECT = 2
 
 
@@ -19,11 +21,11 @@ class Suspects:
     """Requests by the deaths in a row that they were present at; one of them may be on trial."""
 
     def __init__(self) -> None:
-        self.on_trial: int | None = None  # the only one that may run now
-        self._deaths: dict[int, int] = {}
-        self._waiting: deque[int] = deque()
+        self.on_trial: RequestNumber | None = None  # the only one that may run now
+        self._deaths: dict[RequestNumber, int] = {}
+        self._waiting: deque[RequestNumber] = deque()
 
-    def charge(self, present: Sequence[int]) -> int | None:
+    def charge(self, present: Sequence[RequestNumber]) -> RequestNumber | None:
         """Take note of a death; return the request that is to blame, if that is certain."""
         if self.on_trial is not None:
             present = (self.on_trial,)
@@ -42,7 +44,7 @@ class Suspects:
         )
         self._call_next()
 
-    def clear(self, request: int) -> bool:
+    def clear(self, request: RequestNumber) -> bool:
         """Drop all charges: a token came, or the request ended. Return whether a trial ended."""
         if not self._deaths or self._deaths.pop(request, None) is None:
             return False

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fastserve.core.memory.block import BlockPool
 from fastserve.core.messages import RequestMetrics, SchedulerStats
 from fastserve.core.policies.protocol import LevelStats, Policy
-from fastserve.core.request import Request
+from fastserve.core.request import Handle, Request
 
 
 @dataclass(slots=True)
@@ -35,12 +35,12 @@ class Accounts:
     def __init__(self) -> None:
         self.counters = Counters()
         # Those of the latest plan, and those that could not be in it: in flight, at their limit.
-        self._running: dict[int, Request] = {}
+        self._running: dict[Handle, Request] = {}
 
     def planned(self, chosen: Iterable[tuple[Request, int]], now: float) -> None:
         """Note a plan of these shares; `steps_in_flight` includes the step."""
         self.counters.num_steps += 1
-        planned: dict[int, Request] = {}
+        planned: dict[Handle, Request] = {}
         for request, _ in chosen:
             planned[request.handle] = request
             if request.steps_in_flight == 1:
@@ -90,7 +90,7 @@ class Accounts:
         )
 
     def snapshot(
-        self, requests: Mapping[int, Request], policy: Policy, pool: BlockPool
+        self, requests: Mapping[Handle, Request], policy: Policy, pool: BlockPool
     ) -> SchedulerStats:
         """Return the counters beside what is so now; `requests` are the live ones."""
         levels, counters = _level_stats(policy, len(requests)), self.counters

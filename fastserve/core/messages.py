@@ -2,7 +2,8 @@
 
 Rules: immutable tuples of plain values. They are NamedTuples, not frozen dataclasses: as immutable
 and as slotted, a third of the cost to build, and a step builds one per running request. A field
-needs two readers. Must not know: public request ids, text, tensors, how a plan is carried out.
+needs two readers. Must not know: the API's numbers of requests, text, tensors, how a plan is
+carried out.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
-from fastserve.core.request import Arrival, FinishReason, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, Handle, SamplingParams
 
 
 class NewRequest(NamedTuple):
     """What a worker must hold of a request before the first Work of an epoch."""
 
-    request: int
+    handle: Handle
     epoch: int
     num_prompt_tokens: int
     params: SamplingParams
@@ -28,7 +29,7 @@ class NewRequest(NamedTuple):
 class Work(NamedTuple):
     """One request's share of one step: positions [start, start + num_tokens)."""
 
-    request: int  # dense handle from Scheduler.add
+    handle: Handle
     epoch: int  # results of an older epoch are dropped
     start: int
     num_tokens: int
@@ -69,7 +70,7 @@ class SchedulerOutput(NamedTuple):
     new_requests: tuple[NewRequest, ...]
     work: tuple[Work, ...]
     copies: tuple[Copy, ...] = ()
-    forget: tuple[int, ...] = ()
+    forget: tuple[Handle, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -104,7 +105,7 @@ class StepDone(NamedTuple):
     step_id: int
     samples: Sequence[Sample]
     device_s: float
-    prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = {}
+    prompt_logprobs: Mapping[Handle, Sequence[TokenLogprobs]] = {}
     error: str | None = None
 
 
@@ -118,13 +119,13 @@ class ExecutorOutput(NamedTuple):
 class Aborted(NamedTuple):
     """A request is given up."""
 
-    handle: int
+    handle: Handle
 
 
 class Finished(NamedTuple):
     """A stop string in the text ended a request after so many output ids."""
 
-    handle: int
+    handle: Handle
     num_output_tokens: int
 
 
@@ -155,7 +156,7 @@ class RequestMetrics:
 class RequestUpdate(NamedTuple):
     """News of one request from Scheduler.update; `finish_reason` makes it the terminal event."""
 
-    request: int
+    handle: Handle  # NO_HANDLE where no engine made it
     samples: Sequence[Sample]
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token id that ended it, unless it is an EOS

@@ -13,10 +13,16 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NewType
 
 if TYPE_CHECKING:  # the torch rooms import this module, and are to load nothing of memory with it
     from fastserve.core.memory.table import BlockTable
+
+
+Handle = NewType("Handle", int)
+"""Names a request within one engine: counted up from 0, and known to core, executor and worker."""
+
+NO_HANDLE = Handle(-1)
 
 
 class FinishReason(StrEnum):
@@ -175,7 +181,7 @@ class Request:
 
     def __init__(
         self,
-        handle: int,
+        handle: Handle,
         arrival: Arrival,
         now: float = 0.0,
         *,

@@ -30,7 +30,7 @@ from fastserve.core.messages import (
 )
 from fastserve.core.packing import Packing
 from fastserve.core.policies.protocol import Policy
-from fastserve.core.request import Arrival, FinishReason, Request
+from fastserve.core.request import Arrival, FinishReason, Handle, Request
 from fastserve.core.shares import end_at, introduction, new_scores, work_of
 from fastserve.core.stalls import Stalls
 from fastserve.settings.scheduler import SchedulerConfig
@@ -47,10 +47,10 @@ class Scheduler:
         self.config = config
         self.policy = policy
         self.cache = cache
-        self._requests: dict[int, Request] = {}
-        self._next_handle = 0
+        self._requests: dict[Handle, Request] = {}
+        self._next_handle = Handle(0)
         self._in_flight: dict[int, list[_Flight]] = {}
-        self._forget: list[int] = []
+        self._forget: list[Handle] = []
         self._ordered_at = inf  # the time of the latest plan's order; inf: it needed none
         self._accounts = Accounts()
         self._counters = self._accounts.counters
@@ -69,11 +69,11 @@ class Scheduler:
         return len(self._in_flight)
 
     @property
-    def handles_in_flight(self) -> set[int]:
+    def handles_in_flight(self) -> set[Handle]:
         """Handles of the requests in these steps, those that have ended included."""
-        return {work.request for flight in self._in_flight.values() for _, _, work in flight}
+        return {work.handle for flight in self._in_flight.values() for _, _, work in flight}
 
-    def add(self, arrival: Arrival, now: float) -> int:
+    def add(self, arrival: Arrival, now: float) -> Handle:
         """Take a request in and return its handle; ValueError when it could never run."""
         params = arrival.params
         window = self.config.max_model_len
@@ -98,17 +98,17 @@ class Scheduler:
             stop_token_ids=params.ending_ids(self.config.eos_token_ids),
         )
         request.num_cached_tokens = self.cache.probe(request)
-        self._next_handle += 1
+        self._next_handle = Handle(self._next_handle + 1)
         self._requests[request.handle] = request
         self.policy.admit(request, now)
         return request.handle
 
-    def abort(self, handle: int, now: float) -> RequestUpdate | None:
+    def abort(self, handle: Handle, now: float) -> RequestUpdate | None:
         """End a request at once; None if it has ended already."""
         request = self._requests.get(handle)
         return None if request is None else self._end(request, FinishReason.ABORT, (), now)
 
-    def finish(self, handle: int, num_output_tokens: int, now: float) -> RequestUpdate | None:
+    def finish(self, handle: Handle, num_output_tokens: int, now: float) -> RequestUpdate | None:
         """End a request whose text matched a stop string; None if it has ended already."""
         request = self._requests.get(handle)
         if request is None:
@@ -153,7 +153,7 @@ class Scheduler:
         event = self.policy.next_event(now)
         return event if event > self._ordered_at else inf
 
-    def _take_forgotten(self) -> tuple[int, ...]:
+    def _take_forgotten(self) -> tuple[Handle, ...]:
         forget, self._forget = tuple(self._forget), []
         return forget
 

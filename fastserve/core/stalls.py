@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from fastserve.core.accounts import Counters, level_of
 from fastserve.core.policies.protocol import Policy
-from fastserve.core.request import Request
+from fastserve.core.request import Handle, Request
 from fastserve.settings.scheduler import SchedulerConfig
 
 
@@ -25,7 +25,7 @@ class Stalls:
     def __init__(
         self,
         config: SchedulerConfig,
-        requests: Mapping[int, Request],
+        requests: Mapping[Handle, Request],
         policy: Policy,
         counters: Counters,
     ) -> None:

@@ -21,7 +21,7 @@ from fastserve.core.messages import (
     RequestUpdate,
     SchedulerOutput,
 )
-from fastserve.core.request import Arrival
+from fastserve.core.request import Arrival, Handle
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.interfaces import Clock, Executor, Observer
 from fastserve.wire.engine_messages import EngineStats
@@ -120,17 +120,17 @@ class Engine:
         """Whether nothing is left to run, and nothing that ended still holds memory."""
         return not self.num_requests and not self.scheduler.num_steps_in_flight
 
-    def add(self, arrival: Arrival) -> int:
+    def add(self, arrival: Arrival) -> Handle:
         """Accept a request and return its handle; ValueError if it can never run."""
         return self.scheduler.add(arrival, self._tell(arrival))
 
-    def abort(self, handle: int) -> RequestUpdate | None:
+    def abort(self, handle: Handle) -> RequestUpdate | None:
         """End a request; return its terminal update, None if it has ended already."""
         update = self.scheduler.abort(handle, self._tell(Aborted(handle)))
         self._tidy()
         return update
 
-    def finish(self, handle: int, num_output_tokens: int) -> RequestUpdate | None:
+    def finish(self, handle: Handle, num_output_tokens: int) -> RequestUpdate | None:
         """End a request at a stop string; return its terminal update, None if it has ended."""
         now = self._tell(Finished(handle, num_output_tokens))
         update = self.scheduler.finish(handle, num_output_tokens, now)

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 
 from fastserve.core.messages import RequestUpdate
+from fastserve.core.request import Handle
 from fastserve.engine.engine import Engine
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
@@ -33,6 +34,7 @@ from fastserve.wire.engine_messages import (
     Progress,
     Ready,
     Rejected,
+    RequestNumber,
     Updates,
     decode_command,
 )
@@ -116,8 +118,8 @@ class Loop:
         self.engine = engine
         self._inbox = inbox
         self._outbox = outbox
-        self._handles: dict[int, int] = {}
-        self._requests: dict[int, int] = {}
+        self._handles: dict[RequestNumber, Handle] = {}
+        self._numbers: dict[Handle, RequestNumber] = {}
         # When the next snapshot goes out, the first at once; inf while nothing changes.
         self._stats_due = engine.clock.now()
 
@@ -132,10 +134,10 @@ class Loop:
             news += engine.step(self._stats_due)
             self._send(news)
 
-    def running(self) -> tuple[int, ...]:
+    def running(self) -> tuple[RequestNumber, ...]:
         """Return the requests whose steps are under way."""
         handles = self.engine.scheduler.handles_in_flight
-        return tuple(self._requests[handle] for handle in handles if handle in self._requests)
+        return tuple(self._numbers[handle] for handle in handles if handle in self._numbers)
 
     def _apply(self, command: Command) -> RequestUpdate | None:
         self._touch()
@@ -144,7 +146,7 @@ class Loop:
             return None
         if isinstance(command, Configure):
             raise ValueError("a second configure message")
-        handle = self._handles.get(command.request)
+        handle = self._handles.get(command.number)
         if handle is None:  # it ended while the command was on its way
             return None
         if isinstance(command, Finish):
@@ -155,23 +157,23 @@ class Loop:
         try:
             handle = self.engine.add(command.arrival)
         except ValueError as error:
-            self._outbox.send(Rejected(command.request, str(error)))
+            self._outbox.send(Rejected(command.number, str(error)))
             return
-        self._handles[command.request] = handle
-        self._requests[handle] = command.request
+        self._handles[command.number] = handle
+        self._numbers[handle] = command.number
 
-    def _forget(self, handle: int) -> None:
-        del self._handles[self._requests.pop(handle)]
+    def _forget(self, handle: Handle) -> None:
+        del self._handles[self._numbers.pop(handle)]
 
     def _send(self, news: list[RequestUpdate]) -> None:
         updates = []
         for update in news:
-            request = self._requests.get(update.request)
-            if request is None:
+            number = self._numbers.get(update.handle)
+            if number is None:
                 continue
-            updates.append(update._replace(request=request))
+            updates.append((number, update))
             if update.finish_reason is not None:
-                self._forget(update.request)
+                self._forget(update.handle)
         if updates:
             self._touch()
         stats = None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastserve.core.messages import Sample, TokenLogprobs, Work
+from fastserve.core.request import Handle
 from fastserve.executor.cuda_graphs import Capture, DecodeGraphs, ladder
 from fastserve.executor.device_model import DeviceModel, put_in_samples
 from fastserve.executor.model_runner import ModelRunner
@@ -23,7 +24,7 @@ from fastserve.executor.request_table import RequestState, RequestTable
 from fastserve.model.attention.interfaces import PagedKV
 from fastserve.model.families.architectures import Network
 
-PromptLogprobs = Mapping[int, Sequence[TokenLogprobs]]
+PromptLogprobs = Mapping[Handle, Sequence[TokenLogprobs]]
 
 
 class StepTimer(Protocol):

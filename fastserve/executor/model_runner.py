@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastserve.core.messages import Sample, TokenLogprobs, Work
+from fastserve.core.request import Handle
 from fastserve.executor.request_table import RequestState, RequestTable
 from fastserve.model.attention.interfaces import PagedKV
 from fastserve.model.families.architectures import Network
@@ -36,7 +37,7 @@ class ModelRunner:
 
     def run(
         self, works: Sequence[Work], states: Sequence[RequestState]
-    ) -> tuple[list[Sample], dict[int, list[TokenLogprobs]]]:
+    ) -> tuple[list[Sample], dict[Handle, list[TokenLogprobs]]]:
         """Compute one step; `states` are those of `works`, already advanced."""
         starts = np.array([work.start for work in works], np.int64)
         counts = np.array([work.num_tokens for work in works], np.int64)
@@ -56,12 +57,12 @@ class ModelRunner:
             rows[sampled],
             (starts + counts)[sampled],
         )
-        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        prompt_logprobs: dict[Handle, list[TokenLogprobs]] = {}
         offset = len(sampled)
         for index in everything:
             work = works[index]
             part = logits[offset : offset + work.num_tokens]
-            prompt_logprobs[work.request] = _score_prompt(part, work, states[index])
+            prompt_logprobs[work.handle] = _score_prompt(part, work, states[index])
             offset += work.num_tokens
         return samples, prompt_logprobs
 

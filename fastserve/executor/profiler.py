@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fastserve.core.messages import NewRequest, SchedulerOutput, StepDone, Work
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Handle, SamplingParams
 from fastserve.executor.facts import Setup
 from fastserve.executor.fitting import COEFFICIENTS, Measurement, Shares
 
@@ -105,13 +105,13 @@ def run_step(run: Run, shares: Shares, block_size: int) -> float:
     new, works = [], []
     next_block = 0
     for index, (num_tokens, start) in enumerate(shares):
-        handle = -1 - index  # no request of the scheduler has a negative handle
+        handle = Handle(-1 - index)  # no request of the scheduler has a negative handle
         blocks = tuple(range(next_block, next_block - (-(start + num_tokens) // block_size)))
         next_block += len(blocks)
         new.append(NewRequest(handle, 0, start + num_tokens, params, (0,) * start))
         works.append(Work(handle, 0, start, num_tokens, (0,) * num_tokens, 0, blocks, True, "last"))
     seconds = run(SchedulerOutput(-1, tuple(new), tuple(works))).device_s
-    run(SchedulerOutput(-1, (), (), forget=tuple(item.request for item in new)))
+    run(SchedulerOutput(-1, (), (), forget=tuple(item.handle for item in new)))
     return seconds
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fastserve.core.messages import NewRequest, Work
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Handle, SamplingParams
 
 # From here on every id is as likely as any other; a banned id's -inf over more would be no number.
 MAX_TEMPERATURE = 1e30
@@ -52,7 +52,7 @@ class RequestTable:
 
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos_token_ids = eos_token_ids
-        self._states: dict[int, RequestState] = {}
+        self._states: dict[Handle, RequestState] = {}
         self._free_rows: list[int] = []
         self.blocks: npt.NDArray[np.int64] = np.zeros((0, 1), np.int64)  # [rows, blocks]
         self.num_blocks: npt.NDArray[np.int64] = np.zeros(0, np.int64)
@@ -71,7 +71,7 @@ class RequestTable:
         self.presence: npt.NDArray[np.float32] = np.zeros(0, np.float32)
         self.frequency: npt.NDArray[np.float32] = np.zeros(0, np.float32)
 
-    def __getitem__(self, handle: int) -> RequestState:
+    def __getitem__(self, handle: Handle) -> RequestState:
         return self._states[handle]
 
     def __len__(self) -> int:
@@ -79,11 +79,11 @@ class RequestTable:
 
     def add(self, new: NewRequest) -> None:
         """Begin an epoch: what was known of the request is replaced."""
-        self.forget(new.request)
+        self.forget(new.handle)
         if not self._free_rows:
             self._grow_rows()
         row = self._free_rows.pop()
-        self._states[new.request] = RequestState(new, row, self._eos_token_ids)
+        self._states[new.handle] = RequestState(new, row, self._eos_token_ids)
         params = new.params
         self.num_blocks[row] = 0
         self.num_prompt_tokens[row] = new.num_prompt_tokens
@@ -105,7 +105,7 @@ class RequestTable:
         self.presence[row] = params.presence_penalty
         self.frequency[row] = params.frequency_penalty
 
-    def forget(self, handle: int) -> list[int]:
+    def forget(self, handle: Handle) -> list[int]:
         """Drop a request, if it is known; returns the blocks its table named."""
         state = self._states.pop(handle, None)
         if state is None:
@@ -116,10 +116,10 @@ class RequestTable:
 
     def advance(self, work: Work) -> RequestState:
         """Take in what a plan says of one request: new ids and changes of its block table."""
-        state = self._states[work.request]
+        state = self._states[work.handle]
         if state.epoch != work.epoch:
             raise RuntimeError(
-                f"request {work.request}: work of epoch {work.epoch}, state of {state.epoch}"
+                f"request {work.handle}: work of epoch {work.epoch}, state of {state.epoch}"
             )
         if work.block_ids:
             self._set_blocks(state.row, work.table_from, work.block_ids)
@@ -128,7 +128,7 @@ class RequestTable:
             ids[start : start + len(work.token_ids)] = work.token_ids
         if len(ids) < start + work.num_tokens:
             raise RuntimeError(
-                f"request {work.request}: {len(ids)} ids known, work reaches "
+                f"request {work.handle}: {len(ids)} ids known, work reaches "
                 f"{start + work.num_tokens}"
             )
         return state

@@ -18,6 +18,7 @@ import torch
 
 from fastserve.checkpoint.model_config import ModelConfig
 from fastserve.core.messages import Sample, SchedulerOutput, StepDone, TokenLogprobs, Work
+from fastserve.core.request import Handle
 from fastserve.executor.async_runner import AsyncModelRunner, PendingStep, make_async_runner
 from fastserve.executor.choices import Choices, choose_capture, choose_cpu_kernels, choose_ops
 from fastserve.executor.cuda_graphs import CudaCapture
@@ -60,7 +61,7 @@ class Worker:
         self.block_bytes = self.kv_shape.block_bytes(config.block_size, choices.dtype)
         vocab_size = model_config.vocab_size
         self.table = RequestTable(frozenset(i for i in eos_token_ids if i < vocab_size))
-        self._lost: dict[int, int] = {}  # handle → epoch whose state went with a failed step
+        self._lost: dict[Handle, int] = {}  # → the epoch whose state went with a failed step
 
     def load(self, model_dir: Path, on_progress: Callable[[str, float], None]) -> RankFacts:
         """Read the weights. Raises ConfigError where settings do not fit the model."""
@@ -146,7 +147,7 @@ class Worker:
             self._lost.pop(handle, None)
         for new in plan.new_requests:
             self.table.add(new)
-            self._lost.pop(new.request, None)
+            self._lost.pop(new.handle, None)
         works = self._without_lost(plan.work) if self._lost else plan.work
         for work in works:
             self.kv.admit(work.block_ids)
@@ -155,7 +156,7 @@ class Worker:
             step = self.runner.launch(works, states)
             return partial(_await, plan, works, step)
         samples: Sequence[Sample] = ()
-        prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = {}
+        prompt_logprobs: Mapping[Handle, Sequence[TokenLogprobs]] = {}
         if works:
             samples, prompt_logprobs = self.runner.run(works, states)
         seconds = time.perf_counter() - started
@@ -164,11 +165,11 @@ class Worker:
 
     def _lose(self, plan: SchedulerOutput) -> None:
         for work in plan.work:
-            self.table.forget(work.request)
-            self._lost[work.request] = work.epoch
+            self.table.forget(work.handle)
+            self._lost[work.handle] = work.epoch
 
     def _without_lost(self, works: Sequence[Work]) -> Sequence[Work]:
-        return [work for work in works if self._lost.get(work.request) != work.epoch]
+        return [work for work in works if self._lost.get(work.handle) != work.epoch]
 
 
 def _await(plan: SchedulerOutput, works: Sequence[Work], step: PendingStep) -> StepDone:
@@ -183,7 +184,7 @@ def _placed(
     """Return one sample for each Work of the plan; those of lost requests are never read."""
     if len(works) == len(plan.work):
         return samples
-    done = {work.request for work in works}
+    done = {work.handle for work in works}
     drawn = iter(samples)
     sampled = [work for work in plan.work if work.sample]
-    return [next(drawn) if work.request in done else Sample(0) for work in sampled]
+    return [next(drawn) if work.handle in done else Sample(0) for work in sampled]

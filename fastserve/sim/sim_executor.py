@@ -100,7 +100,7 @@ class SimExecutor:
             self._on_step(plan, stages)
         ends = self._ends
         samples = [
-            _EOS if work.start + work.num_tokens + 1 >= ends[work.request] else _ORDINARY
+            _EOS if work.start + work.num_tokens + 1 >= ends[work.handle] else _ORDINARY
             for work in plan.work
             if work.sample
         ]

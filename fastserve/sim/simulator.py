@@ -181,7 +181,7 @@ class _Run:
         assert added == handle
 
     def _take(self, update: RequestUpdate) -> None:
-        row, now = self._rows[update.request], self._clock.time
+        row, now = self._rows[update.handle], self._clock.time
         gap_s = now - self._last_token_at[row]
         if gap_s > self._max_gap_s[row]:
             self._max_gap_s[row] = gap_s

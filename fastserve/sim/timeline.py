@@ -85,7 +85,7 @@ class TraceEvents:
             "sequences": len(plan.work),
             "tokens": plan.num_tokens,
             "decodes": num_decodes,
-            "first requests": [work.request for work in plan.work[:8]],
+            "first requests": [work.handle for work in plan.work[:8]],
         }
         kind = "decode" if num_decodes == len(plan.work) else "prefill"
         for stage, (begins_at, ends_at) in enumerate(stages):

@@ -2,8 +2,9 @@
 
 Rules: every message is one of the structs below, msgpack with a tag; unknown tags and wrong types
 are refused by the decoder. What the core already defines (updates, params, stats) travels as it
-is. One `Updates` a step carries the news of all requests. A request is named by the number the API
-process gave it, never by the core's handle, so that it keeps its name over a restart.
+is. One `Updates` a step carries the news of all requests. A request is named by the number that the
+API process gave it, so that it keeps its name over a restart; the handle within an update is the
+engine's own, and means nothing to the API process.
 Must not know: sockets' owners, the scheduler, text.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NewType
 
 import msgspec
 
@@ -53,23 +54,27 @@ class Configure(msgspec.Struct, frozen=True, tag="configure"):
     config: EngineConfig
 
 
+RequestNumber = NewType("RequestNumber", int)
+"""Names a request for the API process, and on this wire; it outlives the engine process."""
+
+
 class Add(msgspec.Struct, frozen=True, tag="add"):
     """Run a request, or go on with one that an engine process before this one had."""
 
-    request: int
+    number: RequestNumber
     arrival: Arrival
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
     """Give a request up; its terminal update follows."""
 
-    request: int
+    number: RequestNumber
 
 
 class Finish(msgspec.Struct, frozen=True, tag="finish"):
     """A stop string ended the request after `num_output_tokens`; its terminal update follows."""
 
-    request: int
+    number: RequestNumber
     num_output_tokens: int
 
 
@@ -89,14 +94,14 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 class Updates(msgspec.Struct, frozen=True, tag="updates"):
     """The news of one step, and now and then a snapshot."""
 
-    updates: Sequence[RequestUpdate] = ()
+    updates: Sequence[tuple[RequestNumber, RequestUpdate]] = ()
     stats: EngineStats | None = None
 
 
 class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
     """The request can never run; the message is for its client."""
 
-    request: int
+    number: RequestNumber
     message: str
 
 
@@ -105,7 +110,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
     message: str
     is_misconfiguration: bool = False
-    running: tuple[int, ...] = ()
+    running: tuple[RequestNumber, ...] = ()
 
 
 Command = Configure | Add | Abort | Finish

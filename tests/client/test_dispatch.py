@@ -16,7 +16,7 @@ from fastserve.client.interfaces import EngineDeadError
 from fastserve.client.metrics import EngineMetrics
 from fastserve.client.streams import RequestStream
 from fastserve.core.messages import RequestFailedError, RequestUpdate, Sample
-from fastserve.core.request import Arrival, FinishReason, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, Handle, SamplingParams
 from fastserve.wire.engine_messages import (
     Abort,
     Add,
@@ -111,8 +111,8 @@ class DispatcherMachine(RuleBasedStateMachine):
         ids = [token(number, start + i) for i in range(count)]
         served.ids += ids
         reason = FinishReason.LENGTH if ends else None
-        update = RequestUpdate(number, [Sample(i) for i in ids], reason)
-        self.dispatcher.receive(Updates([update]))
+        update = RequestUpdate(Handle(0), [Sample(i) for i in ids], reason)
+        self.dispatcher.receive(Updates([(number, update)]))
 
     @rule(data=st.data())
     def reject(self, data: st.DataObject) -> None:
@@ -146,15 +146,15 @@ class DispatcherMachine(RuleBasedStateMachine):
         assert len(self.dispatcher.streams) == sum(is_open)
         for number, served in enumerate(self.requests):
             assert served.stream.output_token_ids == served.ids
-            assert (number in self.dispatcher.streams) == is_open[number]
+            assert (served.stream.number in self.dispatcher.streams) == is_open[number]
         adds = [c for c in self.notes.commands if isinstance(c, Add)]
-        assert len({add.request for add in adds}) == len(adds)
+        assert len({add.number for add in adds}) == len(adds)
         for add in adds:
             ids = list(add.arrival.output_token_ids)
-            assert ids == self.requests[add.request].ids[: len(ids)]
-        known = {add.request for add in adds}
+            assert ids == self.requests[add.number].ids[: len(ids)]
+        known = {add.number for add in adds}
         told = [c for c in self.notes.commands if isinstance(c, (Abort, Finish))]
-        assert all(command.request in known for command in told)
+        assert all(command.number in known for command in told)
 
     def teardown(self) -> None:
         """When the engine is given up, every stream has one end and raises why."""

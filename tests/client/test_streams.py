@@ -7,10 +7,10 @@ import pytest
 from fastserve.client.streams import RequestStream, merged
 from fastserve.core.build import build_scheduler
 from fastserve.core.messages import RequestUpdate, Sample, TokenLogprobs
-from fastserve.core.request import Arrival, FinishReason, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, Handle, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.sim.clock import VirtualClock
-from fastserve.wire.engine_messages import Abort, Add, Finish, decode_command
+from fastserve.wire.engine_messages import Abort, Add, Finish, RequestNumber, decode_command
 from fastserve.wire.frames import encode_frame, payload_of
 from tests.core.harness import UNIT_COST, small_config
 from tests.fake_executor import FakeExecutor
@@ -35,9 +35,11 @@ def sent(add: Add) -> Arrival:
 
 def test_the_age_is_measured_when_the_request_is_sent() -> None:
     """It counts from the arrival, over any number of engine processes, and what was known then."""
-    stream = RequestStream(Owner(), 3, Arrival([1, 2], SamplingParams(), age_s=2.0), now=100.0)
+    stream = RequestStream(
+        Owner(), RequestNumber(3), Arrival([1, 2], SamplingParams(), age_s=2.0), now=100.0
+    )
     first = sent(stream.as_command(now=100.0))
-    stream.push(RequestUpdate(0, [Sample(7), Sample(8)]))
+    stream.push(RequestUpdate(Handle(0), [Sample(7), Sample(8)]))
     again = sent(stream.as_command(now=150.0))
     assert (first.age_s, first.output_token_ids) == (2.0, ())
     assert (again.age_s, again.output_token_ids) == (52.0, (7, 8))
@@ -48,7 +50,10 @@ def test_a_restart_keeps_ages_whatever_the_clock_of_the_engine(origin: float) ->
     """Oldest first stays so: a new engine, with a clock of its own, knows how long each waited."""
     streams = [
         RequestStream(
-            Owner(), n, Arrival([n, 1], SamplingParams(max_tokens=1, seed=n)), now=10.0 * n
+            Owner(),
+            RequestNumber(n),
+            Arrival([n, 1], SamplingParams(max_tokens=1, seed=n)),
+            now=10.0 * n,
         )
         for n in range(3)
     ]
@@ -69,8 +74,8 @@ def test_a_restart_keeps_ages_whatever_the_clock_of_the_engine(origin: float) ->
 def test_merged_updates_keep_every_sample() -> None:
     """Updates that a slow reader missed are one update with all samples and the last word."""
     scores = TokenLogprobs(-0.5, 1, (), ())
-    first = RequestUpdate(4, (Sample(1), Sample(2)), prompt_logprobs=(scores,))
-    last = RequestUpdate(4, (Sample(3),), FinishReason.STOP, 9)
+    first = RequestUpdate(Handle(4), (Sample(1), Sample(2)), prompt_logprobs=(scores,))
+    last = RequestUpdate(Handle(4), (Sample(3),), FinishReason.STOP, 9)
     assert merged([first, last]) == RequestUpdate(
-        4, [Sample(1), Sample(2), Sample(3)], FinishReason.STOP, 9, None, [scores]
+        Handle(4), [Sample(1), Sample(2), Sample(3)], FinishReason.STOP, 9, None, [scores]
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastserve.core.messages import SchedulerOutput, Work
 from fastserve.core.policies.protocol import Policy
-from fastserve.core.request import Arrival, Request, SamplingParams
+from fastserve.core.request import Arrival, Handle, Request, SamplingParams
 
 
 def one_second(plan: SchedulerOutput) -> float:
@@ -23,7 +23,7 @@ def prompt_of(handle: int, length: int) -> list[int]:
 def make_work(**changes: Any) -> Work:
     """Return one token of request 0, the next of whose ids is sampled, unless told otherwise."""
     fields: dict[str, Any] = {
-        "request": 0,
+        "handle": Handle(0),
         "epoch": 0,
         "start": 0,
         "num_tokens": 1,
@@ -39,7 +39,7 @@ def make_work(**changes: Any) -> Work:
 def make_request(handle: int, num_prompt: int = 1, **kw: Any) -> Request:
     """Return a request that has done nothing yet; `kw` are fields of its Arrival."""
     arrival = Arrival(range(num_prompt), SamplingParams(), **kw)
-    return Request(handle, arrival, max_output_tokens=99)
+    return Request(Handle(handle), arrival, max_output_tokens=99)
 
 
 def admit(policy: Policy, requests: Sequence[Request], now: float = 0.0) -> None:

@@ -12,7 +12,7 @@ from fastserve.core.cost_model import CostModel
 from fastserve.core.journal import Journal
 from fastserve.core.messages import RequestUpdate, SchedulerOutput, TokenLogprobs
 from fastserve.core.policies.protocol import Policy
-from fastserve.core.request import Arrival, FinishReason, Request, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, Handle, Request, SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.engine import Engine
 from fastserve.settings.scheduler import SchedulerConfig, pool_window
@@ -126,7 +126,7 @@ class Harness:
     def take(self, update: RequestUpdate | None, *, is_early: bool = False) -> None:
         """Hold an update against what the request is owed."""
         assert update is not None
-        expected = self.expected[update.request]
+        expected = self.expected[update.handle]
         assert expected.finish_reason is None, "news after the terminal event"
         assert update.samples or update.finish_reason or update.prompt_logprobs, "no news"
         expected.received.extend(sample.token_id for sample in update.samples)
@@ -159,16 +159,16 @@ class Harness:
 
     def abort(self, handle: int) -> None:
         """Abort a live request."""
-        self.take(self.engine.abort(handle), is_early=True)
+        self.take(self.engine.abort(Handle(handle)), is_early=True)
         assert self.expected[handle].finish_reason is FinishReason.ABORT
-        assert self.engine.abort(handle) is None
+        assert self.engine.abort(Handle(handle)) is None
 
     def finish(self, handle: int) -> None:
         """End a live request as a stop string at its last received id would."""
         num_received = len(self.expected[handle].received)
-        self.take(self.engine.finish(handle, num_received), is_early=True)
+        self.take(self.engine.finish(Handle(handle), num_received), is_early=True)
         assert self.expected[handle].finish_reason is FinishReason.STOP
-        assert self.engine.finish(handle, num_received) is None
+        assert self.engine.finish(Handle(handle), num_received) is None
 
     def fail_next_step(self) -> None:
         """Let the next step that is submitted fail."""
@@ -186,7 +186,7 @@ class Harness:
 
     def request(self, handle: int) -> Request:
         """Return a live request."""
-        return self.scheduler._requests[handle]
+        return self.scheduler._requests[Handle(handle)]
 
     def step(self, until: float = float("inf")) -> None:
         """Turn the crank once."""

@@ -38,19 +38,19 @@ class Naive:
             return
         self.plans[plan.step_id] = plan
         for work in plan.work:
-            if not self.now_flying[work.request]:
-                self.queue_s[work.request] += now - self.waits_since[work.request]
-            self.now_flying[work.request] += 1
+            if not self.now_flying[work.handle]:
+                self.queue_s[work.handle] += now - self.waits_since[work.handle]
+            self.now_flying[work.handle] += 1
 
     def updated(self, output: ExecutorOutput, updates: Sequence[RequestUpdate], now: float) -> None:
         """Those whose last step has landed wait again; those that end do not."""
         for done in output.steps:
             for work in self.plans.pop(done.step_id).work:
-                self.now_flying[work.request] -= 1
-                self.waits_since[work.request] = now
+                self.now_flying[work.handle] -= 1
+                self.waits_since[work.handle] = now
         for update in updates:
             if update.metrics is not None:
-                self.ended[update.request] = (self.queue_s[update.request], update.metrics.queue_s)
+                self.ended[update.handle] = (self.queue_s[update.handle], update.metrics.queue_s)
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)

@@ -9,7 +9,7 @@ from fastserve.core.cost_model import CostModel
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.mlfq import MLFQ
 from fastserve.core.policies.srpt import SRPT
-from fastserve.core.request import Arrival, Request, SamplingParams
+from fastserve.core.request import Arrival, Handle, Request, SamplingParams
 from tests.core.harness import small_config
 
 COST = CostModel(base_s=1.0, prefill_token_s=1.0)
@@ -51,7 +51,7 @@ def test_quanta_come_from_settings_and_costs(changes: dict[str, object], level: 
     """q₁ is the setting or the least iteration, the ratio and the chunks are the settings'."""
     config = small_config(**({"scheduling_policy": "skip-join-mlfq"} | changes))
     policy = build_policy(config, COST)
-    request = Request(0, Arrival(range(8), SamplingParams()), max_output_tokens=4)
+    request = Request(Handle(0), Arrival(range(8), SamplingParams()), max_output_tokens=4)
     policy.admit(request, 0.0)
     assert policy.levels is not None
     assert policy.levels.level(request) == level

@@ -18,7 +18,7 @@ from tests.core.test_random_runs import run as random_run
 
 def tokens_of(plan: SchedulerOutput) -> dict[int, int]:
     """Return the tokens that each request computes in a plan."""
-    return {work.request: work.num_tokens for work in plan.work}
+    return {work.handle: work.num_tokens for work in plan.work}
 
 
 @pytest.mark.parametrize("batch", range(4))

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from fastserve.core.request import Arrival, Request, SamplingParams
+from fastserve.core.request import Arrival, Handle, Request, SamplingParams
 
 
 def make_request(num_prompt: int = 5, max_output_tokens: int = 4, **kw: Any) -> Request:
     """Return a request with the prompt 100, 101, …."""
     prompt = range(100, 100 + num_prompt)
     arrival = Arrival(prompt, SamplingParams(), **kw)
-    return Request(0, arrival, max_output_tokens=max_output_tokens)
+    return Request(Handle(0), arrival, max_output_tokens=max_output_tokens)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(a, b) for a in range(9) for b in range(a, 9)])
@@ -53,9 +53,13 @@ def test_hashes_do_not_depend_on_how_ids_are_held() -> None:
     """Range, tuple and list with equal ids, prompt or output, hash alike."""
     params = SamplingParams()
     holders: list[Any] = [range(8), tuple(range(8)), list(range(8))]
-    requests = [Request(0, Arrival(ids, params), max_output_tokens=4) for ids in holders]
+    requests = [Request(Handle(0), Arrival(ids, params), max_output_tokens=4) for ids in holders]
     requests.append(
-        Request(0, Arrival(range(3), params, output_token_ids=[3, 4, 5, 6, 7]), max_output_tokens=9)
+        Request(
+            Handle(0),
+            Arrival(range(3), params, output_token_ids=[3, 4, 5, 6, 7]),
+            max_output_tokens=9,
+        )
     )
     assert len({request.block_hash(1, 4, b"salt") for request in requests}) == 1
     assert requests[0].block_hash(0, 4, b"salt") != requests[0].block_hash(1, 4, b"salt")

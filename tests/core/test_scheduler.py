@@ -10,7 +10,7 @@ import pytest
 from fastserve.core.build import build_scheduler
 from fastserve.core.messages import ExecutorOutput, Sample, StepDone
 from fastserve.core.policies.parts import Deadlines
-from fastserve.core.request import Arrival, FinishReason, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, Handle, SamplingParams
 from fastserve.settings.scheduler import pool_window
 from tests.core.builders import one_second
 from tests.core.harness import UNIT_COST, Harness, small_config
@@ -175,8 +175,8 @@ def test_the_length_limit_drops_nothing() -> None:
 def test_unknown_and_ended_requests_end_quietly() -> None:
     """abort and finish answer None where there is nothing to end."""
     scheduler = build_scheduler(small_config(max_model_len=32), UNIT_COST, 8)
-    assert scheduler.abort(7, 0.0) is None
-    assert scheduler.finish(7, 0, 0.0) is None
+    assert scheduler.abort(Handle(7), 0.0) is None
+    assert scheduler.finish(Handle(7), 0, 0.0) is None
     assert scheduler.schedule(0.0, True) is None
     handle = scheduler.add(Arrival([1], SamplingParams()), 0.0)
     assert scheduler.schedule(0.0, False) is None
@@ -258,7 +258,7 @@ def test_prefix_hits_are_counted_and_spare_work() -> None:
     harness.drain()
     second = harness.add(range(16), 2)
     harness.drain()
-    works = [w for plan in harness.executor.plans for w in plan.work if w.request == second]
+    works = [w for plan in harness.executor.plans for w in plan.work if w.handle == second]
     assert [(work.start, work.num_tokens) for work in works] == [(12, 4), (16, 1)]
     assert harness.scheduler.stats().num_cached_prompt_tokens == 12
     last = harness.expected[second].last

@@ -41,7 +41,7 @@ def test_in_serving_the_oldest_runs_alone_until_it_ends() -> None:
         harness.add([handle], 2)
     while harness.is_busy:
         harness.step()
-    assert [[work.request for work in plan.work] for plan in harness.executor.plans] == [
+    assert [[work.handle for work in plan.work] for plan in harness.executor.plans] == [
         [0], [0], [1], [1], [2], [2],
     ]  # fmt: skip
     assert harness.scheduler.stats().num_stalls == 3

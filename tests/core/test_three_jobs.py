@@ -53,7 +53,7 @@ def test_mean_latency(policy: str, finished: tuple[float, ...], mean: float) -> 
     while scheduler.num_requests:
         for update in engine.step():
             if update.metrics is not None:
-                ends[update.request] = update.metrics.finished
+                ends[update.handle] = update.metrics.finished
         scheduler.check()
     assert tuple(ends[handle] for handle in range(3)) == pytest.approx(finished)
     assert sum(ends.values()) / 3 == pytest.approx(mean, abs=0.005)

@@ -65,7 +65,7 @@ def run_all(engine: Engine) -> list[RequestUpdate]:
 
 def ids_of(updates: Sequence[RequestUpdate], handle: int) -> list[int]:
     """Return the ids that one request was given."""
-    return [sample.token_id for u in updates if u.request == handle for sample in u.samples]
+    return [sample.token_id for u in updates if u.handle == handle for sample in u.samples]
 
 
 @pytest.mark.parametrize(("num_slots", "lookahead"), [(1, 0), (1, 1), (2, 0), (4, 0)])
@@ -79,7 +79,7 @@ def test_every_request_gets_its_ids_and_one_end(num_slots: int, lookahead: int) 
     updates = run_all(engine)
     for seed, handle in enumerate(handles):
         assert ids_of(updates, handle) == [default_token(seed, i) for i in range(10 + seed)]
-        ends = [u.finish_reason for u in updates if u.request == handle and u.finish_reason]
+        ends = [u.finish_reason for u in updates if u.handle == handle and u.finish_reason]
         assert ends == [FinishReason.LENGTH]
 
 
@@ -146,7 +146,7 @@ def test_a_failed_step_costs_its_own_requests_and_nothing_else(
     engine.step()
     engine.executor.fails_next = True
     updates = run_all(engine)
-    ends = {u.request: (u.finish_reason, u.error) for u in updates if u.finish_reason}
+    ends = {u.handle: (u.finish_reason, u.error) for u in updates if u.finish_reason}
     failed = [handle for handle in lost if ends[handle][0] is FinishReason.ERROR]
     assert len(failed) == (2 if num_slots == 1 else 1)
     assert all(ends[handle] == (FinishReason.ERROR, "it was told to fail") for handle in failed)
@@ -233,7 +233,7 @@ def test_a_blocked_engine_wakes_when_time_changes_the_order(
     handles = [engine.add(Arrival(range(5), SamplingParams(seed=1, max_tokens=1)))
                for _ in range(2)]  # fmt: skip
     updates = run_all(engine)
-    found = {u.request: u.metrics.first_scheduled for u in updates if u.metrics is not None}
+    found = {u.handle: u.metrics.first_scheduled for u in updates if u.metrics is not None}
     assert [found[handle] for handle in handles] == planned_at
     assert [until for until, _ in waits] == untils
 

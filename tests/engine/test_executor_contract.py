@@ -18,7 +18,7 @@ from fastserve.core.messages import (
     SchedulerOutput,
     Work,
 )
-from fastserve.core.request import Arrival, SamplingParams
+from fastserve.core.request import Arrival, Handle, SamplingParams
 from fastserve.engine.engine import Engine, MonotonicClock
 from fastserve.engine.interfaces import Clock, Executor
 from fastserve.executor.local import LocalExecutor
@@ -106,13 +106,15 @@ def opened(
 def prefill(step_id: int) -> SchedulerOutput:
     """Return a step with the whole prompt of a request of its own."""
     blocks = (2 * step_id, 2 * step_id + 1)
-    work = Work(step_id, 0, 0, len(PROMPT), PROMPT, 0, blocks, sample=True, logits="last")
-    return SchedulerOutput(step_id, (NewRequest(step_id, 0, len(PROMPT), PARAMS, ()),), (work,))
+    work = Work(Handle(step_id), 0, 0, len(PROMPT), PROMPT, 0, blocks, sample=True, logits="last")
+    return SchedulerOutput(
+        step_id, (NewRequest(Handle(step_id), 0, len(PROMPT), PARAMS, ()),), (work,)
+    )
 
 
 def forgetting(*handles: int) -> SchedulerOutput:
     """Return a plan that does nothing but forget."""
-    return SchedulerOutput(NO_STEP, (), (), forget=handles)
+    return SchedulerOutput(NO_STEP, (), (), forget=tuple(map(Handle, handles)))
 
 
 def fill(executor: Executor) -> int:
@@ -217,7 +219,7 @@ def test_swapped_kv_is_where_the_copies_put_it() -> None:
         executor.submit(SchedulerOutput(NO_STEP, (), (), copies=(copy,)))
         assert executor.wait(math.inf) == ExecutorOutput((), (copy.copy_id,))
     (sample,) = executor.states[0].token_ids[len(PROMPT) :]
-    moved = Work(0, 0, len(PROMPT), 1, (sample,), 0, (9, 8), sample=True, logits="last")
+    moved = Work(Handle(0), 0, len(PROMPT), 1, (sample,), 0, (9, 8), sample=True, logits="last")
     executor.submit(SchedulerOutput(1, (), (moved,)))
     assert steps_of(executor, 1) == [1]
 

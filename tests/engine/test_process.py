@@ -25,6 +25,7 @@ from fastserve.wire.engine_messages import (
     Finish,
     Progress,
     Ready,
+    RequestNumber,
     Updates,
     decode_event,
 )
@@ -38,11 +39,11 @@ def test_the_inbox_tells_of_each_command_and_of_the_end() -> None:
     with ours, theirs:
         inbox = Inbox(theirs)
         inbox.on_arrival = arrivals.release
-        ours.sendall(encode_frame(Abort(1)) + encode_frame(Abort(2)))
+        ours.sendall(encode_frame(Abort(RequestNumber(1))) + encode_frame(Abort(RequestNumber(2))))
         assert arrivals.acquire(timeout=10)
         assert arrivals.acquire(timeout=10)
         assert not inbox.has_ended
-        ours.sendall(encode_frame(Finish(3, 4)))
+        ours.sendall(encode_frame(Finish(RequestNumber(3), 4)))
         ours.shutdown(socket.SHUT_WR)
         assert arrivals.acquire(timeout=10)
         assert arrivals.acquire(timeout=10)
@@ -111,18 +112,18 @@ def test_a_request_that_ends_before_its_abort_arrives_is_no_fault() -> None:
         news = events(connection)
         assert next(news) == Progress("loading weights", 0.5)
         assert isinstance(next(news), Ready)
-        add = Add(7, Arrival([1], SamplingParams(seed=1, max_tokens=5)))
-        send(connection, Abort(99), Finish(98, 1), add)
+        add = Add(RequestNumber(7), Arrival([1], SamplingParams(seed=1, max_tokens=5)))
+        send(connection, Abort(RequestNumber(99)), Finish(RequestNumber(98), 1), add)
         tokens = 0
         for event in news:
             assert isinstance(event, Updates)
-            for update in event.updates:
-                assert update.request == 7
+            for number, update in event.updates:
+                assert number == 7
                 tokens += len(update.samples)
-            if event.updates and event.updates[-1].finish_reason is not None:
+            if event.updates and event.updates[-1][1].finish_reason is not None:
                 break
         assert tokens == 5
-        send(connection, Abort(7), Finish(7, 1))
+        send(connection, Abort(RequestNumber(7)), Finish(RequestNumber(7), 1))
         connection.shutdown(socket.SHUT_WR)
         assert all(isinstance(event, Updates) and not event.updates for event in news)
         assert process.wait(30) == 0
@@ -134,7 +135,7 @@ def test_an_abort_is_answered_with_the_one_end_of_its_request() -> None:
     with engine_process() as (process, connection):
         send(connection, Configure(EngineConfig(model="paced")))
         arrival = Arrival([1], SamplingParams(seed=1, max_tokens=2000))
-        send(connection, Add(request=7, arrival=arrival))
+        send(connection, Add(number=RequestNumber(7), arrival=arrival))
         ends: list[FinishReason] = []
         is_aborted = False
         for event in events(connection):
@@ -142,11 +143,11 @@ def test_an_abort_is_answered_with_the_one_end_of_its_request() -> None:
                 continue
             if not is_aborted:
                 is_aborted = True
-                send(connection, Abort(7), Abort(7))
+                send(connection, Abort(RequestNumber(7)), Abort(RequestNumber(7)))
             assert not ends, "news after the terminal event"
-            ends += [u.finish_reason for u in event.updates if u.finish_reason is not None]
+            ends += [u.finish_reason for _, u in event.updates if u.finish_reason is not None]
             if ends:
-                send(connection, Abort(7))
+                send(connection, Abort(RequestNumber(7)))
                 connection.shutdown(socket.SHUT_WR)
         assert ends == [FinishReason.ABORT]
         assert process.wait(30) == 0
@@ -156,7 +157,7 @@ def test_an_abort_is_answered_with_the_one_end_of_its_request() -> None:
 def test_the_first_message_must_be_the_configuration() -> None:
     """Anything else ends the process with the reason."""
     with engine_process() as (process, connection):
-        send(connection, Abort(1))
+        send(connection, Abort(RequestNumber(1)))
         (event,) = events(connection)
         assert event == Failed("expected a configure message first, got Abort")
         assert process.wait(30) == 1

@@ -14,7 +14,7 @@ from fastserve.core.messages import (
     TokenLogprobs,
     Work,
 )
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Handle, SamplingParams
 
 Step = Callable[[SchedulerOutput], StepDone]
 
@@ -61,7 +61,7 @@ class Driver:
         self.step_id = 0
         self.next_handle = 0
         self.requests: dict[int, Driven] = {}
-        self.forget: list[int] = []
+        self.forget: list[Handle] = []
 
     def add(self, request: Driven) -> int:
         """Let a request take part from the next step on."""
@@ -83,15 +83,15 @@ class Driver:
         assert done.step_id == plan.step_id
         samples = iter(done.samples)
         for work in plan.work:
-            request = self.requests[work.request]
+            request = self.requests[work.handle]
             request.num_computed += work.num_tokens
-            request.prompt_logprobs += done.prompt_logprobs.get(work.request, ())
+            request.prompt_logprobs += done.prompt_logprobs.get(work.handle, ())
             if work.sample:
                 request.samples.append(next(samples))
         assert next(samples, None) is None
         for handle in [key for key, request in self.requests.items() if request.is_done]:
             self.free += self.requests.pop(handle).blocks
-            self.forget.append(handle)
+            self.forget.append(Handle(handle))
         return done
 
     def plan(self, requests: dict[int, Driven]) -> SchedulerOutput:
@@ -101,7 +101,7 @@ class Driver:
             start = request.num_computed
             if start == 0:
                 prompt_len = len(request.prompt)
-                new.append(NewRequest(handle, 0, prompt_len, request.params, ()))
+                new.append(NewRequest(Handle(handle), 0, prompt_len, request.params, ()))
             num_tokens = min(len(request.ids) - start, request.chunk)
             stop = start + num_tokens
             table_from = len(request.blocks)
@@ -110,7 +110,7 @@ class Driver:
             is_scored = request.params.prompt_logprobs is not None and start < len(request.prompt)
             works.append(
                 Work(
-                    request=handle,
+                    handle=Handle(handle),
                     epoch=0,
                     start=start,
                     num_tokens=num_tokens,

@@ -20,14 +20,17 @@ from hypothesis.stateful import (
 )
 
 from fastserve.core.messages import SchedulerOutput, StepDone
+from fastserve.core.request import Handle
 from fastserve.executor.in_flight import InFlight
 from tests.core.builders import make_work
 
 
 def plan(step_id: int, *, has_work: bool = True) -> SchedulerOutput:
     """Return a plan of one decode, or one that only forgets."""
-    work = make_work(request=step_id, start=3, token_ids=(7,))
-    return SchedulerOutput(step_id, (), (work,) if has_work else (), forget=(step_id + 1000,))
+    work = make_work(handle=step_id, start=3, token_ids=(7,))
+    return SchedulerOutput(
+        step_id, (), (work,) if has_work else (), forget=(Handle(step_id + 1000),)
+    )
 
 
 def done(step_id: int, error: str | None = None) -> StepDone:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastserve.core.messages import NewRequest, SchedulerOutput, StepDone
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Handle, SamplingParams
 from fastserve.engine.interfaces import Executor
 from fastserve.executor.local import LocalExecutor
 from fastserve.settings.engine import EngineConfig
@@ -59,7 +59,7 @@ def open_executor(checkpoint):
 def first_plan(step_id=0, handle=0, params=GREEDY) -> SchedulerOutput:
     """Return the prefill of PROMPT."""
     work = make_work(
-        request=handle, num_tokens=len(PROMPT), token_ids=tuple(PROMPT), block_ids=(3, 1)
+        handle=handle, num_tokens=len(PROMPT), token_ids=tuple(PROMPT), block_ids=(3, 1)
     )
     new = NewRequest(handle, 0, len(PROMPT), params, ())
     return SchedulerOutput(step_id, (new,), (work,))
@@ -137,7 +137,7 @@ def test_two_steps_in_flight_with_lookahead(open_executor):
 
 
 # Of a request that no plan introduced.
-IMPOSSIBLE = make_work(request=9, token_ids=(5,), block_ids=(0,))
+IMPOSSIBLE = make_work(handle=9, token_ids=(5,), block_ids=(0,))
 
 
 def next_step(executor: LocalExecutor) -> StepDone:
@@ -168,10 +168,8 @@ def test_what_is_in_flight_behind_a_failed_step_is_left_out(open_executor):
     assert next_step(executor).error is None
     decode = make_work(start=len(PROMPT), table_from=1)
     executor.submit(SchedulerOutput(1, (), (decode, IMPOSSIBLE)))
-    new = NewRequest(1, 0, len(PROMPT), GREEDY, ())
-    prefill = make_work(
-        request=1, num_tokens=len(PROMPT), token_ids=tuple(PROMPT), block_ids=(6, 5)
-    )
+    new = NewRequest(Handle(1), 0, len(PROMPT), GREEDY, ())
+    prefill = make_work(handle=1, num_tokens=len(PROMPT), token_ids=tuple(PROMPT), block_ids=(6, 5))
     again = make_work(start=len(PROMPT) + 1, table_from=1)
     executor.submit(SchedulerOutput(2, (new,), (again, prefill)))
     steps: list[StepDone] = []
@@ -184,7 +182,7 @@ def test_what_is_in_flight_behind_a_failed_step_is_left_out(open_executor):
     alone = open_executor()
     alone.submit(first_plan())
     assert steps[1].samples[1] == next_step(alone).samples[0]
-    executor.submit(SchedulerOutput(3, (), (IMPOSSIBLE,), forget=(0, 1, 9)))
+    executor.submit(SchedulerOutput(3, (), (IMPOSSIBLE,), forget=(Handle(0), Handle(1), Handle(9))))
     assert next_step(executor).error == "KeyError: 9"
     assert len(executor._worker.table) == 0
 
@@ -211,9 +209,9 @@ def test_a_plan_without_work_takes_no_slot_and_yields_no_step(open_executor):
     executor = open_executor()
     executor.submit(first_plan(0, 0))
     assert not executor.can_submit()
-    executor.submit(SchedulerOutput(1, (), (), forget=(0,)))
+    executor.submit(SchedulerOutput(1, (), (), forget=(Handle(0),)))
     assert next_step(executor).step_id == 0
-    executor.submit(SchedulerOutput(2, (), (), forget=(5,)))
+    executor.submit(SchedulerOutput(2, (), (), forget=(Handle(5),)))
     executor.submit(first_plan(3, 1))
     assert next_step(executor).step_id == 3
     assert executor.wait(-math.inf) is None
@@ -229,7 +227,7 @@ def test_a_plan_without_work_that_fails_ends_the_executor(open_executor, monkeyp
         raise KeyError(handle)
 
     monkeypatch.setattr(executor._worker.table, "forget", fail)
-    executor.submit(SchedulerOutput(0, (), (), forget=(7,)))
+    executor.submit(SchedulerOutput(0, (), (), forget=(Handle(7),)))
     with pytest.raises(RuntimeError, match=r"a step failed: KeyError\(7\)"):
         executor.wait(math.inf)
 

@@ -15,7 +15,7 @@ import torch
 
 import fastserve
 from fastserve.core.messages import NewRequest, SchedulerOutput, StepDone, Work
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Handle, SamplingParams
 from fastserve.executor import local, opening, profiler, worker
 from fastserve.executor.async_runner import make_async_runner
 from fastserve.executor.cuda_graphs import ladder
@@ -134,7 +134,7 @@ def test_a_step_begins_before_the_ids_of_the_last_are_known(params, replays, tmp
 
     ahead = open_worker(tmp_path, is_async=True)
     first = make_work(num_tokens=len(PROMPT), token_ids=tuple(PROMPT), block_ids=(3, 1))
-    plans = [SchedulerOutput(0, (NewRequest(0, 0, len(PROMPT), params, ()),), (first,))]
+    plans = [SchedulerOutput(0, (NewRequest(Handle(0), 0, len(PROMPT), params, ()),), (first,))]
     for position in range(len(PROMPT), len(PROMPT) + 5):
         blocks = (20 + position,) if position % 8 == 0 else ()
         later = make_work(start=position, table_from=position // 8, block_ids=blocks)
@@ -146,7 +146,7 @@ def test_a_step_begins_before_the_ids_of_the_last_are_known(params, replays, tmp
             tokens += [sample.token_id for sample in launched.pop(0)().samples]
     tokens += [sample.token_id for sample in launched.pop()().samples]
     assert tokens == request.output
-    assert ahead.table[0].token_ids == request.ids
+    assert ahead.table[Handle(0)].token_ids == request.ids
 
 
 def test_rows_change_places_between_steps(replays, tmp_path):
@@ -162,13 +162,13 @@ def test_rows_change_places_between_steps(replays, tmp_path):
             if step == 0:
                 ids, blocks = tuple(prompts[handle]), (handle * 4, handle * 4 + 1)
                 made.append(
-                    make_work(request=handle, num_tokens=length, token_ids=ids, block_ids=blocks)
+                    make_work(handle=handle, num_tokens=length, token_ids=ids, block_ids=blocks)
                 )
             else:
-                made.append(make_work(request=handle, start=length + step - 1))
+                made.append(make_work(handle=handle, start=length + step - 1))
         return tuple(made)
 
-    new = tuple(NewRequest(i, 0, len(ids), GREEDY, ()) for i, ids in enumerate(prompts))
+    new = tuple(NewRequest(Handle(i), 0, len(ids), GREEDY, ()) for i, ids in enumerate(prompts))
     finishes, orders = [], [[0, 1, 2], [2, 0, 1], [1, 2, 0], [0, 2, 1]]
     for step, order in enumerate(orders):
         finishes.append(
@@ -178,7 +178,7 @@ def test_rows_change_places_between_steps(replays, tmp_path):
             finishes[step - 1]()
     finishes[-1]()
     for handle, prompt in enumerate(prompts):
-        ids = ahead.table[handle].token_ids
+        ids = ahead.table[Handle(handle)].token_ids
         assert len(ids) == len(prompt) + 4
         assert greedy(model, ids, 4) == ids[-4:]
 
@@ -198,16 +198,16 @@ def test_a_failed_step_is_reported_in_order_and_its_requests_are_left_out(replay
     size = len(PROMPT)
 
     def prefill(handle: int, blocks: tuple[int, ...]) -> tuple[NewRequest, Work]:
-        new = NewRequest(handle, 0, size, GREEDY, ())
+        new = NewRequest(Handle(handle), 0, size, GREEDY, ())
         return new, make_work(
-            request=handle, num_tokens=size, token_ids=tuple(PROMPT), block_ids=blocks
+            handle=handle, num_tokens=size, token_ids=tuple(PROMPT), block_ids=blocks
         )
 
     def decode(position: int) -> Work:
         return make_work(start=position, table_from=1)
 
     (new, first), (other, later) = prefill(0, (3, 1)), prefill(1, (6, 5))
-    unknown = make_work(request=9, token_ids=(5,), block_ids=(0,))
+    unknown = make_work(handle=9, token_ids=(5,), block_ids=(0,))
     executor.submit(SchedulerOutput(0, (new,), (first,)))
     executor.submit(SchedulerOutput(1, (), (decode(size), unknown)))
     steps: list[StepDone] = []

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastserve.core.messages import Copy, CopyDirection, NewRequest, SchedulerOutput
-from fastserve.core.request import SamplingParams
+from fastserve.core.request import Handle, SamplingParams
 from fastserve.executor import opening
 from fastserve.executor.opening import Opened
 from fastserve.executor.profiler import run_step
@@ -168,16 +168,12 @@ def test_recomputed_request_draws_the_same_tokens(llama):
     plans = [
         SchedulerOutput(
             0,
-            (NewRequest(77, 3, 10, params, ()),),
-            (
-                make_work(
-                    request=77, epoch=3, num_tokens=23, token_ids=tuple(ids), block_ids=blocks
-                ),
-            ),
+            (NewRequest(Handle(77), 3, 10, params, ()),),
+            (make_work(handle=77, epoch=3, num_tokens=23, token_ids=tuple(ids), block_ids=blocks),),
         )
     ]
     for position in range(23, 32):
-        work = make_work(request=77, epoch=3, start=position, token_ids=(whole.ids[position],))
+        work = make_work(handle=77, epoch=3, start=position, token_ids=(whole.ids[position],))
         plans.append(SchedulerOutput(position, (), (work,)))
     again = [worker.execute(plan).samples[0].token_id for plan in plans]
     assert again == whole.output[13:23]
@@ -193,9 +189,9 @@ def test_cached_prefix_is_not_computed_again(llama):
     driver.run(first)
     shared = tuple(first.blocks[:2])  # 16 ids
     fresh = tuple(block for block in range(NUM_BLOCKS) if block not in first.blocks)[:2]
-    new = NewRequest(50, 0, len(prompt), GREEDY, tuple(prompt[:16]))
+    new = NewRequest(Handle(50), 0, len(prompt), GREEDY, tuple(prompt[:16]))
     work = make_work(
-        request=50, start=16, num_tokens=5, token_ids=tuple(prompt[16:]), block_ids=shared + fresh
+        handle=50, start=16, num_tokens=5, token_ids=tuple(prompt[16:]), block_ids=shared + fresh
     )
     done = worker.execute(SchedulerOutput(99, (new,), (work,)))
     assert done.samples[0].token_id == first.output[0]
@@ -251,7 +247,7 @@ def test_reading_a_strangers_block_shows(llama):
     worker = open_worker(path)
     prompt = random_prompt(12, seed=1)
     params = SamplingParams(temperature=1.0, seed=1)
-    new = NewRequest(0, 0, 12, params, ())
+    new = NewRequest(Handle(0), 0, 12, params, ())
     first = make_work(num_tokens=11, token_ids=tuple(prompt[:11]), block_ids=(3, 4), sample=False)
     worker.execute(SchedulerOutput(0, (new,), (first,)))
     worker.kv.poison([3])
@@ -264,7 +260,7 @@ def test_plans_that_break_the_contract_are_refused(llama):
     """Work of an unknown epoch, with ids missing, or with copies raises instead of guessing."""
     path, _ = llama
     worker = open_worker(path)
-    new = NewRequest(0, 2, 4, GREEDY, ())
+    new = NewRequest(Handle(0), 2, 4, GREEDY, ())
     stale = make_work(epoch=1, num_tokens=4, token_ids=(4, 5, 6, 7), block_ids=(0,))
     with pytest.raises(RuntimeError, match="epoch 1"):
         worker.execute(SchedulerOutput(0, (new,), (stale,)))
@@ -283,7 +279,7 @@ def test_plan_without_work_only_forgets(llama):
     driver = make_driver(worker)
     driver.run(Driven(random_prompt(3, seed=1), num_tokens=1))
     assert len(worker.table) == 1
-    done = worker.execute(SchedulerOutput(5, (), (), forget=(0, 99)))
+    done = worker.execute(SchedulerOutput(5, (), (), forget=(Handle(0), Handle(99))))
     assert done.samples == ()
     assert len(worker.table) == 0
 

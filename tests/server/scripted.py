@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from fastserve.client.metrics import EngineMetrics
 from fastserve.core.messages import RequestMetrics, RequestUpdate, Sample, TokenLogprobs
-from fastserve.core.request import Arrival, FinishReason
+from fastserve.core.request import Arrival, FinishReason, Handle
 from fastserve.server.app import create_app
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.server import ServerConfig
@@ -61,7 +61,7 @@ class ScriptedStream:
 
     def finish(self, num_output_tokens: int) -> None:
         self.finished_at = num_output_tokens
-        self.items.put_nowait(RequestUpdate(0, (), FinishReason.STOP, None, METRICS))
+        self.items.put_nowait(RequestUpdate(Handle(0), (), FinishReason.STOP, None, METRICS))
 
     def abort(self) -> None:
         if not self.is_ended:
@@ -121,13 +121,13 @@ def says(
             ids.append(EOS)
         samples = [scored(stream, token_id) for token_id in ids]
         updates: list[Item] = [
-            RequestUpdate(0, samples[i : i + per_update])
+            RequestUpdate(Handle(0), samples[i : i + per_update])
             for i in range(0, len(samples), per_update)
         ]
         k = stream.params.prompt_logprobs
         if k is not None:
             entries = [entry(token_id, k) for token_id in stream.prompt_token_ids[1:]]
-            updates.insert(0, RequestUpdate(0, (), prompt_logprobs=entries))
+            updates.insert(0, RequestUpdate(Handle(0), (), prompt_logprobs=entries))
         last = updates[-1]
         assert isinstance(last, RequestUpdate)
         if ends is not None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastserve.core.messages import RequestUpdate, Sample
-from fastserve.core.request import FinishReason
+from fastserve.core.request import FinishReason, Handle
 from fastserve.text.tokenizer import Tokenizer
 from tests import tiny_tokenizers
 from tests.server.scripted import (
@@ -148,8 +148,8 @@ def test_a_request_whose_step_failed_is_a_500():
     """It is told why, whole or streamed: what there was of it is not passed off as an answer."""
 
     def script(stream):
-        yield RequestUpdate(0, [Sample(40)])
-        yield RequestUpdate(0, (), FinishReason.ERROR, error="ValueError: no")
+        yield RequestUpdate(Handle(0), [Sample(40)])
+        yield RequestUpdate(Handle(0), (), FinishReason.ERROR, error="ValueError: no")
 
     response = post(ScriptedEngine(script), PATH, {"prompt": "x"})
     assert response.status_code == 500
@@ -306,8 +306,8 @@ def test_an_output_completes_the_character_that_its_prompt_begins():
     body = {"prompt": euro[:2], "echo": True, "logprobs": 0}
     engine = ScriptedEngine(
         lambda stream: [
-            RequestUpdate(0, (), prompt_logprobs=[entry(euro[1], 0)]),
-            RequestUpdate(0, [scored(stream, euro[2])], FinishReason.LENGTH, None, METRICS),
+            RequestUpdate(Handle(0), (), prompt_logprobs=[entry(euro[1], 0)]),
+            RequestUpdate(Handle(0), [scored(stream, euro[2])], FinishReason.LENGTH, None, METRICS),
         ]
     )
     [choice] = post(engine, PATH, body).json()["choices"]

@@ -13,10 +13,10 @@ from tests.sim.machines import COSTS
 INF = float("inf")
 
 
-def plan(step_id, request, start, num_tokens, *, sample=True):
+def plan(step_id, handle, start, num_tokens, *, sample=True):
     """Return a plan with one share."""
     work = make_work(
-        request=request,
+        handle=handle,
         start=start,
         num_tokens=num_tokens,
         token_ids=(1,) * num_tokens,

@@ -16,7 +16,7 @@ from fastserve.core.messages import (
     SchedulerStats,
     TokenLogprobs,
 )
-from fastserve.core.request import Arrival, FinishReason, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, Handle, SamplingParams
 from fastserve.settings.engine import EngineConfig
 from fastserve.wire.engine_messages import (
     Abort,
@@ -31,6 +31,7 @@ from fastserve.wire.engine_messages import (
     Progress,
     Ready,
     Rejected,
+    RequestNumber,
     Updates,
     checked,
     decode_command,
@@ -63,25 +64,31 @@ PARAMS = SamplingParams(
 
 COMMANDS: list[Command] = [
     Configure(EngineConfig(model="some/where", num_device_blocks=7, starvation_limit=1.0)),
-    Add(0, Arrival([1, 2**31], PARAMS, age_s=12.25)),
+    Add(RequestNumber(0), Arrival([1, 2**31], PARAMS, age_s=12.25)),
     Add(
-        1,
+        RequestNumber(1),
         Arrival(
             [3], SamplingParams(stop_token_ids=[]), output_token_ids=[4, 5],
             block_hashes=[b"\0\xff"], priority=-3, client="a",
         ),
     ),
-    Abort(3),
-    Finish(4, 17),
+    Abort(RequestNumber(3)),
+    Finish(RequestNumber(4), 17),
 ]  # fmt: skip
 EVENTS: list[Event] = [
     Progress("loading", 0.5),
     Ready(INFO),
-    Updates([RequestUpdate(0, [Sample(4), Sample(5, SCORES)])]),
+    Updates([(RequestNumber(7), RequestUpdate(Handle(0), [Sample(4), Sample(5, SCORES)]))]),
     Updates(
         [
-            RequestUpdate(0, [], FinishReason.STOP, 4, METRICS, [SCORES]),
-            RequestUpdate(1, [Sample(9)], FinishReason.LENGTH, None, METRICS),
+            (
+                RequestNumber(7),
+                RequestUpdate(Handle(0), [], FinishReason.STOP, 4, METRICS, [SCORES]),
+            ),
+            (
+                RequestNumber(8),
+                RequestUpdate(Handle(1), [Sample(9)], FinishReason.LENGTH, None, METRICS),
+            ),
         ],
         EngineStats(
             scheduler=STATS,
@@ -93,7 +100,7 @@ EVENTS: list[Event] = [
             step_tokens=18,
         ),
     ),
-    Rejected(3, "no"),
+    Rejected(RequestNumber(3), "no"),
     Failed("over"),
 ]
 
@@ -118,14 +125,14 @@ def test_events_arrive_as_sent(event: Event) -> None:
     assert type(arrived) is type(event)
     assert canonical(arrived) == canonical(event)
     if isinstance(arrived, Updates):
-        assert all(type(update) is RequestUpdate for update in arrived.updates)
+        assert all(type(update) is RequestUpdate for _, update in arrived.updates)
 
 
 @given(arrivals())
 def test_an_arrival_arrives_as_sent(arrival: Arrival) -> None:
     """Every field of it, to the last bit, and as immutable as it was."""
-    arrived = decode_command(payload_of(encode_frame(Add(3, arrival))))
-    assert arrived == Add(3, arrival)
+    arrived = decode_command(payload_of(encode_frame(Add(RequestNumber(3), arrival))))
+    assert arrived == Add(RequestNumber(3), arrival)
     assert checked(arrival) == arrival
 
 

@@ -14,7 +14,7 @@ from fastserve.core.memory.memory import Claim, KVCacheManager
 from fastserve.core.memory.table import BlockTable
 from fastserve.core.memory.victims import VictimRanking
 from fastserve.core.policies.fcfs import FCFS
-from fastserve.core.request import Arrival, FinishReason, Request, SamplingParams
+from fastserve.core.request import Arrival, FinishReason, Handle, Request, SamplingParams
 from tests.core.harness import UNIT_COST
 
 MAX_TOKENS = 20
@@ -101,7 +101,9 @@ class ClaimsInAnyOrder(RuleBasedStateMachine):
             own = 100 * (self.num_made + 1)
             prompt = [p if p < change_at else own + p for p in range(length)]
             request = Request(
-                self.num_made, Arrival(prompt, SamplingParams()), max_output_tokens=MAX_TOKENS
+                Handle(self.num_made),
+                Arrival(prompt, SamplingParams()),
+                max_output_tokens=MAX_TOKENS,
             )
             self.num_made += 1
             self.requests.append(request)

@@ -9,6 +9,7 @@ import random
 import pytest
 
 from fastserve.core.memory.eviction import RecomputeBudget
+from fastserve.core.request import Handle
 from tests.core.builders import one_second, prompt_of
 from tests.core.harness import UNIT_COST, Harness, small_config
 
@@ -45,7 +46,7 @@ def test_defer_takes_nothing_for_newcomers() -> None:
         stats.num_recomputed_tokens < run("recompute", 18).scheduler.stats().num_recomputed_tokens
     )
     newcomers = [
-        {new.request for new in plan.new_requests if new.epoch == 0}
+        {new.handle for new in plan.new_requests if new.epoch == 0}
         for plan in harness.executor.plans
     ]
     assert max(i for i, who in enumerate(newcomers) if who) > 6, "nobody was deferred"
@@ -63,11 +64,11 @@ def test_small_requests_slip_in_where_large_ones_wait(policy: str) -> None:
     large = [harness.add(prompt_of(handle, 20), 4) for handle in range(2, 32)]
     small = harness.add(prompt_of(32, 3), 1)
     harness.drain()
-    order = [new.request for plan in harness.executor.plans for new in plan.new_requests]
+    order = [new.handle for plan in harness.executor.plans for new in plan.new_requests]
     if policy == "fcfs":
         assert order == sorted(order)
     else:
-        assert order.index(small) < min(order.index(handle) for handle in large)
+        assert order.index(Handle(small)) < min(order.index(Handle(handle)) for handle in large)
 
 
 def test_first_come_first_served_lets_nobody_pass_who_lost_their_kv() -> None:
@@ -79,11 +80,11 @@ def test_first_come_first_served_lets_nobody_pass_who_lost_their_kv() -> None:
         harness.add(prompt_of(handle, rng.randrange(3, 24)), rng.randrange(8, 36))
     harness.drain()
     begun = [
-        (new.request, new.epoch) for plan in harness.executor.plans for new in plan.new_requests
+        (new.handle, new.epoch) for plan in harness.executor.plans for new in plan.new_requests
     ]
     assert harness.scheduler.stats().num_recomputed_tokens > 0
     # Request 10 has lost its KV twice when 12, which would fit, first comes up.
-    assert begun.index((10, 2)) < begun.index((12, 0))
+    assert begun.index((Handle(10), 2)) < begun.index((Handle(12), 0))
 
 
 def test_ideal_moves_kv_for_nothing() -> None:
@@ -95,10 +96,10 @@ def test_ideal_moves_kv_for_nothing() -> None:
     tables: dict[int, int] = {}
     for plan in harness.executor.plans:
         for work in plan.work:
-            tables[work.request] = (
-                work.table_from + len(work.block_ids) if work.block_ids else (tables[work.request])
+            tables[work.handle] = (
+                work.table_from + len(work.block_ids) if work.block_ids else (tables[work.handle])
             )
-        assert sum(tables[work.request] for work in plan.work) <= 18
+        assert sum(tables[work.handle] for work in plan.work) <= 18
 
 
 def test_the_budget_earns_a_share_and_works_off_its_debt() -> None:

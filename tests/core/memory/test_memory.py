@@ -10,7 +10,7 @@ from fastserve.core.memory.memory import Claim, KVCacheManager
 from fastserve.core.memory.table import BlockTable
 from fastserve.core.memory.victims import VictimRanking
 from fastserve.core.policies.fcfs import FCFS
-from fastserve.core.request import Arrival, Request, SamplingParams
+from fastserve.core.request import Arrival, Handle, Request, SamplingParams
 
 BLOCK_SIZE = 4
 
@@ -18,7 +18,7 @@ BLOCK_SIZE = 4
 def make_request(handle: int, prompt: list[int], **params: int) -> Request:
     """Return a request that has done nothing yet."""
     arrival = Arrival(prompt, SamplingParams(**params))  # type: ignore[arg-type]
-    return Request(handle, arrival, max_output_tokens=8)
+    return Request(Handle(handle), arrival, max_output_tokens=8)
 
 
 def make_cache(

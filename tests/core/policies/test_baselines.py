@@ -8,7 +8,7 @@ from tests.core.harness import Harness, small_config
 
 def served(harness: Harness) -> list[set[int]]:
     """Return who was in each plan."""
-    return [{work.request for work in plan.work} for plan in harness.executor.plans]
+    return [{work.handle for work in plan.work} for plan in harness.executor.plans]
 
 
 def test_orca_reserves_the_longest_output() -> None:
