@@ -28,7 +28,7 @@ from fastserve.core.scheduler import Scheduler
 from fastserve.engine.process import quiet_garbage_collector
 from fastserve.host.provenance import output_path, provenance, write_result
 from fastserve.host.terminal import make_bar, make_table
-from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.settings.scheduler import SchedulerConfig, pool_window
 
 PROMPT_TOKENS = (16, 256)
 OUTPUT_TOKENS = (16, 1024)
@@ -85,16 +85,17 @@ class Population:
 def measure_row(config: SchedulerBenchConfig, waiting: int, running: int) -> Row:
     """Time the steps of one number of waiting and running requests."""
     blocks_each = -(-(PROMPT_TOKENS[1] + OUTPUT_TOKENS[1]) // BLOCK_SIZE)
+    num_blocks = running * blocks_each
     scheduler = build_scheduler(
         SchedulerConfig(
             max_num_seqs=running,
             max_num_batched_tokens=max(2048, running),
-            max_model_len=WINDOW,
+            max_model_len=pool_window(WINDOW, num_blocks, BLOCK_SIZE),
             block_size=BLOCK_SIZE,
             scheduling_policy=config.scheduling_policy,
         ),
         COST_MODEL,
-        num_device_blocks=running * blocks_each,
+        num_device_blocks=num_blocks,
     )
     quiet_garbage_collector()  # as the engine process does
     device, population = NullDevice(), Population(scheduler, seed=waiting + running)
