@@ -2,9 +2,8 @@
 
 The policy orders, the scheduler packs. Each plan is one bounded scan of the policy's order: every
 request in turn claims the blocks its next share needs, and what an earlier one claims, a later one
-cannot have. Where blocks run out they are taken from requests further down the order with a later
-estimated next schedule time, whose KV is then recomputed. To preempt a request is not to put it in
-the next plan. Rules: `now` is an argument; nothing here sleeps, reads a clock or calls out.
+cannot have. Where blocks run out they are taken from colder requests further down the order, whose
+KV is then recomputed. To preempt a request is not to put it in the next plan. Rules: `now` is an argument; nothing here sleeps, reads a clock or calls out.
 Must not know: tensors, text, how long anything really takes.
 """
 
