@@ -3,7 +3,8 @@
 The policy orders, the scheduler packs. Each plan is one bounded scan of the policy's order: every
 request in turn claims the blocks its next share needs, and what an earlier one claims, a later one
 cannot have. Where blocks run out they are taken from colder requests further down the order, whose
-KV is then recomputed. To preempt a request is not to put it in the next plan. Rules: `now` is an argument; nothing here sleeps, reads a clock or calls out.
+KV is then recomputed. To preempt a request is not to put it in the next plan.
+Rules: `now` is an argument; nothing here sleeps, reads a clock or calls out.
 Must not know: tensors, text, how long anything really takes.
 """
 
