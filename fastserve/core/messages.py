@@ -1,9 +1,8 @@
 """The messages between deciding and doing: facts come in, plans go out.
 
 Rules: immutable tuples of plain values. They are NamedTuples, not frozen dataclasses: as immutable
-and as slotted, a third of the cost to build, and a step builds one per running request. A field
-needs two readers. Must not know: the API's numbers of requests, text, tensors, how a plan is
-carried out.
+and as slotted, a third of the cost to build, and a step builds one per running request.
+Must not know: the API's numbers of requests, text, tensors, how a plan is carried out.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Rules: a request has no phases. `num_computed_tokens` catches up with `num_tokens`, so prefill,
 chunked prefill, decode, prefix hits and recomputation are one rule. The memory room writes `table`
 and `num_computed_tokens` and begins and ends epochs; the scheduler writes everything else.
-Must not know: text, public ids, tensors, wall-clock time.
+Must not know: text (stop strings are only carried), the API's numbers of requests, tensors,
+wall-clock time.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from fastserve.wire.engine_messages import (
     Finish,
     Progress,
     Ready,
+    RequestNumber,
     Updates,
     decode_command,
 )
@@ -27,6 +28,9 @@ INFO = EngineInfo(
     model="m", max_model_len=64, max_request_tokens=64, vocab_size=9, block_size=4,
     num_device_blocks=16, eos_token_ids=frozenset(), dtype="float32", device="cpu",
 )  # fmt: skip
+
+
+ONE, TWO = RequestNumber(1), RequestNumber(2)
 
 
 class ScriptedChild:
@@ -48,6 +52,11 @@ class ScriptedChild:
 
     async def cause_of_death(self) -> str:
         return "the engine process died (exit status 1)"
+
+
+def numbers(values: tuple[int, ...]) -> tuple[RequestNumber, ...]:
+    """Return plain numbers as the API's numbers of requests."""
+    return tuple(map(RequestNumber, values))
 
 
 def heard(*events: Event) -> tuple[EngineLink, ScriptedChild, list[Event]]:
@@ -74,13 +83,13 @@ def test_what_a_process_says_of_itself_is_kept_and_passed_on() -> None:
 def test_a_command_reaches_only_a_process_that_has_the_request(is_serving: bool) -> None:
     """Others would take it for a request of their own; one that is gone hears nothing."""
     link, child, _ = heard(*([Ready(INFO)] if is_serving else []))
-    link.give(Add(1, Arrival([5], SamplingParams())))
-    link.tell(Abort(1))
-    link.tell(Finish(2, 3))
-    link.forget(1)
-    link.tell(Abort(1))
-    assert child.commands[1:] == ([Abort(1)] if is_serving else [])
-    assert not link.has(1)
+    link.give(Add(ONE, Arrival([5], SamplingParams())))
+    link.tell(Abort(ONE))
+    link.tell(Finish(TWO, 3))
+    link.forget(ONE)
+    link.tell(Abort(ONE))
+    assert child.commands[1:] == ([Abort(ONE)] if is_serving else [])
+    assert not link.has(ONE)
 
 
 @pytest.mark.parametrize(("running", "present"), [((), [1, 2, 3]), ((2, 9), [2]), ((3, 1), [1, 3])])
@@ -88,9 +97,9 @@ def test_those_present_at_a_death_are_those_it_named(
     running: tuple[int, ...], present: list[int]
 ) -> None:
     """As far as they have not ended; all it had, where it named none."""
-    link, child, _ = heard(Ready(INFO), Failed("an illegal address", running=running))
+    link, child, _ = heard(Ready(INFO), Failed("an illegal address", running=numbers(running)))
     for number in (1, 2, 3):
-        link.give(Add(number, Arrival([5], SamplingParams())))
+        link.give(Add(RequestNumber(number), Arrival([5], SamplingParams())))
     assert link.present_at_death() == present
     assert asyncio.run(link.end()) == "an illegal address"
     assert not link.is_serving
