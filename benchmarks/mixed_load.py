@@ -18,10 +18,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import uvloop
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -37,13 +39,29 @@ from benchmarks.mixed_workload import (
     draw_workload,
     is_short,
 )
-from fastserve.bench.latency import Timing, report
 from fastserve.bench.stream_client import Endpoint, LostRequestError, ask, fields_of
 from fastserve.host.provenance import provenance
+from fastserve.sim.measures import Times, summary
 
 Address = tuple[str, int]
 WARM_UP_REQUESTS = 12
 RAMP_SECONDS = 5.0
+
+
+class Timing(NamedTuple):
+    """One answered request, in seconds of one clock; the fields of Times."""
+
+    arrived_at: float
+    first_token_at: float
+    finished_at: float
+    max_gap_s: float
+    output_tokens: int
+
+
+def report(timings: Sequence[Timing]) -> dict[str, dict[str, float | None]]:
+    """Return a summary of each measure."""
+    columns = zip(Timing._fields, map(np.array, zip(*timings, strict=True)), strict=True)
+    return {name: summary(values) for name, values in Times(**dict(columns)).latencies().items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +81,9 @@ async def answered(
     """Send one request and return its times, from the moment it was due."""
     fields = fields_of(request.prompt, request.num_output_tokens)
     answer = await ask(Endpoint(*address), fields, on_piece)
-    return Timing.of_pieces(due, answer.piece_times, answer.output_tokens)
+    times = answer.piece_times
+    longest = max((later - sooner for sooner, later in pairwise(times)), default=0.0)
+    return Timing(due, times[0], times[-1], longest, answer.output_tokens)
 
 
 async def warm_up(address: Address, seed: int) -> None:
@@ -138,9 +158,9 @@ async def run_workload(
 def describe(runs: Sequence[Run]) -> dict[str, Any]:
     """Return the figures of one run, or of several of one policy taken together."""
     timings = [timing for run in runs for timing in run.timings]
-    shorts = [timing for timing in timings if is_short(timing.num_output_tokens)]
-    longs = [timing for timing in timings if not is_short(timing.num_output_tokens)]
-    tokens = sum(timing.num_output_tokens for timing in timings)
+    shorts = [timing for timing in timings if is_short(timing.output_tokens)]
+    longs = [timing for timing in timings if not is_short(timing.output_tokens)]
+    tokens = sum(timing.output_tokens for timing in timings)
     return {
         "policy": runs[0].policy,
         "requests": len(timings),

@@ -51,8 +51,8 @@ from fastserve.bench.requests import plan_requests
 from fastserve.bench.serve import Target, send
 from fastserve.bench.serve_config import ServeBenchConfig
 from fastserve.bench.serve_report import Run, Sent, figures
-from fastserve.checkpoint.locate import read_json
 from fastserve.engine.process import quiet_garbage_collector
+from fastserve.host.json_file import read_object
 from fastserve.host.provenance import output_path, provenance
 from fastserve.launch import open_engine
 from fastserve.settings.engine import EngineConfig
@@ -253,7 +253,7 @@ def run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     return {
         "benchmark": "server_overhead",
         **provenance(["python", "-m", "benchmarks.server_overhead", *sys.argv[1:]]),
-        "model": read_json(directory / "config.json"),
+        "model": read_object(directory / "config.json"),
         "has_text": Tokenizer.is_in(directory),
         "streams_ids": streams_ids,
         "dtype": config.dtype,

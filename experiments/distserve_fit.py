@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastserve.core.cost_model import CostModel
-from fastserve.executor.fitting import COEFFICIENTS, non_negative_least_squares, step_features
+from fastserve.core.cost_model import TERMS, CostModel, step_terms
+from fastserve.executor.fitting import non_negative_least_squares
 
 Floats = npt.NDArray[np.float64]
 
@@ -48,7 +48,7 @@ def fit_direct(fit: dict[str, Any]) -> dict[str, float]:
     """Put one of DistServe's fits, which has three bases and two slopes, in CostModel's terms."""
     steps = distserve_steps(fit)
     # Its formulas make no difference between one row and several: no term for that (the last).
-    features = np.array([step_features(shares)[:-1] for shares, _ in steps])
+    features = np.array([step_terms(shares)[:-1] for shares, _ in steps])
     seconds = np.array([step_s for _, step_s in steps])
     candidates = []
     for floor_s in np.linspace(0.0, 0.9 * seconds.min(), 41):
@@ -58,7 +58,7 @@ def fit_direct(fit: dict[str, Any]) -> dict[str, float]:
             adjusted[:, [1, 3]] *= ~is_flat[:, None]
             found = fit_rows(adjusted, seconds - floor_s * is_flat)
             is_flat = features[:, 1] * found[1] + features[:, 3] * found[3] < floor_s
-        coefficients = dict(zip(COEFFICIENTS[:-1], found.tolist(), strict=True))
+        coefficients = dict(zip(TERMS[:-1], found.tolist(), strict=True))
         cost_model = CostModel(**coefficients, floor_s=float(floor_s))
         predicted = np.array([cost_model.step_s(shares) for shares, _ in steps])
         error = float(np.mean((predicted / seconds - 1.0) ** 2))

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from fastserve.bench.latency import percentile
 from fastserve.bench.serve_config import METRICS, ServeBenchConfig
 from fastserve.bench.stream_client import Answer
+from fastserve.sim.measures import percentile
 
 
 @dataclass(frozen=True, slots=True)

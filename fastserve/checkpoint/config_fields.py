@@ -22,6 +22,7 @@ class ModelConfig:
     architecture: str
     vocab_size: int
     hidden_size: int
+    intermediate_size: int  # of an MLP that is no expert
     num_layers: int
     num_heads: int
     num_kv_heads: int

@@ -22,7 +22,6 @@ from fastserve.settings.option import ConfigError
 class GPT2Config(ModelConfig):
     """GPT-2: learned positions, a plain MLP, LayerNorm before each part."""
 
-    intermediate_size: int
     activation: Activation
     layer_norm_eps: float
 

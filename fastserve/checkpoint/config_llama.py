@@ -28,7 +28,6 @@ class ExpertsConfig:
 class LlamaConfig(ModelConfig):
     """A decoder-only network of the Llama family."""
 
-    intermediate_size: int
     rms_norm_eps: float
     rope: RopeConfig
     has_qkv_bias: bool

@@ -22,7 +22,6 @@ class OPTConfig(ModelConfig):
     """OPT: learned positions, a plain MLP, LayerNorm before or after each part."""
 
     embedding_size: int  # narrower than the stream in opt-350m
-    intermediate_size: int
     activation: Activation
     is_norm_first: bool
     has_final_norm: bool

@@ -7,7 +7,6 @@ Must not know: torch, weights, the tokenizer.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from fastserve.checkpoint.kinds import (
     similar_directory,
 )
 from fastserve.core.request import SamplingParams
+from fastserve.host.json_file import read_object
 from fastserve.settings.option import ConfigError
 
 BUNDLED = Path(__file__).resolve().parent.parent / "demo"
@@ -82,26 +82,13 @@ def _reads_as_path(model: str) -> bool:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, {} if there is no such file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
 def eos_token_ids(directory: Path, of_tokenizer: int | None = None) -> frozenset[int]:
     """Return the ids that end a text, the model's and its tokenizer's.
 
     The model's are generation_config.json's, else config.json's, else those of its family. An id
     beyond the vocabulary can never be drawn, and is left out.
     """
-    config = read_json(directory / "config.json")
+    config = read_object(directory / "config.json") or {}
     config = {**DEFAULTS.get(str(config.get("model_type")), {}), **config}
     ids = _ids(directory / "generation_config.json") or _ids(directory / "config.json", config)
     if of_tokenizer is not None:
@@ -112,7 +99,7 @@ def eos_token_ids(directory: Path, of_tokenizer: int | None = None) -> frozenset
 
 def _ids(path: Path, content: Mapping[str, Any] | None = None) -> list[int]:
     """Return the ids that a file names as ends of a text: one, several or none."""
-    value = (read_json(path) if content is None else content).get("eos_token_id")
+    value = (read_object(path) or {} if content is None else content).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
         raise ConfigError(f"{path}: eos_token_id must be an id or a list of ids, got {value!r}")
@@ -122,7 +109,7 @@ def _ids(path: Path, content: Mapping[str, Any] | None = None) -> list[int]:
 def sampling_defaults(directory: Path) -> dict[str, Any]:
     """Return the sampling parameters that generation_config.json sets, by FastServe's names."""
     path = directory / "generation_config.json"
-    content = read_json(path)
+    content = read_object(path) or {}
     defaults: dict[str, Any] = {}
     for key in (*SAMPLING_KEYS, "max_new_tokens"):
         value = content.get(key)

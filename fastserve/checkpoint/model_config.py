@@ -7,7 +7,6 @@ Must not know: weights, tensors, devices.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from fastserve.checkpoint.config_gpt2 import parse_gpt2
 from fastserve.checkpoint.config_llama import parse_llama
 from fastserve.checkpoint.config_opt import parse_opt
 from fastserve.checkpoint.kinds import describe_quantization
+from fastserve.host.json_file import read_object
 from fastserve.settings.option import ConfigError
 
 __all__ = ["ModelConfig", "parse_model_config", "read_model_config"]
@@ -49,14 +49,16 @@ OTHER_KINDS = {
 def read_model_config(model_dir: Path) -> ModelConfig:
     """Read `config.json`; raises ConfigError with one line when the model cannot be served."""
     path = model_dir / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{model_dir}: no config.json; not a Hugging Face model") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold a JSON object")
+    if not path.exists():
+        raise ConfigError(f"{model_dir}: no config.json; not a Hugging Face model")
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> ModelConfig:
+    """Read a `config.json` wherever it lies; raises ConfigError as `read_model_config` does."""
+    values = read_object(path)
+    if values is None:
+        raise ConfigError(f"{path}: no such file")
     return parse_model_config(values, source=str(path))
 
 

@@ -9,6 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+TERMS = {
+    "base_s": "a step, whatever is in it",
+    "prefill_token_s": "a prompt token",
+    "prefill_pair_s": "a prompt token, for each token it attends to",
+    "decode_seq_s": "a sequence that decodes",
+    "decode_context_s": "a decode, for each token it attends to",
+    "matrix_s": "a step of more than one token",
+}
+"""What each fitted coefficient is the price of, in the order of `step_terms`."""
+
+
+def step_terms(shares: Iterable[tuple[int, int]]) -> tuple[float, ...]:
+    """Return what each of TERMS is multiplied by in a step; a share is (num_tokens, start).
+
+    A share of one token is a decode.
+    """
+    num_prefill = num_decodes = context = 0
+    pairs = 0.0
+    for num_tokens, start in shares:
+        if num_tokens == 1:
+            num_decodes += 1
+            context += start + 1
+        else:
+            num_prefill += num_tokens
+            pairs += num_tokens * (start + num_tokens / 2)
+    is_matrix = num_prefill or num_decodes > 1
+    return 1.0, num_prefill, pairs, num_decodes, context, 1.0 if is_matrix else 0.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
@@ -66,19 +94,10 @@ class CostModel:
 
     def step_s(self, shares: Iterable[tuple[int, int]]) -> float:
         """Return the seconds of a step; a share is (num_tokens, start)."""
-        num_decodes = context = num_prefill = 0
-        pairs = 0.0
-        for num_tokens, start in shares:
-            if num_tokens == 1:
-                num_decodes += 1
-                context += start + 1
-            else:
-                num_prefill += num_tokens
-                pairs += num_tokens * (start + num_tokens / 2)
+        _, num_prefill, pairs, num_decodes, context, is_matrix = step_terms(shares)
         dense_s = num_prefill * self.prefill_token_s + num_decodes * self.decode_seq_s
         attention_s = pairs * self.prefill_pair_s + context * self.decode_context_s
-        matrix_s = self.matrix_s if num_prefill or num_decodes > 1 else 0.0
-        return self.base_s + matrix_s + max(self.floor_s, dense_s) + attention_s
+        return self.base_s + self.matrix_s * is_matrix + max(self.floor_s, dense_s) + attention_s
 
     def copy_s(self, num_blocks: int) -> float:
         """Return the seconds to move blocks between the tiers."""

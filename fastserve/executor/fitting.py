@@ -7,21 +7,12 @@ ones, and no work is ever predicted to save time. Must not know: how steps were 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from fastserve.core.cost_model import CostModel
-
-COEFFICIENTS = (
-    "base_s",
-    "prefill_token_s",
-    "prefill_pair_s",
-    "decode_seq_s",
-    "decode_context_s",
-    "matrix_s",
-)
+from fastserve.core.cost_model import TERMS, CostModel, step_terms
 
 Shares = tuple[tuple[int, int], ...]
 """A kind of step: (num_tokens, start) of each request in it."""
@@ -38,24 +29,11 @@ class Measurement:
 def fit(measurements: Sequence[Measurement]) -> CostModel:
     """Return the non-negative coefficients of least squared relative error."""
     seconds = np.array([item.seconds for item in measurements])
-    features = np.array([step_features(item.shares) for item in measurements])
+    features = np.array([step_terms(item.shares) for item in measurements])
     coefficients = non_negative_least_squares(features / seconds[:, None], np.ones(len(seconds)))
     if coefficients[0] + coefficients[3] + coefficients[4] <= 0.0:
         coefficients[0] = seconds.min()  # too few kinds of step to tell the terms apart
-    return CostModel(**dict(zip(COEFFICIENTS, coefficients.tolist(), strict=True)))
-
-
-def step_features(shares: Iterable[tuple[int, int]]) -> tuple[float, ...]:
-    """Return what each coefficient of CostModel is multiplied by in this step."""
-    prefill = pairs = decodes = context = 0.0
-    for num_tokens, start in shares:
-        if num_tokens == 1:
-            decodes += 1
-            context += start + 1
-        else:
-            prefill += num_tokens
-            pairs += num_tokens * (start + num_tokens / 2)
-    return 1.0, prefill, pairs, decodes, context, float(prefill + decodes > 1)
+    return CostModel(**dict(zip(TERMS, coefficients.tolist(), strict=True)))
 
 
 def relative_errors(

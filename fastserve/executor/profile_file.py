@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from fastserve.core.cost_model import CostModel
 from fastserve.executor.facts import Setup
 from fastserve.executor.fitting import Measurement, fit, relative_errors
 from fastserve.host.cache_dir import cache_dir
+from fastserve.host.machine import cpu_name
 from fastserve.settings.option import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -136,9 +136,4 @@ def device_name(device: torch.device) -> str:
     """Return the marketing name of the device, as far as the system tells."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} x{os.cpu_count()}"
-    return f"{platform.processor() or platform.machine()} x{os.cpu_count()}"
+    return f"{cpu_name()} x{os.cpu_count()}"

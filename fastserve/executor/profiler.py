@@ -12,10 +12,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fastserve.core.cost_model import TERMS
 from fastserve.core.messages import NewRequest, SchedulerOutput, StepDone, Work
 from fastserve.core.request import Handle, SamplingParams
 from fastserve.executor.facts import Setup
-from fastserve.executor.fitting import COEFFICIENTS, Measurement, Shares
+from fastserve.executor.fitting import Measurement, Shares
 
 TIME_LIMIT_S = 6.0
 """No further kind of step is begun after this; the first ones suffice for a fit."""
@@ -87,7 +88,7 @@ def measure(setup: Setup, run: Run, on_progress: Callable[[str, float], None]) -
     measurements: list[Measurement] = []
     for index, kind in enumerate(kinds):
         is_late = time.monotonic() - begun > TIME_LIMIT_S
-        if is_late and len(measurements) > len(COEFFICIENTS):
+        if is_late and len(measurements) > len(TERMS):
             break
         run_step(run, kind, block_size)  # warms up this shape
         times = [run_step(run, kind, block_size)]

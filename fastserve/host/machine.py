@@ -8,6 +8,7 @@ file that is missing or says nothing sets no limit. Must not know: what cores an
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +51,14 @@ def num_cores(root: Path = ROOT) -> int:
         if quota.isdecimal() and period.isdecimal() and int(period) > 0:
             cores = min(cores, max(1, int(quota) // int(period)))
     return cores
+
+
+def cpu_name(root: Path = ROOT) -> str:
+    """Return the marketing name of the processor, as far as the system tells."""
+    for line in _read(root / "proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def available_memory(root: Path = ROOT) -> int:

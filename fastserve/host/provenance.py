@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastserve.host.machine import num_cores
+from fastserve.host.machine import cpu_name, num_cores
 from fastserve.settings.option import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,19 +73,9 @@ def commit() -> str | None:
 def machine() -> dict[str, object]:
     """Return what bounds a CPU measurement: processor, cores this process may use, memory."""
     return {
-        "cpu": cpu_model(),
+        "cpu": cpu_name(),
         "cores": num_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-
-
-def cpu_model() -> str:
-    """Return the processor's name as the kernel gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

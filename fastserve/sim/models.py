@@ -1,20 +1,18 @@
-"""Shapes of models: all that their cost depends on, by name or from a Hugging Face config.json.
+"""Shapes of models: all that their cost depends on, by name or from what a server would read.
 
 Rules: decoder-only networks. In a mixture of experts a token is multiplied by the experts it is
-sent to, and a step reads all of them: true of large batches, too much for a few tokens. Quantized
-weights and other kinds of experts are refused, for their cost follows other laws.
-Must not know: hardware, weights, torch.
+sent to, and a step reads all of them: true of large batches, too much for a few tokens. Of a
+config.json, what cannot be served cannot be simulated.
+Must not know: hardware, weights, torch, the keys of a config.json.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fastserve.checkpoint.config_defaults import DEFAULTS, with_defaults
+from fastserve.checkpoint.config_llama import LlamaConfig
+from fastserve.checkpoint.model_config import ModelConfig, read_config_file
 from fastserve.settings.option import ConfigError
 
 
@@ -128,14 +126,6 @@ MODELS = {
     )
 }
 
-# Families whose feed-forward network has two matrices: no gate.
-_UNGATED = frozenset(
-    {"opt", "gpt2", "gptj", "gpt_neo", "gpt_neox", "gpt_bigcode", "bloom", "falcon", "mpt", "phi"}
-)
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-# Families whose every expert is a gated network of one size, and none is shared.
-_PLAIN_EXPERTS = frozenset({"mixtral", "qwen3_moe"})
-
 
 def resolve_model(model: str) -> ModelShape:
     """Return the shape of a known name, of a model's directory or of its config.json.
@@ -144,7 +134,8 @@ def resolve_model(model: str) -> ModelShape:
     """
     path = Path(model)
     if path.suffix == ".json" or path.is_dir():
-        return read_shape(path / "config.json" if path.is_dir() else path)
+        file = path / "config.json" if path.is_dir() else path
+        return shape_of(read_config_file(file), name=model)
     name = model.rpartition("/")[2].lower().removeprefix("meta-").removesuffix("-hf")
     shape = MODELS.get(name)
     if shape is None:
@@ -155,93 +146,33 @@ def resolve_model(model: str) -> ModelShape:
     return shape
 
 
-def read_shape(path: Path) -> ModelShape:
-    """Read a Hugging Face config.json."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--model {path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--model {path}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"--model {path}: must hold a JSON object")
-    try:
-        return parse_shape(values, name=str(path))
-    except KeyError as error:
-        raise ConfigError(f"--model {path}: {error.args[0]!r} is missing") from None
-    except (TypeError, ZeroDivisionError) as error:
-        raise ConfigError(f"--model {path}: {error}") from None
+def shape_of(config: ModelConfig, *, name: str) -> ModelShape:
+    """Return the shape of a network that can be served.
 
-
-def parse_shape(values: Mapping[str, Any], *, name: str) -> ModelShape:
-    """Turn the fields of a config.json into a shape.
-
-    What a file of a family that is served leaves out is that family's default; of other families,
-    raises KeyError for what is missing.
+    Raises ConfigError where layers without experts stand among others.
     """
-    model_type = values.get("model_type")
-    if model_type in DEFAULTS:
-        values = with_defaults(values, model_type, f"--model {name}")
-    num_experts, num_active = _experts(values, name)
-    if values.get("quantization_config"):
-        raise ConfigError(f"--model {name}: quantized weights cannot be simulated")
-    hidden_size = int(_first(values, "hidden_size", "n_embd", "d_model"))
-    num_heads = int(_first(values, "num_attention_heads", "n_head", "n_heads"))
-    inner = values.get("intermediate_size") or values.get("ffn_dim") or values.get("n_inner")
-    if num_experts > 1:
-        inner = values.get("moe_intermediate_size") or inner
+    is_gated, width, num_experts, num_active = False, config.intermediate_size, 1, 1
+    if isinstance(config, LlamaConfig):
+        is_gated = True
+        if experts := config.experts:
+            if len(experts.sparse_layers) < config.num_layers:
+                raise ConfigError(
+                    f"--model {name}: layers without experts among others are not simulated"
+                )
+            width = experts.intermediate_size
+            num_experts, num_active = experts.num_experts, experts.top_k
     return ModelShape(
         name=name,
-        num_layers=int(_first(values, "num_hidden_layers", "n_layer", "n_layers")),
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=_num_kv_heads(values, num_heads),
-        head_dim=int(values.get("head_dim") or hidden_size // num_heads),
-        intermediate_size=int(inner or 4 * hidden_size),
-        num_mlp_matrices=2 if model_type in _UNGATED else 3,
-        vocab_size=int(values["vocab_size"]),
-        max_model_len=_max_model_len(values),
-        is_tied=bool(values.get("tie_word_embeddings")),
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=width,
+        num_mlp_matrices=3 if is_gated else 2,
+        vocab_size=config.vocab_size,
+        max_model_len=config.max_model_len,
+        is_tied=config.tie_word_embeddings,
         num_experts=num_experts,
         num_experts_per_token=num_active,
     )
-
-
-def _experts(values: Mapping[str, Any], name: str) -> tuple[int, int]:
-    """Return how many experts a layer has, and how many of them a token is sent to."""
-    num_experts = max(int(values.get(key) or 0) for key in _EXPERTS)
-    if num_experts <= 1:
-        return 1, 1
-    if values.get("model_type") not in _PLAIN_EXPERTS:
-        raise ConfigError(
-            f"--model {name}: a mixture of experts of this kind cannot be simulated "
-            f"(only of {', '.join(sorted(_PLAIN_EXPERTS))})"
-        )
-    if values.get("mlp_only_layers") or int(values.get("decoder_sparse_step") or 1) > 1:
-        raise ConfigError(f"--model {name}: layers without experts among others are not simulated")
-    return num_experts, int(values["num_experts_per_tok"])
-
-
-def _max_model_len(values: Mapping[str, Any]) -> int:
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    positions = int(_first(values, *names))
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if rope.get("rope_type", rope.get("type")) == "linear":
-        positions = int(positions * float(rope["factor"]))
-    window = values.get("sliding_window")
-    if window is None or not values.get("use_sliding_window", True):
-        return positions
-    return min(positions, int(window))
-
-
-def _num_kv_heads(values: Mapping[str, Any], num_heads: int) -> int:
-    if values.get("multi_query"):
-        return 1
-    return int(values.get("num_key_value_heads") or values.get("num_kv_heads") or num_heads)
-
-
-def _first(values: Mapping[str, Any], *keys: str) -> Any:
-    for key in keys:
-        if values.get(key) is not None:
-            return values[key]
-    raise KeyError(keys[0])

@@ -12,18 +12,9 @@ from typing import Any
 import numpy as np
 
 from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.sim.measures import Times, summary
 from fastserve.sim.simulator import Machine, Outcome
 from fastserve.sim.workload import Floats, Workload
-
-
-def summary(values: Floats) -> dict[str, float | None]:
-    """Return mean, median, tail and maximum; NaN do not count, and nothing has no mean."""
-    known = values[~np.isnan(values)]
-    if not len(known):
-        return dict.fromkeys(("mean", "p50", "p95", "p99", "max"))
-    p50, p95, p99 = np.percentile(known, (50, 95, 99)).tolist()
-    return {"mean": float(known.mean()), "p50": p50, "p95": p95, "p99": p99,
-            "max": float(known.max())}  # fmt: skip
 
 
 def alone_s(config: SchedulerConfig, machine: Machine, workload: Workload) -> Floats:
@@ -51,17 +42,15 @@ def alone_s(config: SchedulerConfig, machine: Machine, workload: Workload) -> Fl
 
 def latencies(outcome: Outcome, workload: Workload, alone: Floats) -> dict[str, Floats]:
     """Return the figures of each row by the names of the report."""
-    jct = outcome.finished_at - outcome.arrived_at
-    output = workload.output_tokens
-    decode_s = outcome.finished_at - outcome.first_token_at
-    return {
-        "jct_s": jct,
-        "normalized_latency_s": jct / output,
-        "ttft_s": outcome.first_token_at - outcome.arrived_at,
-        "tpot_s": np.where(output > 1, decode_s / np.maximum(output - 1, 1), np.nan),
-        "max_gap_s": outcome.max_gap_s,
-        "slowdown": jct / alone,
-    }
+    times = Times(
+        arrived_at=outcome.arrived_at,
+        first_token_at=outcome.first_token_at,
+        finished_at=outcome.finished_at,
+        max_gap_s=outcome.max_gap_s,
+        output_tokens=workload.output_tokens,
+    )
+    by_name = times.latencies()
+    return {**by_name, "slowdown": by_name["jct_s"] / alone}
 
 
 def make_report(

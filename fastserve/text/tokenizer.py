@@ -6,13 +6,13 @@ cannot be used is a ConfigError of one line. Must not know: HTTP, the engine, to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as Backend
 
+from fastserve.host.json_file import read_object
 from fastserve.settings.option import ConfigError
 from fastserve.text import byte_level_bpe, special_tokens
 from fastserve.text.chat_renderer import ChatRenderer
@@ -22,7 +22,6 @@ from fastserve.text.template_files import (
     WITH_TOOLS,
     read_template,
     read_templates,
-    read_text,
 )
 from fastserve.text.text_stream import TextDelta, TextStream
 
@@ -105,7 +104,7 @@ class Tokenizer:
         if not cls.is_in(model_dir):
             raise ConfigError(cls.why_none(model_dir))
         settings = read_settings(model_dir)
-        added = read_json(model_dir / "added_tokens.json")
+        added = read_object(model_dir / "added_tokens.json") or {}
         path = model_dir / "tokenizer.json"
         if path.is_file():
             try:
@@ -263,23 +262,11 @@ def byte_alphabet() -> dict[str, int]:
     return table
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, {} where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(read_text(path))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: not a JSON object")
-    return value
-
-
 def read_settings(model_dir: Path) -> dict[str, Any]:
     """Return tokenizer_config.json's settings, and GPT-2's where its files are all there is."""
-    settings = read_json(model_dir / "special_tokens_map.json")
-    settings.update(read_json(model_dir / "tokenizer_config.json"))
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        settings.update(read_object(model_dir / name) or {})
     if (model_dir / "tokenizer.json").is_file():
         return settings
     return {**settings, **byte_level_bpe.named_values(settings)}

@@ -7,28 +7,18 @@ Rules: opens the model as a server does, on all cores but the one of the API pro
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 
 from rich.console import Console
 from rich.table import Table
 
 from fastserve.checkpoint import locate as checkpoint
-from fastserve.core.cost_model import CostModel
+from fastserve.core.cost_model import TERMS, CostModel
 from fastserve.host.provenance import output_path
 from fastserve.host.terminal import make_table, say
 from fastserve.launch import SERVER_CORES, open_executor
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
-
-MEANING = {
-    "base_s": "a step, whatever is in it",
-    "matrix_s": "a step of more than one token",
-    "prefill_token_s": "a prompt token",
-    "prefill_pair_s": "a prompt token, for each token it attends to",
-    "decode_seq_s": "a sequence that decodes",
-    "decode_context_s": "a decode, for each token it attends to",
-}
 
 
 def profile_model(config: EngineConfig, output: str | None) -> int:
@@ -76,8 +66,7 @@ def as_table(model: str, cost_model: CostModel) -> Table:
     """Lay the coefficients out for people."""
     table = make_table("µs", "for", title=f"Step times of {model}")
     table.columns[1].justify = "left"
-    for name, value in dataclasses.asdict(cost_model).items():
-        if name in MEANING:
-            table.add_row(f"{value * 1e6:,.4g}", MEANING[name])
+    for name, meaning in TERMS.items():
+        table.add_row(f"{getattr(cost_model, name) * 1e6:,.4g}", meaning)
     table.add_row(f"{cost_model.min_iteration_s * 1e6:,.4g}", "the shortest step there is (q₁)")
     return table

@@ -7,14 +7,12 @@ import random
 import numpy as np
 import pytest
 
-from fastserve.core.cost_model import CostModel
+from fastserve.core.cost_model import TERMS, CostModel, step_terms
 from fastserve.executor.fitting import (
-    COEFFICIENTS,
     Measurement,
     fit,
     non_negative_least_squares,
     relative_errors,
-    step_features,
 )
 
 
@@ -39,7 +37,7 @@ def test_fit_recovers_a_known_model():
     shares = [random_shares(generator) for _ in range(40)]
     measurements = [Measurement(item, truth.step_s(item)) for item in shares]
     fitted = fit(measurements)
-    for name in COEFFICIENTS:
+    for name in TERMS:
         assert getattr(fitted, name) == pytest.approx(getattr(truth, name), rel=1e-6)
     assert relative_errors(fitted, measurements).max() < 1e-9
 
@@ -55,7 +53,7 @@ def test_features_are_the_cost_models_terms():
         matrix_s=11.0,
     )
     for shares in (((4, 10), (1, 3), (1, 0), (7, 0)), ((1, 5),), ((1, 5), (1, 2)), ((6, 0),)):
-        product = np.dot([1.0, 2.0, 3.0, 5.0, 7.0, 11.0], step_features(shares))
+        product = np.dot([1.0, 2.0, 3.0, 5.0, 7.0, 11.0], step_terms(shares))
         assert product == pytest.approx(model.step_s(shares))
         if len(shares) == 1:
             assert product == pytest.approx(model.iteration_s(*shares[0]))

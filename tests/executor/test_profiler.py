@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from fastserve.core.cost_model import TERMS
 from fastserve.executor import profiler
-from fastserve.executor.fitting import COEFFICIENTS, Measurement, fit
+from fastserve.executor.fitting import Measurement, fit
 from fastserve.executor.opening import Opened, open_worker
 from fastserve.executor.profiler import kinds_of_steps, measure, num_profiled_blocks
 from fastserve.settings.engine import EngineConfig
@@ -85,7 +86,7 @@ def test_a_slow_model_is_measured_briefly(checkpoint, monkeypatch):
     """Past the time limit no further kind is begun, once there are enough for a fit."""
     monkeypatch.setattr(profiler, "TIME_LIMIT_S", 0.0)
     measurements = measured(opened(checkpoint))
-    assert len(measurements) == len(COEFFICIENTS) + 1
+    assert len(measurements) == len(TERMS) + 1
     assert fit(measurements).min_iteration_s > 0.0
 
 

@@ -196,10 +196,10 @@ def test_a_config_json_is_a_model(tmp_path):
     [
         ("not JSON", "cannot be read"),
         ("[]", "must hold a JSON object"),
-        ("{}", "'hidden_size' is missing"),
-        ('{"hidden_size": 8, "num_attention_heads": []}', "int() argument"),
-        ('{"num_local_experts": 8}', "mixture of experts"),
-        ('{"quantization_config": {"bits": 4}}', "quantized"),
+        ("{}", "architecture not supported: none named"),
+        ('{"model_type": "opt", "hidden_size": []}', "int() argument"),
+        ('{"model_type": "deepseek_v3"}', "architecture not supported"),
+        ('{"model_type": "opt", "quantization_config": {"bits": 4}}', "quantized"),
     ],
 )
 def test_a_broken_config_json_is_one_clear_line(tmp_path, content, complaint):

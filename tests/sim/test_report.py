@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from fastserve.sim.report import make_report, summary
+from fastserve.sim.measures import summary
+from fastserve.sim.report import make_report
 from fastserve.sim.simulator import simulate
 from tests.sim.machines import MACHINE, make_workload, small_config
 
