@@ -135,7 +135,7 @@ def resolve_model(model: str) -> ModelShape:
     path = Path(model)
     if path.suffix == ".json" or path.is_dir():
         file = path / "config.json" if path.is_dir() else path
-        return shape_of(read_config_file(file), name=model)
+        return shape_of(read_config_file(file), name=str(file))
     name = model.rpartition("/")[2].lower().removeprefix("meta-").removesuffix("-hf")
     shape = MODELS.get(name)
     if shape is None:
