@@ -58,7 +58,7 @@ def fit_direct(fit: dict[str, Any]) -> dict[str, float]:
             adjusted[:, [1, 3]] *= ~is_flat[:, None]
             found = fit_rows(adjusted, seconds - floor_s * is_flat)
             is_flat = features[:, 1] * found[1] + features[:, 3] * found[3] < floor_s
-        coefficients = dict(zip(TERMS[:-1], found.tolist(), strict=True))
+        coefficients = dict(zip(tuple(TERMS)[:-1], found.tolist(), strict=True))
         cost_model = CostModel(**coefficients, floor_s=float(floor_s))
         predicted = np.array([cost_model.step_s(shares) for shares, _ in steps])
         error = float(np.mean((predicted / seconds - 1.0) ** 2))
