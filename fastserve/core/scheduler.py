@@ -230,14 +230,14 @@ class Scheduler:
     ) -> None:
         """Take in what a step computed: confirm KV, append samples, end requests."""
         ran: list[Request] = []
-        samples = iter(done.samples)
+        samples, device_s = iter(done.samples), done.device_s
         eos_token_ids = self.config.eos_token_ids
         has_progress = False
         for request, table, work in flight:
             sample = next(samples) if work.sample else None
             if table.is_closed:
                 continue
-            request.attained_s += done.device_s
+            request.attained_s += device_s
             before = request.num_computed_tokens
             end = before + work.num_tokens
             self.cache.advance(request, table, end)

@@ -102,10 +102,11 @@ class PriorityClasses:
         return inner if len(self._ranks) == 1 else (rank, *inner)
 
     def estimated_next_schedule_time(self, request: Request, now: float) -> float | None:
-        """Return the inner estimate in the first class; None behind it: it may never be empty."""
+        """Return the inner estimate; None behind other classes, which may never become empty."""
         rank = self._class_of[request.handle]
-        if rank != self._ranks[0]:
-            return None
+        for above in self._ranks[: self._ranks.index(rank)]:
+            if next(self._classes[above].ordered(), None) is not None:
+                return None
         return self._classes[rank].estimated_next_schedule_time(request, now)
 
     def level(self, request: Request) -> int:

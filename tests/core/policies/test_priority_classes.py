@@ -23,13 +23,18 @@ def make_request(handle: int, priority: int) -> Request:
     return builders.make_request(handle, 2, priority=priority)
 
 
-def make_mlfq() -> MLFQ:
+def make_slow_mlfq() -> MLFQ:
+    """Return an inner policy with levels in which no request starves."""
+    return make_mlfq(starvation_limit=1e9)
+
+
+def make_mlfq(starvation_limit: float = 5.0) -> MLFQ:
     """Return an inner policy with levels."""
     return MLFQ(
         CostModel(base_s=1.0, prefill_token_s=0.25),
         quantum_s=1.0,
         quantum_ratio=2.0,
-        starvation_limit=5.0,
+        starvation_limit=starvation_limit,
         max_num_seqs=1,
         max_chunk=8,
         skip_join=True,
@@ -147,6 +152,34 @@ def test_the_coldest_is_in_the_lowest_class() -> None:
     for request in requests[40:]:
         policy.finished(request, FinishReason.STOP)
     assert order(policy) == list(range(40))
+
+
+def test_seconds_are_told_where_no_class_is_above() -> None:
+    """An estimate behind requests of a higher class would be a guess; behind none it is not."""
+    policy = PriorityClasses(make_mlfq, AGING)
+    low, high = admit(policy, [1, 0])
+    assert policy.estimated_next_schedule_time(low, 0.0) is None
+    assert policy.estimated_next_schedule_time(high, 0.0) == 0.0
+    policy.finished(high, FinishReason.STOP)
+    assert policy.estimated_next_schedule_time(low, 0.0) == 0.0
+
+
+def test_a_lift_keeps_the_level_and_what_is_used_of_its_quantum() -> None:
+    """Two of the four seconds of level 2 used, lifted, run once, sent back: one is left."""
+    policy = PriorityClasses(make_slow_mlfq, AGING)
+    low, _ = admit(policy, [1, 0])
+    for now in (1.0, 2.0, 3.0, 4.0):
+        land(policy, low, now)
+    assert policy.level(low) == 2
+    assert order(policy, 3.0 + AGING) == [1, 0]
+    assert order(policy, 4.0 + AGING) == [1, 0]
+    assert policy.coldness(low, 4.0 + AGING)[0] == 0, "lifted"
+    assert policy.level(low) == 2
+    land(policy, low, 15.0)
+    assert policy.coldness(low, 15.0)[0] == 1, "back in its class"
+    assert policy.level(low) == 2
+    land(policy, low, 16.0)
+    assert policy.level(low) == 3
 
 
 def test_one_class_is_the_inner_policy() -> None:
