@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from fastserve.core.policies.protocol import Coldness, Policy
+from fastserve.core.policies.protocol import Policy
 from fastserve.core.request import Request
 
 NUM_RANKED_PER_PLAN = 64
@@ -21,7 +21,7 @@ class VictimRanking:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._ranked: list[tuple[Coldness, int, Request]] = []
+        self._ranked: list[Request] = []
         self._num_plans_left = 0
         self._is_fresh = False
         self._now = 0.0
@@ -54,7 +54,7 @@ class VictimRanking:
         """Return the coldest holder, the youngest among equals."""
         while True:
             while self._ranked:
-                request = self._ranked[-1][2]
+                request = self._ranked[-1]
                 if self._may_lose(request) and request.handle not in excluded:
                     return request
                 self._ranked.pop()
@@ -65,9 +65,8 @@ class VictimRanking:
     def _rank(self, excluded: Collection[int], holders: Iterable[Request]) -> None:
         coldness, now = self._policy.coldness, self._now
         self._ranked = sorted(
-            (coldness(request, now), request.handle, request)
-            for request in holders
-            if self._may_lose(request) and request.handle not in excluded
+            (r for r in holders if self._may_lose(r) and r.handle not in excluded),
+            key=lambda request: (*coldness(request, now), request.handle),
         )
         self._is_fresh = True
         self._num_plans_left = len(self._ranked) // NUM_RANKED_PER_PLAN

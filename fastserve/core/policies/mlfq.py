@@ -107,28 +107,29 @@ class MLFQ:
 
     def advance(self, now: float) -> None:
         """Promote those that have not run for the starvation limit to the tail of level 0."""
-        deadlines = self._deadlines
+        limit, deadlines, top = self._starvation_limit, self._deadlines, self._queues[0]
         in_flight: list[int] = []
         for _ in range(MAX_CHECKS_PER_PLAN):
-            due, handle = deadlines.first()
-            if due > now:
+            entry = deadlines.pop(now)
+            if entry is None:
                 break
+            due, handle = entry
             account = self._accounts[handle]
-            request = self._queues[account.level][handle]
-            deadline = request.last_ran_at + self._starvation_limit
+            queue = self._queues[account.level]
+            request = queue[handle]
+            deadline = request.last_ran_at + limit
             if deadline > due:  # even if it is late again, others are later
                 deadlines.put(handle, deadline)
-                continue
-            deadlines.discard(handle)
-            if request.steps_in_flight:
+            elif request.steps_in_flight:
                 in_flight.append(handle)
-                continue
-            self._leave(request, account.level)
-            account.level, account.begun_at_s = 0, request.attained_s
-            self._join(request, 0)
-            self._num_promotions += 1
+            else:
+                del queue[handle]
+                top[handle] = request
+                account.level, account.begun_at_s = 0, request.attained_s
+                self._fall_s = None
+                self._num_promotions += 1
         for handle in in_flight:
-            deadlines.put(handle, now + self._starvation_limit)
+            deadlines.put(handle, now + limit)
 
     def next_event(self, now: float) -> float:
         """Return the earliest time at which a request might starve."""
@@ -192,8 +193,8 @@ class MLFQ:
     def _join(self, request: Request, level: int) -> None:
         """Join the tail of a level."""
         self._fall_s = None
-        self._quanta.reach(level)
         while len(self._queues) <= level:
+            self._quanta.reach(level)
             self._queues.append({})
         self._queues[level][request.handle] = request
 

@@ -68,6 +68,16 @@ class Deadlines:
         """Take a deadline out and return it; None if there is none."""
         return self._due.pop(handle, None)
 
+    def pop(self, now: float) -> tuple[float, int] | None:
+        """Take out the earliest deadline and return it with its handle; None if none is due."""
+        heap, deadlines = self._heap, self._due
+        while heap and heap[0][0] <= now:
+            entry = heapq.heappop(heap)
+            if deadlines.get(entry[1]) == entry[0]:
+                del deadlines[entry[1]]
+                return entry
+        return None
+
     def first(self) -> tuple[float, int]:
         """Return the earliest deadline and its handle, (inf, -1) where there are none."""
         heap, due = self._heap, self._due

@@ -155,15 +155,14 @@ class PriorityClasses:
     def _lift_waiting(self, now: float) -> None:
         """Lift by one class each that has waited for `aging_s` in its present one."""
         looked_at: list[int] = []
-        while self._deadlines.first()[0] <= now:
-            _, handle = self._deadlines.first()
+        while (entry := self._deadlines.pop(now)) is not None:
+            _, handle = entry
             request = self._members[handle]
             position = self._ranks.index(self._class_of[handle])
             waits_until = request.last_ran_at + self._aging_s
             if handle not in self._lifted and waits_until > now:
                 self._deadlines.put(handle, waits_until)
                 continue
-            self._deadlines.discard(handle)
             looked_at.append(handle)
             if position > 0 and not request.steps_in_flight:
                 self._lifted.add(handle)

@@ -14,6 +14,11 @@ HANDLES = st.integers(0, 9)
 TIMES = st.integers(0, 6)
 
 
+def turned(item: tuple[int, float]) -> tuple[float, int]:
+    """Return a deadline before its handle."""
+    return item[1], item[0]
+
+
 @given(st.lists(st.tuples(st.sampled_from(("put", "discard", "pop")), HANDLES, TIMES)))
 def test_deadlines_are_a_dict_that_is_searched(events: list[tuple[str, int, int]]) -> None:
     """The first is the least (due, handle) of those set last, whatever was set before."""
@@ -25,10 +30,13 @@ def test_deadlines_are_a_dict_that_is_searched(events: list[tuple[str, int, int]
         elif kind == "discard":
             assert deadlines.discard(handle) == naive.pop(handle, None)
         elif naive:
-            _, first = deadlines.first()
-            deadlines.discard(first)
-            del naive[first]
-        least = min(((due, handle) for handle, due in naive.items()), default=(math.inf, -1))
+            entry = deadlines.pop(due)
+            assert entry == min(
+                (item for item in map(turned, naive.items()) if item[0] <= due), default=None
+            )
+            if entry is not None:
+                del naive[entry[1]]
+        least = min(map(turned, naive.items()), default=(math.inf, -1))
         assert deadlines.first() == least
         assert len(deadlines) == len(naive)
 
