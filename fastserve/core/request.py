@@ -269,14 +269,14 @@ class Request:
         self.output_token_ids.append(token_id)
         self.num_tokens += 1
 
-    def block_hash(self, index: int, block_size: int, salt: bytes) -> bytes:
+    def block_hash(self, index: int, block_size: int) -> bytes:
         """Return the chained sha256 over the ids of blocks 0..index, which must all be known."""
         hashes = self.block_hashes
         if len(hashes) <= index:
             first = len(hashes) * block_size
             ids = memoryview(array("q", self.token_ids(first, (index + 1) * block_size))).cast("B")
             num_bytes = 8 * block_size
-            previous = hashes[-1] if hashes else salt
+            previous = hashes[-1] if hashes else b""
             for start in range(0, len(ids), num_bytes):
                 digest = hashlib.sha256(previous)
                 digest.update(ids[start : start + num_bytes])

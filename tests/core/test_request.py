@@ -61,14 +61,14 @@ def test_hashes_do_not_depend_on_how_ids_are_held() -> None:
             max_output_tokens=9,
         )
     )
-    assert len({request.block_hash(1, 4, b"salt") for request in requests}) == 1
-    assert requests[0].block_hash(0, 4, b"salt") != requests[0].block_hash(1, 4, b"salt")
+    assert len({request.block_hash(1, 4) for request in requests}) == 1
+    assert requests[0].block_hash(0, 4) != requests[0].block_hash(1, 4)
 
 
 def test_hashes_of_a_workload_are_believed() -> None:
     """Hashes that come with the request are used as they are."""
     request = make_request(block_hashes=[b"a", b"b"])
-    assert request.block_hash(1, 4, b"") == b"b"
+    assert request.block_hash(1, 4) == b"b"
 
 
 @pytest.mark.parametrize(

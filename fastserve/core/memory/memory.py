@@ -62,7 +62,6 @@ class KVCacheManager:
         max_tables: int | None = None,
         num_resident_blocks: int | None = None,
         enable_prefix_caching: bool = False,
-        salt: bytes = b"",
     ) -> None:
         self.pool = pool
         self.block_size = block_size
@@ -71,7 +70,6 @@ class KVCacheManager:
         self._eviction = eviction
         self._max_tables = max_tables
         self._enable_prefix_caching = enable_prefix_caching
-        self._salt = salt
         self._tables: dict[BlockTable, Request] = {}
         self._num_leaving = 0
         self._num_closed = 0
@@ -194,7 +192,7 @@ class KVCacheManager:
             return []
         blocks: list[Block] = []
         for index in range((request.num_tokens - 1) // self.block_size):
-            block = self.pool.find(request.block_hash(index, self.block_size, self._salt))
+            block = self.pool.find(request.block_hash(index, self.block_size))
             if block is None:
                 break
             blocks.append(block)
@@ -209,7 +207,7 @@ class KVCacheManager:
         if num_full <= table.num_published:
             return
         if self._enable_prefix_caching:
-            request.block_hash(num_full - 1, self.block_size, self._salt)  # and all before it
+            request.block_hash(num_full - 1, self.block_size)  # and all before it
             for index in range(table.num_published, num_full):
                 self.pool.publish(table.blocks[index], request.block_hashes[index])
         table.num_published = num_full

@@ -93,13 +93,31 @@ def test_ideal_moves_kv_for_nothing() -> None:
     stats = harness.scheduler.stats()
     assert stats.num_preemptions > 0
     assert stats.num_recomputed_tokens == 0
+    assert max(blocks_held(harness)) <= 18
+
+
+def blocks_held(harness: Harness) -> list[int]:
+    """Return, for each plan, the blocks that its requests hold together."""
     tables: dict[int, int] = {}
+    held = []
     for plan in harness.executor.plans:
         for work in plan.work:
-            tables[work.handle] = (
-                work.table_from + len(work.block_ids) if work.block_ids else (tables[work.handle])
-            )
-        assert sum(tables[work.handle] for work in plan.work) <= 18
+            if work.block_ids:
+                tables[work.handle] = work.table_from + len(work.block_ids)
+        held.append(sum(tables[work.handle] for work in plan.work))
+    return held
+
+
+@pytest.mark.parametrize("mode", ["recompute", "defer"])
+def test_what_a_step_may_hold_goes_with_any_mode(mode: str) -> None:
+    """Its limit and what may be taken from which request are parts that know nothing of another."""
+    config = small_config(scheduling_policy="mlfq", preemption_mode=mode, starvation_limit=5.0)
+    harness = Harness(config, 18, step_s=one_second)
+    harness.scheduler.cache.num_resident_blocks = 10
+    for handle in range(6):
+        harness.add(prompt_of(handle, 20), 16)
+    harness.drain()
+    assert 5 < max(blocks_held(harness)) <= 10
 
 
 def test_the_budget_earns_a_share_and_works_off_its_debt() -> None:

@@ -21,9 +21,7 @@ def make_request(handle: int, prompt: list[int], **params: int) -> Request:
     return Request(Handle(handle), arrival, max_output_tokens=8)
 
 
-def make_cache(
-    num_blocks: int = 8, *, is_enabled: bool = True, salt: bytes = b""
-) -> KVCacheManager:
+def make_cache(num_blocks: int = 8, *, is_enabled: bool = True) -> KVCacheManager:
     """Return a manager over an empty pool that lets no request without KV take any."""
     return KVCacheManager(
         BlockPool(num_blocks),
@@ -31,7 +29,6 @@ def make_cache(
         VictimRanking(FCFS()),
         Defer(),
         enable_prefix_caching=is_enabled,
-        salt=salt,
     )
 
 
@@ -60,15 +57,13 @@ def test_a_hit_leaves_a_token_to_compute(length: int, num_hits: int) -> None:
 
 
 def test_what_must_not_hit() -> None:
-    """Other ids, another salt, caching off and scored prompts find nothing."""
+    """Other ids, caching off and scored prompts find nothing."""
     cache = make_cache()
     first = make_request(0, list(range(9)))
     compute(cache, first, 9)
     assert cache.probe(make_request(1, list(range(9))))
     assert not cache.probe(make_request(2, [9, *range(1, 9)]))
     assert not cache.probe(make_request(3, list(range(9)), prompt_logprobs=0))
-    hashes = [make_request(4, list(range(9))).block_hash(0, BLOCK_SIZE, s) for s in (b"", b"x")]
-    assert hashes[0] != hashes[1]
     disabled = make_cache(is_enabled=False)
     compute(disabled, make_request(5, list(range(9))), 9)
     assert not disabled.probe(make_request(6, list(range(9))))
