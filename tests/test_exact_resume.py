@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from fastserve.executor import local
 from fastserve.llm import LLM
 from fastserve.offline.output import RequestOutput
 from fastserve.offline.sampling_params import SamplingParams
@@ -33,6 +35,12 @@ def prompts() -> list[list[int]]:
         (shared[: length // 2] + [rng.randrange(2, VOCAB_SIZE) for _ in range(length)])[:length]
         for length in PROMPT_LENGTHS
     ]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every KV block that belongs to no request be NaN."""
+    monkeypatch.setattr(local, "LocalExecutor", partial(local.LocalExecutor, is_poisoned=True))
 
 
 def assert_preempted(outputs: list[RequestOutput]) -> None:

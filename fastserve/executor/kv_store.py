@@ -1,14 +1,11 @@
 """KVStore: the owner of the KV tensors, and how many blocks there are.
 
 Rules: one tensor per tier, block-major. Memory is mapped as it is first touched, so that a large
-pool costs nothing until it is used. With poisoning (tests) every block is NaN until it enters a
-table, so that a read of a block of no request shows.
-Must not know: which request owns a block.
+pool costs nothing until it is used. Must not know: which request owns a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,35 +44,14 @@ class KVStore:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        is_poisoned: bool = False,
     ) -> None:
         num_layers, num_kv_heads, head_dim = kv_shape
         shape = (num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)
         self.device = PagedKV(_lazy_zeros(shape, dtype, device))
-        self.is_poisoned = is_poisoned
-        if is_poisoned:
-            self.device.tensor.fill_(torch.nan)
-
-    def admit(self, block_ids: Sequence[int]) -> None:
-        """Blank poisoned blocks that enter a table.
-
-        Unwritten slots of a block in use get weight zero, and zero times NaN would be NaN.
-        """
-        if not self.is_poisoned:
-            return
-        for block_id in block_ids:
-            block = self.device.tensor[block_id]
-            if bool(block.isnan().all()):
-                block.zero_()
 
     def touch(self, num_blocks: int) -> None:
         """Make the first blocks real memory: unmapped zero pages are faster than any KV."""
         self.device.tensor[:num_blocks].zero_()
-
-    def poison(self, block_ids: Sequence[int]) -> None:
-        """Make blocks unreadable: what reads them computes NaN."""
-        for block_id in block_ids:
-            self.device.tensor[block_id].fill_(torch.nan)
 
 
 def room_for_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -> int:

@@ -105,14 +105,19 @@ class RequestTable:
         self.presence[row] = params.presence_penalty
         self.frequency[row] = params.frequency_penalty
 
-    def forget(self, handle: Handle) -> list[int]:
-        """Drop a request, if it is known; returns the blocks its table named."""
+    def forget(self, handle: Handle) -> None:
+        """Drop a request, if it is known."""
         state = self._states.pop(handle, None)
+        if state is not None:
+            self._free_rows.append(state.row)
+
+    def named(self, handle: Handle) -> tuple[list[int], int]:
+        """Return the blocks that a request's table names, and how many of its ids are known."""
+        state = self._states.get(handle)
         if state is None:
-            return []
-        self._free_rows.append(state.row)
+            return [], 0
         blocks: list[int] = self.blocks[state.row, : self.num_blocks[state.row]].tolist()
-        return blocks
+        return blocks, len(state.token_ids)
 
     def advance(self, work: Work) -> RequestState:
         """Take in what a plan says of one request: new ids and changes of its block table."""

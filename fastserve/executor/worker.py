@@ -25,6 +25,7 @@ from fastserve.executor.cuda_graphs import CudaCapture
 from fastserve.executor.facts import RankFacts
 from fastserve.executor.kv_store import KVShape, KVStore, room_for_blocks
 from fastserve.executor.model_runner import ModelRunner
+from fastserve.executor.poison import Poison
 from fastserve.executor.request_table import RequestTable
 from fastserve.model.families.architectures import Network, load_network
 from fastserve.model.loader import open_weights
@@ -54,6 +55,7 @@ class Worker:
         self.choices = choices
         self.device = choices.device
         self.is_poisoned = is_poisoned
+        self.poison: Poison | None = None
         self.is_async = self.device.type == "cuda" if is_async is None else is_async
         self.kv_shape = KVShape(
             model_config.num_layers, model_config.num_kv_heads, model_config.head_dim
@@ -96,8 +98,13 @@ class Worker:
             block_size=self.config.block_size,
             dtype=self.choices.dtype,
             device=self.device,
-            is_poisoned=self.is_poisoned,
         )
+        if self.is_poisoned:
+            self.poison = Poison(
+                self.kv.device.tensor,
+                self.config.block_size,
+                spares_full_blocks=self.config.enable_prefix_caching,
+            )
         self.runner = self._make_runner(on_progress)
 
     @torch.inference_mode()
@@ -143,14 +150,16 @@ class Worker:
         if plan.copies:
             raise RuntimeError("a plan moves KV, and there is no host tier")
         for handle in plan.forget:
-            self.table.forget(handle)
+            self._forget(handle)
             self._lost.pop(handle, None)
         for new in plan.new_requests:
+            self._forget(new.handle)  # what it was in an earlier epoch
             self.table.add(new)
             self._lost.pop(new.handle, None)
         works = self._without_lost(plan.work) if self._lost else plan.work
-        for work in works:
-            self.kv.admit(work.block_ids)
+        if self.poison is not None:
+            for work in works:
+                self.poison.enter(work)
         states = [self.table.advance(work) for work in works]
         if isinstance(self.runner, AsyncModelRunner) and works:
             step = self.runner.launch(works, states)
@@ -163,9 +172,14 @@ class Worker:
         done = StepDone(plan.step_id, _placed(plan, works, samples), seconds, prompt_logprobs)
         return lambda: done
 
+    def _forget(self, handle: Handle) -> None:
+        if self.poison is not None:
+            self.poison.leave(handle, *self.table.named(handle))
+        self.table.forget(handle)
+
     def _lose(self, plan: SchedulerOutput) -> None:
         for work in plan.work:
-            self.table.forget(work.handle)
+            self._forget(work.handle)
             self._lost[work.handle] = work.epoch
 
     def _without_lost(self, works: Sequence[Work]) -> Sequence[Work]:

@@ -45,11 +45,9 @@ def test_blocks_by_memory(monkeypatch):
         room()
 
 
-def make_store(num_blocks, **settings) -> KVStore:
+def make_store(num_blocks) -> KVStore:
     """Return a pool of the test's shape."""
-    return KVStore(
-        SHAPE, num_blocks=num_blocks, block_size=16, dtype=torch.float32, device=CPU, **settings
-    )
+    return KVStore(SHAPE, num_blocks=num_blocks, block_size=16, dtype=torch.float32, device=CPU)
 
 
 def resident_bytes() -> int:
@@ -67,20 +65,3 @@ def test_a_large_pool_costs_nothing_until_used():
     assert not store.device.tensor[::9999].any()
     store.touch(10_000)
     assert resident_bytes() - before > 50_000_000
-
-
-def test_poison():
-    """Poisoned blocks are blanked as they enter a table, blocks in use keep their content."""
-    store = make_store(4, is_poisoned=True)
-    assert store.device.tensor.isnan().all()
-    store.admit([1, 2])
-    assert not store.device.tensor[1:3].any()
-    store.device.tensor[2] = 3.0
-    store.admit([2])
-    assert (store.device.tensor[2] == 3.0).all()
-    store.poison([2])
-    assert store.device.tensor[2].isnan().all()
-    healthy = make_store(2)
-    healthy.device.tensor[1] = torch.nan
-    healthy.admit([1])
-    assert healthy.device.tensor[1].isnan().all()  # only tests poison

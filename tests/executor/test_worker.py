@@ -250,7 +250,8 @@ def test_reading_a_strangers_block_shows(llama):
     new = NewRequest(Handle(0), 0, 12, params, ())
     first = make_work(num_tokens=11, token_ids=tuple(prompt[:11]), block_ids=(3, 4), sample=False)
     worker.execute(SchedulerOutput(0, (new,), (first,)))
-    worker.kv.poison([3])
+    assert worker.poison is not None
+    worker.poison.spoil(3)
     second = make_work(start=11, token_ids=(prompt[11],))
     with pytest.raises(RuntimeError, match="not numbers"):
         worker.execute(SchedulerOutput(1, (), (second,)))
