@@ -7,7 +7,7 @@ from tests.core.harness import Harness, small_config
 
 
 def served(harness: Harness) -> list[set[int]]:
-    """Return who was in each plan."""
+    """Return the requests of each plan."""
     return [{work.handle for work in plan.work} for plan in harness.executor.plans]
 
 
@@ -22,7 +22,7 @@ def test_orca_reserves_the_longest_output() -> None:
     assert harness.scheduler.stats().num_recomputed_tokens == 0
 
 
-def test_static_batches_let_nobody_in() -> None:
+def test_static_batches_admit_no_other() -> None:
     """Places that come free stay empty until the longest of the batch has ended."""
     config = small_config(scheduling_policy="static", max_num_seqs=2)
     harness = Harness(config, 64, step_s=one_second)

@@ -8,7 +8,7 @@ from tests.core.builders import admit, make_request, order, run
 
 
 def test_order_is_arrival_whatever_happens() -> None:
-    """Running, ending and coming back from elsewhere do not change who came first."""
+    """Running, ending and coming back from elsewhere do not change the order of arrival."""
     policy = FCFS()
     requests = [make_request(handle) for handle in range(5)]
     admit(policy, requests)

@@ -100,7 +100,7 @@ def test_the_quantum_is_billed_over_steps_and_starts_anew_below() -> None:
 
 
 def test_everyone_in_a_step_is_billed_all_of_it() -> None:
-    """A decode beside a stranger's long prefill pays for the step, as in the paper."""
+    """A decode beside another request's long prefill pays for the step, as in the paper."""
     policy = make_policy()
     decode, prefill = make_request(0, 2), make_request(1, 60)
     admit(policy, [decode, prefill])
@@ -126,7 +126,7 @@ def test_demotion_skips_levels_that_cannot_hold_the_next_chunk() -> None:
 
 
 def test_first_in_first_out_within_a_level_and_demotion_to_its_tail() -> None:
-    """A level is a queue: arrivals and the demoted go to the tail, running moves nobody."""
+    """A level is a queue: arrivals and the demoted go to the tail, running moves none."""
     policy = make_policy()
     first, second, third = make_request(0, 2), make_request(1, 6), make_request(2, 6)
     admit(policy, [first, second, third])
@@ -189,7 +189,7 @@ def test_who_waits_longest_is_promoted_first() -> None:
 
 
 def test_a_request_in_flight_does_not_starve() -> None:
-    """Whoever computes at this moment is not promoted, however long the step takes."""
+    """A request that computes at this moment is not promoted, however long the step takes."""
     policy = make_policy(starvation_limit=1.0)
     request = make_request(0, 60)
     admit(policy, [request])

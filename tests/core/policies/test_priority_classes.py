@@ -183,7 +183,7 @@ def test_a_lift_keeps_the_level_and_what_is_used_of_its_quantum() -> None:
 
 
 def test_one_class_is_the_inner_policy() -> None:
-    """Where nobody asks for priorities, there is nothing between the scheduler and the policy."""
+    """Where all have one priority, there is nothing between the scheduler and the policy."""
     policy, bare = PriorityClasses(make_mlfq, AGING), make_mlfq()
     requests = admit(policy, [7, 7, 7])
     builders.admit(bare, requests)
@@ -203,7 +203,7 @@ def test_one_class_is_the_inner_policy() -> None:
 
 
 def test_those_who_came_before_the_second_class_age_too() -> None:
-    """Aging begins with the second class, for everybody."""
+    """Aging begins with the second class, for all requests."""
     policy = PriorityClasses(FCFS, AGING)
     low = make_request(0, 5)
     builders.admit(policy, [low], 0.0)
