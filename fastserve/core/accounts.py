@@ -58,6 +58,9 @@ class Accounts:
 
     def computed(self, request: Request, before: int, end: int) -> bool:
         """Note that positions [before, end) have KV; return whether any never had it before."""
+        if end > before == request.max_computed_tokens >= request.num_prompt_tokens:
+            request.max_computed_tokens = end  # the common case: a decode that repeats nothing
+            return True
         counters = self.counters
         if before < request.num_prompt_tokens:
             counters.num_computed_prompt_tokens += min(end, request.num_prompt_tokens) - before

@@ -232,6 +232,7 @@ class Scheduler:
         ran: list[Request] = []
         samples, device_s = iter(done.samples), done.device_s
         eos_token_ids = self.config.eos_token_ids
+        advance, computed = self.cache.advance, self._accounts.computed
         has_progress = False
         for request, table, work in flight:
             sample = next(samples) if work.sample else None
@@ -240,8 +241,8 @@ class Scheduler:
             request.attained_s += device_s
             before = request.num_computed_tokens
             end = before + work.num_tokens
-            self.cache.advance(request, table, end)
-            has_progress |= self._accounts.computed(request, before, end)
+            advance(request, table, end)
+            has_progress |= computed(request, before, end)
             scored = new_scores(request, work.start, done) if work.logits == "all" else ()
             if sample is not None:
                 token_id = sample.token_id
