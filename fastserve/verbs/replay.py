@@ -118,11 +118,8 @@ def _fresh(fields: Sequence[Any]) -> Scheduler:
         raise ConfigError(f"a journal of another format: {number}, not {FORMAT}")
     settings, costs, num_device_blocks = fields[1:]
     settings = settings | {"eos_token_ids": frozenset(settings["eos_token_ids"])}
-    # An engine preset's costs have fields of their own, which only its device asks.
-    known = {spec.name for spec in dataclasses.fields(CostModel)}
-    cost_model = CostModel(**{name: value for name, value in costs.items() if name in known})
     try:
-        return build_scheduler(SchedulerConfig(**settings), cost_model, num_device_blocks)
+        return build_scheduler(SchedulerConfig(**settings), CostModel(**costs), num_device_blocks)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

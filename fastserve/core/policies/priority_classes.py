@@ -87,7 +87,7 @@ class PriorityClasses:
     def next_event(self, now: float) -> float:
         """Return the earliest time at which a class changes, or a request might be lifted."""
         inner = (policy.next_event(now) for policy in self._classes.values())
-        return min(self._deadlines.first()[0], *inner)
+        return min((self._deadlines.first()[0], *inner))
 
     def ordered(self) -> Iterator[Request]:
         """Yield class by class."""

@@ -228,3 +228,8 @@ def test_nothing_is_left_of_those_who_ended() -> None:
     assert not policy._members
     assert not policy._class_of
     assert not policy._lifted
+
+
+def test_without_requests_time_changes_nothing() -> None:
+    """Before the first request there is no class, and nothing to wake for."""
+    assert PriorityClasses(FCFS, AGING).next_event(1.0) == float("inf")
