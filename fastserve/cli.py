@@ -22,6 +22,7 @@ from fastserve.host.streams import (
     abandon_output,
     as_text,
     give_up,
+    interrupts_end_at_once,
     prepare_streams,
     require_working_directory,
 )
@@ -196,9 +197,10 @@ def serve(settings: Settings) -> int:
     config, server_config = settings.build(EngineConfig), settings.build(ServerConfig)
     if server_config.log_level in ("debug", "info"):
         announce(config)
-    from fastserve import launch
+    with interrupts_end_at_once():
+        from fastserve import launch
 
-    return launch.serve(config, server_config)
+        return launch.serve(config, server_config)
 
 
 def announce(config: EngineConfig) -> None:

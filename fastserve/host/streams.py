@@ -6,11 +6,13 @@ checked where it is used. Must not know: verbs.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 from fastserve.settings.option import ConfigError
@@ -68,8 +70,21 @@ def give_up() -> None:
     """End worker processes, and let a second Ctrl-C cut off what the first leaves to clean up."""
     for child in multiprocessing.active_children():
         child.terminate()
+    signal.signal(signal.SIGINT, _end)
 
-    def end(*_: object) -> NoReturn:
-        os._exit(EXIT_INTERRUPTED)
 
-    signal.signal(signal.SIGINT, end)
+@contextlib.contextmanager
+def interrupts_end_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process where it stands, until another handler is set.
+
+    As an exception it can be lost: libraries that are being imported swallow it here and there.
+    """
+    previous = signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _end(*_: object) -> NoReturn:
+    os._exit(EXIT_INTERRUPTED)
