@@ -77,7 +77,7 @@ def give_up() -> None:
 def interrupts_end_at_once() -> Iterator[None]:
     """Let Ctrl-C end the process where it stands, until another handler is set.
 
-    As an exception it can be lost: libraries that are being imported swallow it here and there.
+    There is nothing yet to clean up, and an exception would pass through half-made imports.
     """
     previous = signal.signal(signal.SIGINT, _end)
     try:
