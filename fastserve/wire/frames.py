@@ -24,11 +24,6 @@ def encode_frame(message: msgspec.Struct) -> bytes:
     return LENGTH.pack(len(payload)) + payload
 
 
-def payload_of(frame: bytes) -> bytes:
-    """Return what a frame carries."""
-    return frame[LENGTH.size :]
-
-
 def read_frame(stream: BinaryIO) -> bytes | None:
     """Return the next payload of a blocking stream; None when it has ended."""
     header = stream.read(LENGTH.size)

@@ -22,7 +22,7 @@ from fastserve.wire.engine_messages import (
     Updates,
     decode_command,
 )
-from fastserve.wire.frames import payload_of
+from tests.framing import payload_of
 
 INFO = EngineInfo(
     model="m", max_model_len=64, max_request_tokens=64, vocab_size=9, block_size=4,

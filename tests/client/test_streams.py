@@ -11,9 +11,10 @@ from fastserve.core.request import Arrival, FinishReason, Handle, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.sim.clock import VirtualClock
 from fastserve.wire.engine_messages import Abort, Add, Finish, RequestNumber, decode_command
-from fastserve.wire.frames import encode_frame, payload_of
+from fastserve.wire.frames import encode_frame
 from tests.core.harness import UNIT_COST, small_config
 from tests.fake_executor import FakeExecutor
+from tests.framing import payload_of
 
 
 class Owner:

@@ -37,8 +37,9 @@ from fastserve.wire.engine_messages import (
     decode_command,
     decode_event,
 )
-from fastserve.wire.frames import encode_frame, payload_of
+from fastserve.wire.frames import encode_frame
 from tests.core.arrivals import arrivals
+from tests.framing import payload_of
 
 METRICS = RequestMetrics(
     arrival=1.5, first_scheduled=None, first_token=2.0, finished=3.0, queue_s=0.1,

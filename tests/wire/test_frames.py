@@ -9,7 +9,8 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.wire.frames import encode_frame, payload_of, read_frame, receive_frame
+from fastserve.wire.frames import encode_frame, read_frame, receive_frame
+from tests.framing import payload_of
 
 
 class Said(msgspec.Struct, frozen=True, tag="said"):
