@@ -66,7 +66,7 @@ def load_traces(lab: Lab) -> dict[str, Workload]:
 
 
 def prepared(name: str, trace: Workload) -> Workload:
-    """Return lengths and arrivals alone: no prefix reuse, no sessions, no clock of 3 s."""
+    """Return lengths, arrivals and clients: no prefix reuse, no sessions, no clock of 3 s."""
     plain = dataclasses.replace(trace, hash_ids=None, session_id=None, think_s=None, source=None)
     if name == "mooncake_conv":
         plain = jittered(np.random.default_rng(0), plain, 3.0)

@@ -92,8 +92,9 @@ def make_report(
         "wall_s": wall_s,
         "journal_sha256": journal_sha256,
     }
-    if workload.source is not None:
-        report["by_source"] = by_source(by_name, workload.source)
+    source = workload.source or workload.client
+    if source is not None:
+        report["by_source"] = by_source(by_name, source)
     return report
 
 

@@ -104,6 +104,7 @@ class _Run:
         self._prompts = workload.prompts()
         self._output_tokens = workload.output_tokens.tolist()
         self._params = self._sampling_params()
+        self._clients = workload.client or ("",) * len(workload)
         self._ends: dict[int, int] = {}
         self._lengths: dict[int, int] = {}
         self._rows: list[int] = []  # by handle
@@ -176,6 +177,7 @@ class _Run:
                 self._params[row],
                 age_s=self._clock.time - due,
                 block_hashes=self._prompts.block_hashes(row, self._block_size) or (),
+                client=self._clients[row],
             )
         )
         assert added == handle

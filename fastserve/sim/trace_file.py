@@ -1,8 +1,8 @@
 """Reads traces: `.csv`, `.csv.gz`, `.jsonl`, `.jsonl.gz` with one request a row.
 
-Columns `arrived_at,prompt_tokens,output_tokens`, and where they are present `max_tokens`, `source`
-or `client_id`, `hash_ids`, `session_id` and `think_s`; others are passed over. Rules: whatever is
-wrong is one line that names the file and the row; nothing is repaired in silence.
+Columns `arrived_at,prompt_tokens,output_tokens`, and where they are present `max_tokens`,
+`client_id`, `source`, `hash_ids`, `session_id` and `think_s`; others are passed over. Rules:
+whatever is wrong is one line that names the file and the row; nothing is repaired in silence.
 Must not know: what the trace is for.
 """
 
@@ -23,7 +23,8 @@ import numpy as np
 from fastserve.sim.workload import HASH_ID_TOKENS, Workload, WorkloadError
 
 NUMBERS = ("arrived_at", "prompt_tokens", "output_tokens")
-SOURCES = ("source", "client_id")
+LABELS = {"client_id": "client", "source": "source"}
+"""Columns of text, and what a Workload calls them."""
 
 
 def read_trace(path: Path, num_requests: int | None = None) -> Workload:
@@ -79,9 +80,9 @@ def _checked(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         values["max_tokens"] = _count(row["max_tokens"], "max_tokens", where)
         if values["max_tokens"] < values["output_tokens"]:
             raise WorkloadError(f"{where}: output_tokens exceed max_tokens")
-    source = next((name for name in SOURCES if row.get(name) is not None), None)
-    if source is not None:
-        values["source"] = str(row[source])
+    for column, name in LABELS.items():
+        if row.get(column) is not None:
+            values[name] = str(row[column])
     if row.get("hash_ids") is not None:
         values["hash_ids"] = _hash_ids(row["hash_ids"], values["prompt_tokens"], where)
     if row.get("session_id") is not None:
@@ -140,13 +141,17 @@ def _workload(columns: Mapping[str, list[Any]], path: Path) -> Workload:
     def ints(name: str) -> Any:
         return np.array(columns[name], np.int64) if name in columns else None
 
+    def values(name: str) -> Any:
+        return tuple(columns[name]) if name in columns else None
+
     return Workload(
         arrived_at=np.array(columns["arrived_at"], np.float64),
         prompt_tokens=ints("prompt_tokens"),
         output_tokens=ints("output_tokens"),
         max_tokens=ints("max_tokens"),
-        source=tuple(columns["source"]) if "source" in columns else None,
-        hash_ids=tuple(columns["hash_ids"]) if "hash_ids" in columns else None,
+        client=values("client"),
+        source=values("source"),
+        hash_ids=values("hash_ids"),
         session_id=ints("session_id"),
         think_s=np.array(columns["think_s"], np.float64) if "think_s" in columns else None,
     )

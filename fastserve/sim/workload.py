@@ -1,7 +1,7 @@
 """A workload: when requests arrive and how long their prompts and answers are.
 
-Rules: columns of numbers, no text; rows in order of arrival. Every transformation returns a new
-workload. Must not know: where the numbers come from, what serves them.
+Rules: columns of numbers and labels, no text; rows in order of arrival. Every transformation
+returns a new workload. Must not know: where the numbers come from, what serves them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ class WorkloadError(ConfigError):
 class Workload:
     """One row per request; optional columns are None where the workload does not have them.
 
-    `source` groups rows in the report. Equal `hash_ids` mean equal prompt blocks behind equal
-    beginnings. Rows of one `session_id` are the turns of a conversation, in order, each thought
-    about for `think_s` after the answer before it.
+    `client` is who asks, which policies may know; `source` groups rows in the report, where it
+    stands in for `client`. Equal `hash_ids` mean equal prompt blocks behind equal beginnings. Rows
+    of one `session_id` are the turns of a conversation, in order, each thought about for `think_s`
+    after the answer before it.
     """
 
     arrived_at: Floats
     prompt_tokens: Ints
     output_tokens: Ints
     max_tokens: Ints | None = None
+    client: tuple[str, ...] | None = None
     source: tuple[str, ...] | None = None
     hash_ids: tuple[tuple[int, ...], ...] | None = None
     session_id: Ints | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,6 +80,13 @@ def test_sources_are_reported_apart():
     assert {name: part["completed"] for name, part in parts.items()} == {"l": 1, "s": 2}
     weighted = (2 * parts["s"]["jct_s"]["mean"] + parts["l"]["jct_s"]["mean"]) / 3
     assert weighted == pytest.approx(got["jct_s"]["mean"])
+
+
+def test_clients_are_reported_apart_where_there_is_no_source():
+    """A source says more of a row than who asked."""
+    workload = make_workload((0.0, 8, 4), (9.0, 8, 4), client=("13", "2"))
+    assert set(report(workload)["by_source"]) == {"13", "2"}
+    assert set(report(replace(workload, source=("s", "s")))["by_source"]) == {"s"}
 
 
 def test_dropped_rows_are_requests_that_were_not_completed():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fastserve.core.journal import Journal
+from fastserve.core.policies.fcfs import FCFS
 from fastserve.sim import generators
 from fastserve.sim.config import SIMULATED_POLICIES, SIMULATED_PREEMPTION_MODES
 from fastserve.sim.report import alone_s
@@ -193,6 +194,32 @@ def test_a_limit_of_its_own_is_what_orca_reserves():
     assert long.peak_live_requests == 1
     assert short.peak_live_requests == 2
     assert short.finished_at.max() < long.finished_at.max()
+
+
+class Clients(FCFS):
+    """FCFS that notes who asks with a prompt of which length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def admit(self, request, now) -> None:
+        """Note it."""
+        super().admit(request, now)
+        self.seen.append((request.client, request.num_prompt_tokens))
+
+
+def test_the_policy_is_told_who_asks():
+    """By row, also where a session's turns come in another order than the rows."""
+    columns = {"session_id": np.array([5, 5, 6]), "think_s": np.array([0.0, 70.0, 0.0])}
+    rows = ((0.0, 8, 4), (0.1, 9, 4), (0.2, 10, 4))
+    policy = Clients()
+    workload = make_workload(*rows, client=("a", "b", "c"), **columns)
+    checked(small_config(), MACHINE, workload, policy=policy, is_closed_loop=True)
+    assert policy.seen == [("a", 8), ("c", 10), ("b", 9)]
+    nobody = Clients()
+    checked(small_config(), MACHINE, make_workload(*rows), policy=nobody)
+    assert [client for client, _ in nobody.seen] == ["", "", ""]
 
 
 def test_the_same_run_has_the_same_journal():

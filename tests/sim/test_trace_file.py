@@ -51,13 +51,24 @@ def test_jsonl(tmp_path, name):
     assert workload.think_s.tolist() == [0.0, 1.5]
 
 
-def test_client_id_is_a_source_and_max_tokens_a_limit(tmp_path):
-    """Either grouping column will do; a row may carry its own limit."""
+def test_client_id_is_the_client_and_max_tokens_a_limit(tmp_path):
+    """Who asks is not where the row is from; a row may carry its own limit."""
     path = write(tmp_path, "t.csv", f"{HEADER},client_id,max_tokens\n0,3,4,13,9\n")
     workload = read_trace(path)
-    assert workload.source == ("13",)
+    assert workload.client == ("13",)
+    assert workload.source is None
     assert workload.max_tokens is not None
     assert workload.max_tokens.tolist() == [9]
+
+
+def test_a_client_beside_a_source(tmp_path):
+    """Neither hides the other; a number of a JSON line is its digits, an empty one nobody."""
+    path = write(tmp_path, "t.csv", f"{HEADER},source,client_id\n0,3,4,chat,13\n1,3,4,code,\n")
+    workload = read_trace(path)
+    assert workload.client == ("13", "")
+    assert workload.source == ("chat", "code")
+    row = {"arrived_at": 0, "prompt_tokens": 3, "output_tokens": 4, "client_id": 13}
+    assert read_trace(write(tmp_path, "t.jsonl", json.dumps(row))).client == ("13",)
 
 
 def test_only_the_first_rows_are_read(tmp_path):

@@ -27,9 +27,9 @@ def test_rate_of_one_row():
 
 def test_first_rows_carry_every_column():
     """Array columns and tuple columns are cut alike; more than there are is all."""
-    workload = make_workload(*ROWS, source=("a", "b", "c"), hash_ids=((1,), (2,), (3,)))
+    workload = make_workload(*ROWS, client=("a", "b", "c"), hash_ids=((1,), (2,), (3,)))
     first = workload.first(2)
-    assert (len(first), first.source, first.hash_ids) == (2, ("a", "b"), ((1,), (2,)))
+    assert (len(first), first.client, first.hash_ids) == (2, ("a", "b"), ((1,), (2,)))
     assert len(workload.first(99)) == 3
 
 
