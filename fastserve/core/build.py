@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from fastserve.core.cost_model import CostModel
 from fastserve.core.memory.block import BlockPool
@@ -18,11 +19,14 @@ from fastserve.core.policies.artifact_mlfq import (
 )
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.fixed_priority import FixedPriority
+from fastserve.core.policies.hrrn import HighestRatioNext
 from fastserve.core.policies.mlfq import MLFQ
 from fastserve.core.policies.priority_classes import PriorityClasses
 from fastserve.core.policies.protocol import ClassPolicy, Policy
 from fastserve.core.policies.quanta import Quanta, one_level, skip_levels
 from fastserve.core.policies.reservation import WHOLE_IN_ORDER
+from fastserve.core.policies.run_to_completion import RunToCompletion
+from fastserve.core.policies.sjf import MeanAnswer, ShortestJobFirst
 from fastserve.core.policies.srpt import SRPT
 from fastserve.core.policies.static import Static
 from fastserve.core.scheduler import Scheduler
@@ -34,24 +38,41 @@ NUM_BOUNDLESS_BLOCKS = 2**40
 def build_policy(
     config: SchedulerConfig, cost_model: CostModel, lengths: Mapping[int, int] | None = None
 ) -> ClassPolicy:
-    """Return a fresh policy of the configured name.
+    """Return a fresh policy of the configured name, for one priority class on its own.
 
-    `lengths` (handle → output tokens) is the foresight that `srpt` needs. Raises ValueError for an
-    unknown name, or for `srpt` without lengths.
+    Raises ValueError as `policy_factory`.
+    """
+    return policy_factory(config, cost_model, lengths)()
+
+
+def policy_factory(
+    config: SchedulerConfig, cost_model: CostModel, lengths: Mapping[int, int] | None = None
+) -> Callable[[], ClassPolicy]:
+    """Return what makes a policy of the configured name for each priority class.
+
+    What the classes learn together is made here, once. `lengths` (handle → output tokens) is the
+    foresight that `srpt` needs. Raises ValueError for an unknown name, or for `srpt` without
+    lengths.
     """
     match config.scheduling_policy:
         case "fcfs":
-            return FCFS()
+            return FCFS
         case "orca":
-            return FCFS(WHOLE_IN_ORDER)
+            return partial(FCFS, WHOLE_IN_ORDER)
         case "static":
-            return Static(config.max_num_seqs)
+            return partial(Static, config.max_num_seqs)
         case "fixed-priority":
-            return FixedPriority()
+            return FixedPriority
+        case "hrrn":
+            chunk = max_chunk(config)
+            return lambda: RunToCompletion(HighestRatioNext(cost_model, chunk))
+        case "sjf":
+            chunk, mean = max_chunk(config), MeanAnswer()
+            return lambda: RunToCompletion(ShortestJobFirst(cost_model, chunk, mean))
         case "mlfq":
-            return build_mlfq(config, cost_model, skip_join=False)
+            return partial(build_mlfq, config, cost_model, skip_join=False)
         case "skip-join-mlfq":
-            return build_mlfq(config, cost_model, skip_join=True)
+            return partial(build_mlfq, config, cost_model, skip_join=True)
         case "artifact-mlfq":
             settings = replace(
                 config,
@@ -59,11 +80,11 @@ def build_policy(
                 mlfq_quantum_ratio=QUANTUM_RATIO,
                 starvation_limit=STARVATION_LIMIT,
             )
-            return ArtifactMLFQ(
+            return lambda: ArtifactMLFQ(
                 build_mlfq(settings, cost_model, skip_join=True, level_below=one_level)
             )
         case "srpt" if lengths is not None:
-            return SRPT(cost_model, lengths)
+            return partial(SRPT, cost_model, lengths)
     raise ValueError(f"no scheduling policy {config.scheduling_policy!r} can be built here")
 
 
@@ -105,9 +126,8 @@ def build_scheduler(
             f"{config.max_model_len}"
         )
     if policy is None:
-        policy = PriorityClasses(
-            lambda: build_policy(config, cost_model, lengths), config.priority_aging
-        )
+        make_policy = policy_factory(config, cost_model, lengths)
+        policy = PriorityClasses(make_policy, config.priority_aging)
     is_ideal = config.preemption_mode == "ideal"
     cache = KVCacheManager(
         BlockPool(NUM_BOUNDLESS_BLOCKS if is_ideal else num_device_blocks),

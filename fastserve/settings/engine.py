@@ -25,6 +25,8 @@ POLICIES = (
     "skip-join-mlfq",
     "artifact-mlfq",
     "fixed-priority",
+    "hrrn",
+    "sjf",
 )
 PREEMPTION_MODES = ("recompute", "defer")
 

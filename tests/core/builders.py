@@ -52,6 +52,8 @@ def admit(policy: Policy, requests: Sequence[Request], now: float = 0.0) -> None
 def note_step(policy: Policy, requests: Sequence[Request], device_s: float, now: float) -> None:
     """Tell a policy, as the scheduler does, of a step whose tokens are counted already."""
     for request in requests:
+        if request.first_scheduled_at is None:
+            request.first_scheduled_at = now - device_s
         request.attained_s += device_s
         request.last_ran_at = now
     policy.ran(requests, now)

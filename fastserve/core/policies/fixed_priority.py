@@ -21,7 +21,7 @@ class FixedPriority:
     levels = None
 
     def __init__(self) -> None:
-        self._requests = SortedRequests()
+        self._requests: SortedRequests[float] = SortedRequests()
 
     def admit(self, request: Request, now: float) -> None:
         """Insert by prompt length."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from fastserve.core.cost_model import CostModel
-from fastserve.core.policies.parts import Deadlines
+from fastserve.core.policies.parts import Deadlines, uncached_prefill_s
 from fastserve.core.policies.protocol import Coldness, LevelStats
 from fastserve.core.policies.quanta import Quanta, skip_levels
 from fastserve.core.policies.reservation import ON_DEMAND
@@ -75,7 +75,10 @@ class MLFQ:
 
     def admit(self, request: Request, now: float) -> None:
         """Join the level that the prefill time calls for (skip-join), or the highest."""
-        level = self._quanta.holding(self._prefill_s(request)) if self._skip_join else 0
+        level = 0
+        if self._skip_join:
+            prefill_s = uncached_prefill_s(request, self._cost_model, self._max_chunk)
+            level = self._quanta.holding(prefill_s)
         self._accounts[request.handle] = _Account(level, request.attained_s)
         self._join(request, level)
         if level:
@@ -197,11 +200,6 @@ class MLFQ:
             self._quanta.reach(level)
             self._queues.append({})
         self._queues[level][request.handle] = request
-
-    def _prefill_s(self, request: Request) -> float:
-        """Return the seconds of the whole prefill that no cache spares, chunk by chunk."""
-        start = request.num_cached_tokens
-        return self._cost_model.prefill_s(request.num_tokens - start, start, self._max_chunk)
 
     def _next_iteration_s(self, request: Request) -> float:
         """Return the seconds of the next step of a request: a decode or a prefill chunk."""

@@ -1,4 +1,4 @@
-"""Parts that several policies are made of: a sorted order, and deadlines.
+"""Parts that several policies are made of: a sorted order, deadlines, the time of a prefill.
 
 Must not know: what is sorted by, what happens at a deadline.
 """
@@ -8,35 +8,43 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Generic, TypeVar
 
+from fastserve.core.cost_model import CostModel
 from fastserve.core.request import Request
 
 MAX_STALE = 64  # heap entries kept beyond two for each deadline
 
+Key = TypeVar("Key", float, tuple[float, ...])
 
-class SortedRequests:
+
+class SortedRequests(Generic[Key]):
     """Requests by ascending key, then by arrival."""
 
-    def __init__(self) -> None:
-        self._keys: dict[int, float] = {}
-        self._order: list[tuple[float, int, Request]] = []
+    def __init__(self, keyed: Iterable[tuple[Key, Request]] = ()) -> None:
+        self._order: list[tuple[Key, int, Request]]
+        self._order = sorted((key, request.handle, request) for key, request in keyed)
+        self._keys: dict[int, Key] = {handle: key for key, handle, _ in self._order}
+
+    def __len__(self) -> int:
+        return len(self._order)
 
     def __iter__(self) -> Iterator[Request]:
         return (request for _, _, request in self._order)
 
-    def key(self, request: Request) -> float:
+    def key(self, request: Request) -> Key:
         """Return the key that a request was put in with."""
         return self._keys[request.handle]
 
-    def put(self, request: Request, key: float) -> None:
+    def put(self, request: Request, key: Key) -> None:
         """Insert a request, or move it to where a new key belongs."""
         if request.handle in self._keys:
             self.discard(request)
         self._keys[request.handle] = key
         insort(self._order, (key, request.handle, request))
 
-    def discard(self, request: Request) -> float:
+    def discard(self, request: Request) -> Key:
         """Take a request out and return its key."""
         key = self._keys.pop(request.handle)
         del self._order[bisect_left(self._order, (key, request.handle))]
@@ -84,3 +92,12 @@ class Deadlines:
         while heap and due.get(heap[0][1]) != heap[0][0]:
             heapq.heappop(heap)
         return heap[0] if heap else (math.inf, -1)
+
+
+def uncached_prefill_s(request: Request, cost_model: CostModel, max_chunk: int) -> float:
+    """Return the seconds of the whole prefill that no cache spares, chunk by chunk, alone.
+
+    `max_chunk` is the longest share of one step, in tokens.
+    """
+    start = request.num_cached_tokens
+    return cost_model.prefill_s(request.num_tokens - start, start, max_chunk)

@@ -25,7 +25,7 @@ class SRPT:
         """`lengths` maps a handle to its true number of output tokens."""
         self._cost_model = cost_model
         self._lengths = lengths
-        self._requests = SortedRequests()
+        self._requests: SortedRequests[float] = SortedRequests()
 
     def admit(self, request: Request, now: float) -> None:
         """Insert by remaining time."""

@@ -54,7 +54,7 @@ def test_deadlines_that_are_put_off_for_ever_take_no_room() -> None:
 @given(st.lists(st.tuples(st.booleans(), HANDLES, TIMES)))
 def test_sorted_requests_are_a_list_that_is_sorted(events: list[tuple[bool, int, int]]) -> None:
     """By key, then by arrival, after any number of moves."""
-    requests, naive = SortedRequests(), dict[int, float]()
+    requests, naive = SortedRequests[float](), dict[int, float]()
     for is_put, handle, key in events:
         request = make_request(handle)
         if is_put:
