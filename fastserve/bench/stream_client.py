@@ -2,7 +2,8 @@
 
 Rules: bytes are parsed where they arrive (C parsers for HTTP and JSON), and a piece bears the time
 at which its bytes did. An answer counts only if it is whole: status 200, a finish reason, usage,
-the closing [DONE]. Anything else is a LostRequestError. Must not know: the workload, reports.
+the closing [DONE]; or, where the reader wants so many tokens and no more, if it came that far.
+Anything else is a LostRequestError. Must not know: the workload, reports.
 """
 
 from __future__ import annotations
@@ -81,15 +82,22 @@ def fields_of(prompt: str | list[int], num_output_tokens: int) -> dict[str, Any]
 
 
 async def ask(
-    endpoint: Endpoint, fields: Mapping[str, Any], on_piece: Callable[[], None] = lambda: None
+    endpoint: Endpoint,
+    fields: Mapping[str, Any],
+    on_piece: Callable[[], None] = lambda: None,
+    *,
+    num_wanted: int | None = None,
 ) -> Answer:
-    """Send one request and read its stream to the end.
+    """Send one request and read its stream to the end, or to `num_wanted` tokens and hang up.
 
-    Raises LostRequestError if the answer is an error, breaks off, or is shorter than `max_tokens`
-    though `ignore_eos` is asked for; OSError if there is no connection.
+    Tokens are counted by their ids, so `num_wanted` needs `return_token_ids` in the fields. Tokens
+    that came together with the last one wanted are not counted.
+
+    Raises LostRequestError if the answer is an error, breaks off, or is shorter than `num_wanted`,
+    or than `max_tokens` though `ignore_eos` is asked for; OSError if there is no connection.
     """
     loop = asyncio.get_running_loop()
-    stream = _Stream(http_request(endpoint, fields), on_piece, loop.create_future())
+    stream = _Stream(http_request(endpoint, fields), on_piece, loop.create_future(), num_wanted)
     transport, _ = await loop.create_connection(
         lambda: stream, endpoint.host, endpoint.port, ssl=endpoint.is_tls or None
     )
@@ -97,16 +105,23 @@ async def ask(
         await stream.done
     finally:
         transport.close()
-    answer = stream.answer
-    limit = fields.get("max_tokens", fields.get("max_completion_tokens"))
-    if fields.get("ignore_eos") and (answer.finish_reason, answer.output_tokens) != (
-        "length",
-        limit,
-    ):
+    _check_length(stream.answer, fields, num_wanted)
+    return stream.answer
+
+
+def _check_length(answer: Answer, fields: Mapping[str, Any], num_wanted: int | None) -> None:
+    """Raise LostRequestError for an answer that is shorter than was asked for."""
+    if num_wanted is not None:
+        limit, is_whole = num_wanted, answer.output_tokens == num_wanted
+    elif fields.get("ignore_eos"):
+        limit = fields.get("max_tokens", fields.get("max_completion_tokens"))
+        is_whole = (answer.finish_reason, answer.output_tokens) == ("length", limit)
+    else:
+        return
+    if not is_whole:
         raise LostRequestError(
             f"{answer.output_tokens} of {limit} tokens, ended by {answer.finish_reason}"
         )
-    return answer
 
 
 def message_of(body: bytes) -> str:
@@ -135,12 +150,17 @@ class _Stream(asyncio.Protocol):
     """One connection: sends a request, takes its events apart as they arrive."""
 
     def __init__(
-        self, request: bytes, on_piece: Callable[[], None], done: asyncio.Future[None]
+        self,
+        request: bytes,
+        on_piece: Callable[[], None],
+        done: asyncio.Future[None],
+        num_wanted: int | None,
     ) -> None:
         self.done = done
         self.answer = Answer(time.perf_counter())
         self._request = request
         self._on_piece = on_piece
+        self._num_wanted = num_wanted
         self._parser = httptools.HttpResponseParser(self)
         self._status = 0
         self._bodies: list[bytes] = []
@@ -173,6 +193,10 @@ class _Stream(asyncio.Protocol):
                 self.done.set_result(None)
                 return
             self._take(_decoder.decode(data), now)
+            if self._num_wanted is not None and self.answer.output_tokens >= self._num_wanted:
+                self.answer.output_tokens = self._num_wanted
+                self.done.set_result(None)
+                return
 
     def _take(self, event: _Event, now: float) -> None:
         if event.error is not None:
@@ -186,6 +210,7 @@ class _Stream(asyncio.Protocol):
                 answer.finish_reason = choice.finish_reason
             elif not (choice.text or choice.token_ids or (choice.delta and choice.delta.content)):
                 continue
+            answer.output_tokens += len(choice.token_ids or ())
             answer.piece_times.append(now)
             self._on_piece()
 
