@@ -1,4 +1,4 @@
-"""A Llama of 17 million parameters for measurements of everything around the network.
+"""Llamas of 17 and 125 million parameters for measurements of everything around the network.
 
 Rules: a config and a tokenizer, no weights (--load-format dummy draws them). Every id has text of
 its own, so that answers cost what turning ids into text costs, and whole characters: random weights
@@ -12,10 +12,11 @@ import itertools
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 4096,
@@ -37,18 +38,30 @@ CONFIG = {
 }
 
 
-def write_small_model(directory: Path) -> None:
+LARGER: dict[str, Any] = {
+    **CONFIG,
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+}
+NAMED = {"llama-17m": CONFIG, "llama-125m": LARGER}
+
+
+def write_small_model(directory: Path, config: dict[str, Any] = CONFIG) -> None:
     """Write config.json and tokenizer.json."""
-    (directory / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
-    small_tokenizer().save(str(directory / "tokenizer.json"))
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    small_tokenizer(config["vocab_size"]).save(str(directory / "tokenizer.json"))
 
 
-def small_tokenizer() -> Tokenizer:
-    """Return a byte-level BPE of printable ASCII characters and pairs of them."""
-    size = CONFIG["vocab_size"]
-    assert isinstance(size, int)
+def small_tokenizer(size: int) -> Tokenizer:
+    """Return a byte-level BPE of printable ASCII characters, pairs and threes of them."""
     letters = string.ascii_letters + string.digits + string.punctuation
-    merges = list(itertools.islice(itertools.product(letters, letters), size - len(letters)))
+    pairs = list(itertools.product(letters, letters))
+    threes = itertools.product(map("".join, pairs), letters)
+    merges = list(itertools.islice(itertools.chain(pairs, threes), size - len(letters)))
     tokens = [*letters, *("".join(pair) for pair in merges)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
