@@ -1,10 +1,13 @@
 """A FastServe server in its own process, for as long as a `with` block lasts.
 
-Must not know: what is measured.
+Rules: a server may be given a cache directory of its own, so that nothing another one learned from
+its requests reaches it. Must not know: what is measured.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +17,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, NamedTuple
+
+from huggingface_hub.constants import HF_HOME
 
 READY_SECONDS = 300.0
 STOP_SECONDS = 30.0
@@ -29,22 +35,29 @@ class LiveServer(NamedTuple):
 
 
 @contextmanager
-def live_server(flags: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Run `fastserve serve` with these flags and yield its address once it is ready.
-
-    Raises RuntimeError with the end of its log when it ends or does not become ready.
-    """
-    with live_process(flags) as server:
-        yield server.host, server.port
+def copied_cache(warm: Path) -> Iterator[Path]:
+    """Yield a copy of a cache directory, deleted with whatever was written to it."""
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copytree(warm, directory, dirs_exist_ok=True)
+        yield Path(directory)
 
 
 @contextmanager
-def live_process(flags: Sequence[str]) -> Iterator[LiveServer]:
-    """Do as `live_server`, and say which process it is."""
+def live_process(flags: Sequence[str], cache_home: Path | None = None) -> Iterator[LiveServer]:
+    """Run `fastserve serve` with these flags and yield it once it is ready.
+
+    `cache_home` stands for the user's ~/.cache; downloaded models stay where they are. Raises
+    RuntimeError with the end of its log when it ends or does not become ready.
+    """
     host, port = "127.0.0.1", free_port()
     command = [sys.executable, "-m", "fastserve", "serve", "--host", host, "--port", str(port)]
+    environment = dict(os.environ)
+    if cache_home is not None:
+        environment |= {"XDG_CACHE_HOME": str(cache_home), "HF_HOME": HF_HOME}
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([*command, *flags], stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [*command, *flags], stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
         try:
             await_ready(process, f"http://{host}:{port}/ready", log)
             yield LiveServer(host, port, process.pid)

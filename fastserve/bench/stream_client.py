@@ -69,18 +69,6 @@ class _Event(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_Event)
 
 
-def fields_of(prompt: str | list[int], num_output_tokens: int) -> dict[str, Any]:
-    """Return the body that asks /v1/completions for exactly so many greedy tokens."""
-    return {
-        "prompt": prompt,
-        "max_tokens": num_output_tokens,
-        "ignore_eos": True,
-        "temperature": 0.0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-
-
 async def ask(
     endpoint: Endpoint,
     fields: Mapping[str, Any],
