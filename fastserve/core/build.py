@@ -7,10 +7,12 @@ from dataclasses import replace
 from functools import partial
 
 from fastserve.core.cost_model import CostModel
+from fastserve.core.lengths import LengthModel
 from fastserve.core.memory.block import BlockPool
 from fastserve.core.memory.eviction import Defer, Eviction, Recompute, RecomputeBudget
 from fastserve.core.memory.memory import KVCacheManager
 from fastserve.core.memory.victims import VictimRanking
+from fastserve.core.outlook import Outlook
 from fastserve.core.policies.artifact_mlfq import (
     QUANTUM_RATIO,
     QUANTUM_S,
@@ -20,6 +22,7 @@ from fastserve.core.policies.artifact_mlfq import (
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.fixed_priority import FixedPriority
 from fastserve.core.policies.hrrn import HighestRatioNext
+from fastserve.core.policies.learned import Learned
 from fastserve.core.policies.mlfq import MLFQ
 from fastserve.core.policies.priority_classes import PriorityClasses
 from fastserve.core.policies.protocol import ClassPolicy, Policy
@@ -82,6 +85,18 @@ def policy_factory(
             )
             return lambda: ArtifactMLFQ(
                 build_mlfq(settings, cost_model, skip_join=True, level_below=one_level)
+            )
+        case "learned":
+            outlook = Outlook(LengthModel(), config.latency_objective)
+            return partial(
+                Learned,
+                cost_model,
+                outlook,
+                boost=config.boost,
+                max_pause_s=config.max_pause,
+                max_num_seqs=config.max_num_seqs,
+                window=config.max_model_len,
+                block_size=config.block_size,
             )
         case "srpt" if lengths is not None:
             return partial(SRPT, cost_model, lengths)

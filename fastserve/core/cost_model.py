@@ -99,6 +99,21 @@ class CostModel:
         attention_s = pairs * self.prefill_pair_s + context * self.decode_context_s
         return self.base_s + self.matrix_s * is_matrix + max(self.floor_s, dense_s) + attention_s
 
+    def decode_share_s(self, num_seqs: int, context: float) -> float:
+        """Return one sequence's part of a step of so many decodes, at so much context of its own.
+
+        What a token of an answer costs while others use the rest of the step.
+        """
+        dense_s = max(self.floor_s, num_seqs * self.decode_seq_s)
+        matrix_s = self.matrix_s if num_seqs > 1 else 0.0
+        shared_s = (self.base_s + matrix_s + dense_s) / num_seqs
+        return shared_s + self.decode_context_s * context
+
+    def added_prefill_s(self, num_tokens: int, start: int) -> float:
+        """Return what a share of a prompt adds to a step whose weights are read anyway."""
+        pairs = start + num_tokens / 2
+        return num_tokens * (self.prefill_token_s + self.prefill_pair_s * pairs)
+
     def copy_s(self, num_blocks: int) -> float:
         """Return the seconds to move blocks between the tiers."""
         return self.copy_base_s + self.copy_block_s * num_blocks

@@ -18,6 +18,7 @@ __all__ = [
 ]
 
 POLICIES = (
+    "learned",
     "fcfs",
     "orca",
     "static",
@@ -87,6 +88,20 @@ class EngineConfig:
 
     scheduling_policy: str = option(
         "skip-join-mlfq", "order in which requests run", choices=POLICIES
+    )
+    latency_objective: float = option(
+        0.3,
+        "what learned makes short: 0: the mean completion time; 1: the mean time per token (β)",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    boost: float = option(
+        0.75,
+        "how far learned moves short work ahead, in the work that an arrival finds; 0: fcfs (κ)",
+        minimum=0.0,
+    )
+    max_pause: float = option(
+        1.0, "seconds after which learned lets a stream that holds its KV go on", minimum=0.0
     )
     starvation_limit: float = option(
         0.3, "seconds without running after which MLFQ promotes to level 0 (α)", minimum=0.0

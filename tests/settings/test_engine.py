@@ -51,7 +51,7 @@ def test_every_flag_says_what_it_is(owner):
     [
         ({"max_num_seqs": 0}, "--max-num-seqs: 0 is below the minimum of 1"),
         ({"block_size": 2048}, "--block-size: 2048 is above the maximum of 1024"),
-        ({"scheduling_policy": "lifo"}, "--scheduling-policy: 'lifo' is not one of: fcfs"),
+        ({"scheduling_policy": "lifo"}, "--scheduling-policy: 'lifo' is not one of: learned"),
         ({"gpu_memory_utilization": 0.0}, "--gpu-memory-utilization"),
         ({"starvation_limit": float("nan")}, "--starvation-limit"),
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size"),
@@ -107,6 +107,9 @@ def test_resolution_carries_every_shared_setting():
         "max_live_seqs": 7,
         "enable_prefix_caching": False,
         "scheduling_policy": "mlfq",
+        "latency_objective": 0.75,
+        "boost": 0.25,
+        "max_pause": 3.5,
         "starvation_limit": 1.5,
         "mlfq_quantum": 0.01,
         "mlfq_quantum_ratio": 3.0,

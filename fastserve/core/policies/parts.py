@@ -33,6 +33,10 @@ class SortedRequests(Generic[Key]):
     def __iter__(self) -> Iterator[Request]:
         return (request for _, _, request in self._order)
 
+    def keyed(self) -> Iterator[tuple[Key, int, Request]]:
+        """Yield each request behind its key and its handle."""
+        return iter(self._order)
+
     def key(self, request: Request) -> Key:
         """Return the key that a request was put in with."""
         return self._keys[request.handle]
@@ -64,6 +68,9 @@ class Deadlines:
 
     def __len__(self) -> int:
         return len(self._due)
+
+    def __contains__(self, handle: int) -> bool:
+        return handle in self._due
 
     def put(self, handle: int, due: float) -> None:
         """Set or replace a deadline."""

@@ -1,0 +1,111 @@
+"""What is expected of requests, shared by all that order them: answers, and the work in the system.
+
+Rules: what has been learned takes effect at once for all, when it has changed by enough: then the
+`version` counts up, and whoever keeps something made from it makes that anew. In between, equal
+questions have equal answers. Must not know: requests, orders.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastserve.core.gittins import AnswerLength
+from fastserve.core.lengths import HALF_LIFE, SHRINKAGE, Labels, LengthModel
+
+ARRIVALS = 64  # that the mean work in the system is taken over
+MAX_DRIFT = 0.1  # of that mean, before the version counts up
+MIN_NEWS = 0.05  # answers since then over those that are remembered
+NUM_DECILES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Forecasts:
+    """How predictions turned out, and what is ahead.
+
+    Each answer counts in the decile of its predicted distribution that its length fell into: where
+    predictions are right all deciles are alike. Tokens are sums over the same answers.
+    """
+
+    num_by_decile: tuple[int, ...]
+    predicted_tokens: float
+    answered_tokens: int
+    work_s: float  # expected in the system now, in machine seconds
+    mean_work_s: float  # that an arrival finds
+
+
+class Outlook:
+    """A LengthModel beside the mean work in the system, as of the latest version of both."""
+
+    def __init__(self, model: LengthModel, latency_objective: float) -> None:
+        """`latency_objective` is β, which takes effect as answers become known."""
+        self.model = model
+        self.version = 0
+        self.mean_work_s = 0.0  # V, as of the version
+        self.mean_tokens = model.mean_tokens
+        self._latency_objective = latency_objective
+        self._num_ended = model.num_ended
+        self._answers: dict[tuple[Labels, int | None], AnswerLength] = {}
+        self._num_arrivals = 0
+        self._work_s = 0.0
+        self._moving_mean_s = 0.0
+        self._num_by_decile = [0] * NUM_DECILES
+        self._predicted_tokens = 0.0
+        self._answered_tokens = 0
+
+    def arrived(self) -> None:
+        """Note a request, which finds the work that is expected now."""
+        self._num_arrivals += 1
+        distance_s = self._work_s - self._moving_mean_s
+        self._moving_mean_s += distance_s / min(self._num_arrivals, ARRIVALS)
+
+    def expect(self, work_s: float) -> None:
+        """Note so much more work in the system, in machine seconds; less if negative."""
+        self._work_s += work_s
+
+    def ended(self, labels: Labels, num_tokens: int, predicted: AnswerLength) -> None:
+        """Learn the length of an answer, and how well it was predicted."""
+        decile = min(int(predicted.share_below(num_tokens) * NUM_DECILES), NUM_DECILES - 1)
+        self._num_by_decile[decile] += 1
+        self._predicted_tokens += predicted.tokens_left(0)
+        self._answered_tokens += num_tokens
+        self.model.add(labels, num_tokens)
+
+    def answer(self, labels: Labels, max_tokens: int | None) -> AnswerLength:
+        """Return the distribution of the length of an answer."""
+        found = self._answers.get((labels, max_tokens))
+        if found is None:
+            # Of few answers one cannot tell which will be short.
+            evidence = self._num_ended / (self._num_ended + SHRINKAGE)
+            found = self._answers[labels, max_tokens] = AnswerLength(
+                self.model.distribution(labels),
+                max_tokens,
+                mean_tokens=self.mean_tokens,
+                exponent=self._latency_objective * evidence,
+            )
+        return found
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough has changed since the version for another."""
+        num_new = self.model.num_ended - self._num_ended
+        if num_new > MIN_NEWS * min(self._num_ended, HALF_LIFE):
+            return True
+        return abs(self._moving_mean_s - self.mean_work_s) > MAX_DRIFT * self.mean_work_s
+
+    def renew(self) -> None:
+        """Begin another version."""
+        self.version += 1
+        self.mean_work_s = self._moving_mean_s
+        self.mean_tokens = self.model.mean_tokens
+        self._num_ended = self.model.num_ended
+        self._answers.clear()
+
+    def forecasts(self) -> Forecasts:
+        """Return a snapshot for people."""
+        return Forecasts(
+            tuple(self._num_by_decile),
+            self._predicted_tokens,
+            self._answered_tokens,
+            max(self._work_s, 0.0),
+            self._moving_mean_s,
+        )
