@@ -20,8 +20,10 @@ from fastserve.checkpoint import locate as checkpoint
 from fastserve.client.async_engine import AsyncEngine
 from fastserve.core.build import build_scheduler
 from fastserve.core.journal import Journal
+from fastserve.core.lengths import LengthModel
 from fastserve.engine import process
 from fastserve.engine.engine import Engine, MonotonicClock
+from fastserve.engine.length_file import LengthFile, length_path
 from fastserve.host.machine import num_cores
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
@@ -77,8 +79,12 @@ def open_engine(
     on_progress: Callable[[str, float], None] = lambda stage, fraction: None,
     *,
     reserved_cores: int = 0,
+    length_model: LengthModel | None = None,
 ) -> tuple[Engine, EngineInfo]:
-    """Load a model into this process; `reserved_cores` are left to others."""
+    """Load a model into this process; `reserved_cores` are left to others.
+
+    A policy that learns begins with the `length_model`, or with nothing.
+    """
     directory = checkpoint.locate(config.model, config.revision)
     eos_token_ids = checkpoint.eos_token_ids(
         directory, of_tokenizer=Tokenizer.find_eos(_tokenizer_dir(config))
@@ -114,11 +120,15 @@ def open_engine(
         if config.journal is not None:
             try:
                 journal = opened.enter_context(_open_journal(Path(config.journal)))
-                journal.open(clock.now(), scheduler_config, cost_model, facts.num_device_blocks)
+                journal.open(
+                    clock.now(), scheduler_config, cost_model, facts.num_device_blocks, length_model
+                )
             except OSError as error:
                 raise ConfigError(f"--journal {config.journal}: {error.strerror}") from error
             observers.append(journal)
-        scheduler = build_scheduler(scheduler_config, cost_model, facts.num_device_blocks)
+        scheduler = build_scheduler(
+            scheduler_config, cost_model, facts.num_device_blocks, length_model=length_model
+        )
         info = EngineInfo(
             model=config.model,
             max_model_len=facts.max_model_len,
@@ -132,6 +142,23 @@ def open_engine(
             sampling_defaults=sampling_defaults,
         )
         return Engine(scheduler, executor, clock, observers, opened.pop_all().close), info
+
+
+def open_served_engine(
+    config: EngineConfig, on_progress: Callable[[str, float], None]
+) -> process.Opened:
+    """Load a model to serve: a policy that learns goes on where the last engine ended."""
+    lengths = None
+    if config.scheduling_policy == "learned":
+        identity = str(checkpoint.locate(config.model, config.revision).resolve())
+        lengths = LengthFile(length_path(config.model, identity), identity, MonotonicClock().now())
+    engine, info = open_engine(
+        config,
+        on_progress,
+        reserved_cores=SERVER_CORES,
+        length_model=None if lengths is None else lengths.model,
+    )
+    return process.Opened(engine, info, lengths)
 
 
 @contextlib.contextmanager
@@ -205,10 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.WARNING, format=LOG_FORMAT, datefmt=LOG_TIME, stream=sys.stderr
     )
-    return process.run(
-        args.engine_fd,
-        lambda config, on_progress: open_engine(config, on_progress, reserved_cores=SERVER_CORES),
-    )
+    return process.run(args.engine_fd, open_served_engine)
 
 
 if __name__ == "__main__":

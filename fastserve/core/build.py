@@ -49,13 +49,16 @@ def build_policy(
 
 
 def policy_factory(
-    config: SchedulerConfig, cost_model: CostModel, lengths: Mapping[int, int] | None = None
+    config: SchedulerConfig,
+    cost_model: CostModel,
+    lengths: Mapping[int, int] | None = None,
+    length_model: LengthModel | None = None,
 ) -> Callable[[], ClassPolicy]:
     """Return what makes a policy of the configured name for each priority class.
 
     What the classes learn together is made here, once. `lengths` (handle → output tokens) is the
-    foresight that `srpt` needs. Raises ValueError for an unknown name, or for `srpt` without
-    lengths.
+    foresight that `srpt` needs, `length_model` what `learned` begins with: nothing by default.
+    Raises ValueError for an unknown name, or for `srpt` without lengths.
     """
     match config.scheduling_policy:
         case "fcfs":
@@ -87,7 +90,7 @@ def policy_factory(
                 build_mlfq(settings, cost_model, skip_join=True, level_below=one_level)
             )
         case "learned":
-            outlook = Outlook(LengthModel(), config.latency_objective)
+            outlook = Outlook(length_model or LengthModel(), config.latency_objective)
             return partial(
                 Learned,
                 cost_model,
@@ -130,10 +133,11 @@ def build_scheduler(
     *,
     policy: Policy | None = None,
     lengths: Mapping[int, int] | None = None,
+    length_model: LengthModel | None = None,
 ) -> Scheduler:
     """Return a scheduler over empty pools. Raises ValueError where one request might not fit.
 
-    A `policy` orders in place of priority classes of the configured one.
+    A `policy` orders in place of priority classes of the configured one; that is handed the rest.
     """
     if config.max_model_len > num_device_blocks * config.block_size:
         raise ValueError(
@@ -141,7 +145,7 @@ def build_scheduler(
             f"{config.max_model_len}"
         )
     if policy is None:
-        make_policy = policy_factory(config, cost_model, lengths)
+        make_policy = policy_factory(config, cost_model, lengths, length_model)
         policy = PriorityClasses(make_policy, config.priority_aging)
     is_ideal = config.preemption_mode == "ideal"
     cache = KVCacheManager(

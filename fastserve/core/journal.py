@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastserve.core.cost_model import CostModel
+from fastserve.core.lengths import LengthModel
 from fastserve.core.messages import (
     Aborted,
     ExecutorOutput,
@@ -27,7 +28,7 @@ from fastserve.core.messages import (
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.settings.scheduler import SchedulerConfig
 
-FORMAT = 1  # of the lines; another number where a reader of this one would go wrong
+FORMAT = 2  # of the lines; another number where a reader of this one would go wrong
 
 
 def plain(value: Any) -> Any:
@@ -67,11 +68,16 @@ class Journal:
         config: SchedulerConfig,
         cost_model: CostModel,
         num_device_blocks: int,
+        length_model: LengthModel | None = None,
     ) -> None:
-        """Write what a scheduler is built from: a replay builds a fresh one here."""
+        """Write what a scheduler is built from: a replay builds a fresh one here.
+
+        Of the `length_model` that is what it has learned so far; its floats read back as they are.
+        """
         settings = dataclasses.asdict(config) | {"eos_token_ids": sorted(config.eos_token_ids)}
         costs = dataclasses.asdict(cost_model)
-        self.write("open", now, FORMAT, settings, costs, num_device_blocks)
+        learned = None if length_model is None else length_model.state()
+        self.write("open", now, FORMAT, settings, costs, num_device_blocks, learned)
 
     def told(self, fact: Fact, now: float) -> None:
         """Write a fact down."""

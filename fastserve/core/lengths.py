@@ -24,6 +24,7 @@ HALF_LIFE = 2000  # answers, after which one counts half
 SHRINKAGE = 8.0  # k: answers that outweigh what the label before says
 PRIOR_TOKENS = 256.0  # the mean before the first answer, which counts as `SHRINKAGE` answers
 MAX_LABELS = 1024  # of one kind; that seen least recently goes
+MAX_CLIENT = 64  # characters of its name that tell a client from others
 MAX_TOKENS = 2**20  # the longest answer that has a bin of its own
 MAX_WEIGHT = 2.0**512  # of one answer, before all are scaled down
 
@@ -62,7 +63,7 @@ def labels_of(request: Request, window: int, block_size: int) -> Labels:
     if request.max_num_tokens < window:
         labels.append(f"m{bin_of(request.max_num_tokens - num_tokens)}")
     if request.client:
-        labels.append(f"c{request.client}")
+        labels.append(f"c{request.client[:MAX_CLIENT]}")
     if num_tokens >= block_size:
         labels.append(f"{BEGINNING}{request.block_hash(0, block_size).hex()}")
     return tuple(labels)
@@ -177,7 +178,10 @@ class LengthModel:
         model._sum = float(state["sum"])
         model._all = _histogram(state["all"])
         for label, weights in state["labels"].items():
-            model._kinds.setdefault(label[0], {})[label] = _histogram(weights)
+            seen = model._kinds.setdefault(label[0], {})
+            seen[label] = _histogram(weights)
+            if len(seen) > MAX_LABELS:
+                raise ValueError("there are too many labels of a kind")
         if not math.isfinite(model._sum) or model._sum < 0.0 or model.num_ended < 0:
             raise ValueError("a sum of lengths cannot be negative")
         return model

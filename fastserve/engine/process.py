@@ -16,10 +16,12 @@ import queue
 import socket
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 from fastserve.core.messages import RequestUpdate
 from fastserve.core.request import Handle
 from fastserve.engine.engine import Engine
+from fastserve.engine.length_file import LengthFile
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.wire.child import be_child
@@ -44,7 +46,16 @@ logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 0.5
 
-OpenEngine = Callable[[EngineConfig, Callable[[str, float], None]], tuple[Engine, EngineInfo]]
+
+class Opened(NamedTuple):
+    """An engine that is ready to serve, and where what it learns is kept, if it learns."""
+
+    engine: Engine
+    info: EngineInfo
+    lengths: LengthFile | None = None
+
+
+OpenEngine = Callable[[EngineConfig, Callable[[str, float], None]], Opened]
 
 
 class Inbox:
@@ -114,8 +125,11 @@ class Outbox:
 class Loop:
     """Carries commands to the engine and its news back, translating request numbers to handles."""
 
-    def __init__(self, engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
+    def __init__(
+        self, engine: Engine, inbox: Inbox, outbox: Outbox, lengths: LengthFile | None = None
+    ) -> None:
         self.engine = engine
+        self._lengths = lengths
         self._inbox = inbox
         self._outbox = outbox
         self._handles: dict[RequestNumber, Handle] = {}
@@ -131,8 +145,22 @@ class Loop:
             news = [update for command in self._inbox.drain() if (update := self._apply(command))]
             if self._inbox.is_closed:
                 return
-            news += engine.step(self._stats_due)
+            news += engine.step(self._next_due())
             self._send(news)
+            # Without news a step is under way, or there is none to hold up.
+            if self._lengths is not None and not news:
+                self._lengths.keep(engine.clock.now())
+
+    def close(self) -> None:
+        """Keep what was learned, and let go of everything that was opened."""
+        try:
+            if self._lengths is not None:
+                self._lengths.close()
+        finally:
+            self.engine.close()
+
+    def _next_due(self) -> float:
+        return min(self._stats_due, math.inf if self._lengths is None else self._lengths.due_at)
 
     def running(self) -> tuple[RequestNumber, ...]:
         """Return the requests whose steps are under way."""
@@ -221,7 +249,7 @@ def run(fd: int, open_engine: OpenEngine) -> int:
         logger.exception("the engine failed")
         return _fail(outbox, Failed(_one_line(error), running=loop.running()))
     finally:
-        loop.engine.close()
+        loop.close()
     return 0
 
 
@@ -249,9 +277,9 @@ def _load(inbox: Inbox, outbox: Outbox, open_engine: OpenEngine) -> Loop | None:
 
     inbox.on_arrival = leave_if_abandoned
     leave_if_abandoned()
-    engine, info = open_engine(
+    opened = open_engine(
         first.config, lambda stage, fraction: outbox.send(Progress(stage, fraction))
     )
     quiet_garbage_collector()
-    outbox.send(Ready(info))
-    return Loop(engine, inbox, outbox)
+    outbox.send(Ready(opened.info))
+    return Loop(opened.engine, inbox, outbox, opened.lengths)

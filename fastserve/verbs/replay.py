@@ -17,6 +17,7 @@ from typing import Any
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
 from fastserve.core.journal import FORMAT, Journal, read_fact
+from fastserve.core.lengths import LengthModel
 from fastserve.core.messages import Aborted, ExecutorOutput, Fact, Finished
 from fastserve.core.request import Arrival
 from fastserve.core.scheduler import Scheduler
@@ -115,11 +116,20 @@ def replay_lines(lines: Iterator[tuple[int, list[Any]]], tally: Tally) -> None:
 def _fresh(fields: Sequence[Any]) -> Scheduler:
     if fields[0] != FORMAT:
         number = fields[0] if isinstance(fields[0], int) else "no number"
-        raise ConfigError(f"a journal of another format: {number}, not {FORMAT}")
-    settings, costs, num_device_blocks = fields[1:]
+        raise ConfigError(
+            f"a journal of another format: {number}, not {FORMAT}; the version of fastserve that "
+            "wrote it can replay it"
+        )
+    settings, costs, num_device_blocks, learned = fields[1:]
     settings = settings | {"eos_token_ids": frozenset(settings["eos_token_ids"])}
+    length_model = None if learned is None else LengthModel.restored(learned)
     try:
-        return build_scheduler(SchedulerConfig(**settings), CostModel(**costs), num_device_blocks)
+        return build_scheduler(
+            SchedulerConfig(**settings),
+            CostModel(**costs),
+            num_device_blocks,
+            length_model=length_model,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

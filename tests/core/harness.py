@@ -10,6 +10,7 @@ from typing import Any
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
 from fastserve.core.journal import Journal
+from fastserve.core.lengths import LengthModel
 from fastserve.core.messages import RequestUpdate, SchedulerOutput, TokenLogprobs
 from fastserve.core.policies.protocol import Policy
 from fastserve.core.request import Arrival, FinishReason, Handle, Request, SamplingParams
@@ -69,6 +70,7 @@ class Harness:
         seed: int = 0,
         policy: Policy | None = None,
         lengths: dict[int, int] | None = None,
+        length_model: LengthModel | None = None,
         token: Callable[[int, int], int] = default_token,
         step_s: Callable[[SchedulerOutput], float] | None = None,
         sink: Callable[[str], object] | None = None,
@@ -87,7 +89,12 @@ class Harness:
             token=token,
         )
         self.scheduler = build_scheduler(
-            config, UNIT_COST, num_device_blocks, policy=policy, lengths=lengths
+            config,
+            UNIT_COST,
+            num_device_blocks,
+            policy=policy,
+            lengths=lengths,
+            length_model=length_model,
         )
         self.engine = Engine(self.scheduler, self.executor, self.clock, [self.journal])
         self.expected: dict[int, Expected] = {}

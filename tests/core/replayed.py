@@ -8,17 +8,23 @@ from collections.abc import Sequence
 
 from fastserve.core.build import build_scheduler
 from fastserve.core.journal import Journal, read_fact
+from fastserve.core.lengths import LengthModel
 from fastserve.core.messages import Aborted, ExecutorOutput, Finished
 from fastserve.core.request import Arrival
 from fastserve.settings.scheduler import SchedulerConfig
 from tests.core.harness import UNIT_COST
 
 
-def replayed(lines: Sequence[str], config: SchedulerConfig, num_device_blocks: int) -> list[str]:
+def replayed(
+    lines: Sequence[str],
+    config: SchedulerConfig,
+    num_device_blocks: int,
+    length_model: LengthModel | None = None,
+) -> list[str]:
     """Return the lines that a new scheduler gives rise to, told the facts of some lines."""
     written: list[str] = []
     journal = Journal(written.append)
-    scheduler = build_scheduler(config, UNIT_COST, num_device_blocks)
+    scheduler = build_scheduler(config, UNIT_COST, num_device_blocks, length_model=length_model)
     for line in lines:
         kind, at, *fields = json.loads(line)
         now = float.fromhex(at)

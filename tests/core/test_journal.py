@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from fastserve.core.journal import Journal, read_fact
+from fastserve.core.lengths import Labels, LengthModel
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.request import Arrival, SamplingParams
 from tests.core.arrivals import arrivals
-from tests.core.harness import Harness, small_config
+from tests.core.harness import UNIT_COST, Harness, small_config
 from tests.core.replayed import replayed
 
 ROOT = Path(__file__).parents[2]
@@ -43,21 +45,35 @@ def test_any_process_writes_the_same_journal() -> None:
     assert len(set(printed[0])) == 24
 
 
-def busy_run(lines: list[str], *, slots: int, lookahead: int) -> Harness:
+def busy_run(
+    lines: list[str],
+    *,
+    slots: int,
+    lookahead: int,
+    policy: str = "skip-join-mlfq",
+    length_model: LengthModel | None = None,
+) -> Harness:
     """Run a load with preemptions, recomputation, EOS, aborts, stops, a refusal, a failure."""
     config = small_config(
         max_num_seqs=2,
         max_num_batched_tokens=6,
         max_model_len=32,
-        scheduling_policy="skip-join-mlfq",
+        scheduling_policy=policy,
         enable_prefix_caching=True,
         starvation_limit=2.0,
+        max_pause=2.0,
         priority_aging=3.0,
         num_slots=slots,
         lookahead=lookahead,
         eos_token_ids=frozenset((3,)),
     )
-    harness = Harness(config, 9, token=lambda seed, p: (seed + 5 * p) % 23, sink=lines.append)
+    harness = Harness(
+        config,
+        9,
+        token=lambda seed, p: (seed + 5 * p) % 23,
+        sink=lines.append,
+        length_model=length_model,
+    )
     for number in range(8):
         prompt: Any = [number % 3, *range(number + 2)] if number % 2 else range(number, number + 9)
         harness.add(prompt, 20, seed=number, priority=number % 2, logit_bias={7: 1.5})
@@ -86,6 +102,56 @@ def test_replay_repeats_every_plan(slots: int, lookahead: int) -> None:
     kinds = {json.loads(line)[0] for line in lines}
     assert kinds == {"add", "schedule", "update", "abort", "finish"}
     assert replayed(lines, harness.config, 9) == lines
+
+
+def opening(length_model: LengthModel) -> Any:
+    """Return what the first line of a journal says of a model."""
+    lines: list[str] = []
+    Journal(lines.append).open(0.0, small_config(), UNIT_COST, 8, length_model)
+    return json.loads(lines[0])[-1]
+
+
+@pytest.mark.parametrize(("slots", "lookahead"), [(1, 0), (1, 1), (2, 0)])
+def test_a_policy_that_learns_plans_again_as_it_did(slots: int, lookahead: int) -> None:
+    """From nothing, and from what three runs before had learned, as the first line has it."""
+    model, orders = LengthModel(), set()
+    for _ in range(4):
+        lines: list[str] = []
+        begun_with = opening(model)
+        harness = busy_run(
+            lines, slots=slots, lookahead=lookahead, policy="learned", length_model=model
+        )
+        again = LengthModel.restored(begun_with)
+        assert replayed(lines, harness.config, 9, again) == lines
+        assert opening(again) == opening(model)
+        orders.add(harness.journal.sha256)
+        model = LengthModel.restored(model.state())
+    assert model.num_ended > 8
+    assert len(orders) > 1  # what was learned decides something
+
+
+LABELS = st.lists(st.sampled_from(("p7", "p8", "m3", "cé", "b00ff", "b\u2028")), unique=True)
+ANSWERS = st.lists(st.tuples(LABELS.map(tuple), st.integers(1, 2**21)), max_size=40)
+
+
+@given(ANSWERS, ANSWERS)
+def test_a_length_model_reads_back_to_the_last_bit(
+    before: list[tuple[Labels, int]], after: list[tuple[Labels, int]]
+) -> None:
+    """An engine that began with a restored model and a replay of it agree from then on."""
+    first = LengthModel(half_life=7.0)
+    for labels, num_tokens in before:
+        first.add(labels, num_tokens)
+    live = LengthModel.restored(first.state())
+    again = LengthModel.restored(opening(live))
+    for model in (live, again):
+        for labels, num_tokens in after:
+            model.add(labels, num_tokens)
+    known = tuple(sorted({label for labels, _ in before + after for label in labels}))
+    assert again.distribution(known) == live.distribution(known)
+    assert again.mean_tokens == live.mean_tokens
+    assert again.state() == live.state()
+    assert list(again.state()["labels"]) == list(live.state()["labels"])  # the order they go in
 
 
 def test_a_changed_fact_changes_the_hash() -> None:

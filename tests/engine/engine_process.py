@@ -111,9 +111,7 @@ FATES: dict[str, Callable[[FakeExecutor], None]] = {
 }
 
 
-def open_engine(
-    config: EngineConfig, on_progress: Callable[[str, float], None]
-) -> tuple[Engine, EngineInfo]:
+def open_engine(config: EngineConfig, on_progress: Callable[[str, float], None]) -> process.Opened:
     """Return an engine over the paced device."""
     on_progress("loading weights", 0.5)
     if config.model == "unloadable":
@@ -139,7 +137,7 @@ def open_engine(
         dtype="float32",
         device="cpu",
     )
-    return Engine(scheduler, executor, MonotonicClock()), info
+    return process.Opened(Engine(scheduler, executor, MonotonicClock()), info)
 
 
 if __name__ == "__main__":

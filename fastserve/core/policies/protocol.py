@@ -59,7 +59,11 @@ class Policy(Protocol):
         """
 
     def finished(self, request: Request, reason: FinishReason) -> None:
-        """Let go of a request that has ended; an aborted one says nothing about its length."""
+        """Let go of a request that has ended, for good.
+
+        Its answer was as long as it became: to a queue it is the same whether a token, a limit or
+        an abort ended it. Only one that failed says nothing about its length.
+        """
 
     def advance(self, now: float) -> None:
         """Let time change the order; called before each plan."""
