@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from benchmarks.mixed_workload import Ask, Lengths, Workload, draw_mix, with_prompts
 from fastserve.bench.stream_client import Endpoint, LostRequestError, ask
 from fastserve.host.http_client import open_client
-from fastserve.verbs.top import Snapshot, read_snapshot
+from fastserve.verbs.server_snapshot import Snapshot, read_snapshot
 
 WARM_UP_REQUESTS = 12
 RAMP_SECONDS = 5.0

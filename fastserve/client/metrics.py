@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from fastserve.client.exposition import AliasedRegistry, CountedHistogram
+from fastserve.client.forecast_metrics import ForecastMetrics
 from fastserve.core.messages import RequestMetrics
 from fastserve.core.request import FinishReason, SamplingParams
 from fastserve.wire.engine_messages import EngineInfo, EngineStats
@@ -109,6 +110,7 @@ class EngineMetrics:
         self._exported = CollectorRegistry(auto_describe=False)
         self._exported.register(AliasedRegistry(self._registry, PREFIX, VLLM_PREFIX, VLLM_ALIASES))
         self._last_counts: dict[str, float] = {}
+        self._forecasts: ForecastMetrics | None = None  # until a policy makes some
         self._declare_gauges()
         self._declare_counters()
         self._declare_histograms()
@@ -293,6 +295,10 @@ class EngineMetrics:
             self._gained(f"steps_{i}", count) for i, count in enumerate(stats.steps_by_tokens)
         ]
         self._step_tokens.inc(in_buckets, self._gained("step_tokens", stats.step_tokens))
+        if now.forecasts is not None:
+            if self._forecasts is None:
+                self._forecasts = ForecastMetrics(self._registry, names)
+            self._forecasts.snapshot(now.forecasts, now.requests_by_work, self._gained)
 
     def _advance(self, counter: Counter, key: str, value: float) -> None:
         counter.inc(self._gained(key, value))

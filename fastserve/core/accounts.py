@@ -7,12 +7,13 @@ in the plan before, could be in the next one, and is not. Must not know: samples
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fastserve.core.memory.block import BlockPool
-from fastserve.core.messages import RequestMetrics, SchedulerStats
-from fastserve.core.policies.protocol import LevelStats, Policy
+from fastserve.core.messages import WORK_BOUNDS_S, RequestMetrics, SchedulerStats
+from fastserve.core.policies.protocol import LevelStats, Policy, Predictions
 from fastserve.core.request import Handle, Request
 
 
@@ -74,8 +75,10 @@ class Accounts:
             counters.num_recomputed_tokens += repeated
         return repeated < end - before
 
-    def closed(self, request: Request, level: int, now: float) -> RequestMetrics:
-        """Return what happened to a request that ends."""
+    def closed(
+        self, request: Request, level: int, predicted_tokens: float | None, now: float
+    ) -> RequestMetrics:
+        """Return what happened to a request that ends, beside what the policy knew of it."""
         self._running.pop(request.handle, None)
         if not request.steps_in_flight:
             request.queue_s += now - request.last_ran_at
@@ -90,6 +93,7 @@ class Accounts:
             recomputed_tokens=request.num_recomputed_tokens,
             cached_tokens=request.num_cached_tokens,
             level=level,
+            predicted_output_tokens=predicted_tokens,
         )
 
     def snapshot(
@@ -97,6 +101,7 @@ class Accounts:
     ) -> SchedulerStats:
         """Return the counters beside what is so now; `requests` are the live ones."""
         levels, counters = _level_stats(policy, len(requests)), self.counters
+        predictions = policy.predictions
         num_started = sum(r.first_scheduled_at is not None for r in requests.values())
         return SchedulerStats(
             num_running=len(self._running),
@@ -118,12 +123,30 @@ class Accounts:
             num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
             num_dropped_samples=counters.num_dropped_samples,
             num_stalls=counters.num_stalls,
+            forecasts=None if predictions is None else predictions.forecasts(),
+            requests_by_work=_count_by_work(predictions, requests.values()),
         )
 
 
 def level_of(policy: Policy, request: Request) -> int:
     """Return the level of a live request; 0 where the policy has none."""
     return 0 if policy.levels is None else policy.levels.level(request)
+
+
+def predicted_tokens_of(policy: Policy, request: Request) -> float | None:
+    """Return the length that was expected of a live request's answer; None: not predicted."""
+    predictions = policy.predictions
+    return None if predictions is None else predictions.predicted_output_tokens(request)
+
+
+def _count_by_work(predictions: Predictions | None, requests: Iterable[Request]) -> tuple[int, ...]:
+    if predictions is None:
+        return ()
+    counts = [0] * (len(WORK_BOUNDS_S) + 1)
+    expected_work_s = predictions.expected_work_s
+    for request in requests:
+        counts[bisect_right(WORK_BOUNDS_S, expected_work_s(request))] += 1
+    return tuple(counts)
 
 
 def _level_stats(policy: Policy, num_requests: int) -> LevelStats:

@@ -150,6 +150,7 @@ class RequestMetrics:
     recomputed_tokens: int
     cached_tokens: int
     level: int
+    predicted_output_tokens: float | None  # expected when it came; None: not predicted
 
 
 class RequestUpdate(NamedTuple):
@@ -165,8 +166,31 @@ class RequestUpdate(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Forecasts:
+    """How predicted lengths turned out, and what is ahead; counts and sums only grow.
+
+    Each answer counts in the decile of its predicted distribution that its length fell into: where
+    predictions are right all deciles are alike. Tokens are sums over the same answers. Work is in
+    machine seconds.
+    """
+
+    num_by_decile: Sequence[int]
+    predicted_tokens: float
+    answered_tokens: int
+    work_s: float  # expected in the system now
+    mean_work_s: float  # that an arrival finds
+
+
+WORK_BOUNDS_S = (0.01, 0.1, 1.0, 10.0)
+"""Requests are counted by the machine seconds expected of them below each, and above them all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStats:
-    """A snapshot for people: counters only grow, the rest is now."""
+    """A snapshot for people: counters only grow, the rest is now.
+
+    Where nothing is predicted `forecasts` is None and `requests_by_work` is empty.
+    """
 
     num_running: int
     num_waiting: int
@@ -187,3 +211,5 @@ class SchedulerStats:
     num_cached_prompt_tokens: int
     num_dropped_samples: int
     num_stalls: int
+    forecasts: Forecasts | None
+    requests_by_work: Sequence[int]  # in the buckets of WORK_BOUNDS_S

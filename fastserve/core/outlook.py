@@ -7,30 +7,14 @@ questions have equal answers. Must not know: requests, orders.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from fastserve.core.gittins import AnswerLength
 from fastserve.core.lengths import HALF_LIFE, SHRINKAGE, Labels, LengthModel
+from fastserve.core.messages import Forecasts
 
 ARRIVALS = 64  # that the mean work in the system is taken over
 MAX_DRIFT = 0.1  # of that mean, before the version counts up
 MIN_NEWS = 0.05  # answers since then over those that are remembered
 NUM_DECILES = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Forecasts:
-    """How predictions turned out, and what is ahead.
-
-    Each answer counts in the decile of its predicted distribution that its length fell into: where
-    predictions are right all deciles are alike. Tokens are sums over the same answers.
-    """
-
-    num_by_decile: tuple[int, ...]
-    predicted_tokens: float
-    answered_tokens: int
-    work_s: float  # expected in the system now, in machine seconds
-    mean_work_s: float  # that an arrival finds
 
 
 class Outlook:
@@ -103,9 +87,9 @@ class Outlook:
     def forecasts(self) -> Forecasts:
         """Return a snapshot for people."""
         return Forecasts(
-            tuple(self._num_by_decile),
-            self._predicted_tokens,
-            self._answered_tokens,
-            max(self._work_s, 0.0),
-            self._moving_mean_s,
+            num_by_decile=tuple(self._num_by_decile),
+            predicted_tokens=self._predicted_tokens,
+            answered_tokens=self._answered_tokens,
+            work_s=max(self._work_s, 0.0),
+            mean_work_s=self._moving_mean_s,
         )

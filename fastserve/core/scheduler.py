@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf
 
-from fastserve.core.accounts import Accounts, level_of
+from fastserve.core.accounts import Accounts, level_of, predicted_tokens_of
 from fastserve.core.memory.memory import KVCacheManager
 from fastserve.core.memory.table import BlockTable
 from fastserve.core.messages import (
@@ -276,13 +276,14 @@ class Scheduler:
     ) -> RequestUpdate:
         """Let go of everything a request holds and write its terminal event."""
         level = level_of(self.policy, request)
+        predicted_tokens = predicted_tokens_of(self.policy, request)
         self.policy.finished(request, reason)
         del self._requests[request.handle]
         if request.first_scheduled_at is not None:
             self._forget.append(request.handle)
         self.cache.release(request)
         self._stalls.ended(request)
-        metrics = self._accounts.closed(request, level, now)
+        metrics = self._accounts.closed(request, level, predicted_tokens, now)
         return RequestUpdate(
             request.handle, samples, reason, request.stop_reason, metrics, scored, error
         )

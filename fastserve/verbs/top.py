@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from email.utils import parsedate_to_datetime
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.samples import Sample
 from rich.bar import Bar
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -26,83 +23,13 @@ from rich.text import Text
 from fastserve.host.http_client import open_client
 from fastserve.settings.option import ConfigError
 from fastserve.verbs.config import TopConfig
+from fastserve.verbs.server_snapshot import Snapshot, rate, read_snapshot
 
-PREFIX = "fastserve:"
 BAR_WIDTH = 40
 BESIDE_BARS = 25  # columns of a bar's name and number
 SIDE_BY_SIDE = 64  # columns that two columns of figures need
 TIMEOUT_S = 5.0
-NOT_OURS = "these are not the metrics of a FastServe server"
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """One look at a server; `totals` only grow, and `at` is when it was taken, in seconds.
-
-    `started_at` is in Unix time, by the server's clock; None where it does not say.
-    """
-
-    at: float
-    model_name: str = ""
-    started_at: float | None = None
-    is_loaded: bool = True
-    running: int = 0
-    waiting: int = 0
-    by_level: Mapping[int, int] = field(default_factory=dict)
-    blocks: Mapping[tuple[str, str], int] = field(default_factory=dict)  # by (tier, state)
-    totals: Mapping[str, float] = field(default_factory=dict)
-
-
-def read_snapshot(exposition: str, at: float) -> Snapshot:
-    """Take a snapshot out of the text of /metrics.
-
-    Raises ValueError if this is not the text of a FastServe server.
-    """
-    try:
-        families = list(text_string_to_metric_families(exposition))
-        return _read([sample for family in families for sample in family.samples], at)
-    except (ValueError, KeyError) as error:
-        raise ValueError(NOT_OURS) from error
-
-
-def _read(samples: Sequence[Sample], at: float) -> Snapshot:
-    """Sort the samples; KeyError or ValueError for those of another server."""
-    gauges: dict[str, float] = {}
-    totals: dict[str, float] = {}
-    by_level: dict[int, int] = {}
-    blocks: dict[tuple[str, str], int] = {}
-    model_name = ""
-    for sample in samples:
-        if not sample.name.startswith(PREFIX):
-            continue
-        name, labels, value = sample.name.removeprefix(PREFIX), sample.labels, sample.value
-        if name == "requests_by_level":
-            by_level[int(labels["level"])] = int(value)
-        elif name == "kv_blocks":
-            blocks[labels["tier"], labels["state"]] = int(value)
-        elif name.endswith("_total"):
-            totals[name] = totals.get(name, 0.0) + value
-        else:
-            gauges[name] = value
-            model_name = labels.get("model_name", model_name)
-    return Snapshot(
-        at,
-        model_name,
-        gauges.get("start_time_seconds"),
-        "cache_config_info" in gauges,
-        int(gauges["num_requests_running"]),
-        int(gauges["num_requests_waiting"]),
-        by_level,
-        blocks,
-        totals,
-    )
-
-
-def rate(before: Snapshot | None, now: Snapshot, name: str) -> float | None:
-    """Return how fast a total grows, a second; None if that cannot be told yet."""
-    if before is None or name not in before.totals or now.at <= before.at:
-        return None
-    return (now.totals[name] - before.totals[name]) / (now.at - before.at)
+HEIGHTS = " ▁▂▃▄▅▆▇█"  # of a decile; half of it: a tenth of the answers
 
 
 def picture(
@@ -116,18 +43,46 @@ def picture(
     head += [Text.assemble((name, "cyan"), f" {value}") for name, value in about]
     if not now.is_loaded:
         return Group(*head, Text("\nthe model is loading", style="yellow"))
+    is_wide = width >= SIDE_BY_SIDE
     return Group(
         *head,
         Text(""),
-        _figures(before, now, 2 if width >= SIDE_BY_SIDE else 1),
-        Text("\nrequests by level (0 runs first)", style="bold"),
-        _bars({str(level): count for level, count in sorted(now.by_level.items())}, width),
+        _figures(before, now, 2 if is_wide else 1),
+        *_deciles(now.by_decile, "answers by predicted decile" if is_wide else "deciles"),
+        *_queues(now, width),
         Text("\nKV blocks", style="bold"),
         _bars(
             {f"{tier} {state}": count for (tier, state), count in _present(now.blocks).items()},
             width,
         ),
     )
+
+
+def _queues(now: Snapshot, width: int) -> list[RenderableType]:
+    """Draw where requests stand: by what is expected of them, else by level."""
+    if now.by_work:
+        title = "requests by machine seconds left"
+        counts = {f"{seconds} s": count for seconds, count in now.by_work.items()}
+    else:
+        title = "requests by level (0 runs first)"
+        counts = {str(level): count for level, count in sorted(now.by_level.items())}
+    return [Text(f"\n{title}", style="bold"), _bars(counts, width)]
+
+
+def _deciles(answers: Mapping[int, int], name: str) -> list[Text]:
+    """Draw which tenths of predictions answers fell into, and the least and largest share.
+
+    Where predictions are right all are at half height.
+    """
+    num_answers = sum(answers.values())
+    if not num_answers:
+        return []
+    shares = [count / num_answers for _, count in sorted(answers.items())]
+    full = 2.0 / len(shares)
+    top = len(HEIGHTS) - 1
+    bar = "".join(HEIGHTS[min(round(share / full * top), top)] for share in shares)
+    bounds = f"{min(shares) * 100:.0f}-{max(shares) * 100:.0f} %"
+    return [Text.assemble((name, "cyan"), "  ", (bar, "green"), f"  {bounds}")]
 
 
 def duration(seconds: float) -> str:
@@ -161,6 +116,11 @@ def _figures(before: Snapshot | None, now: Snapshot, num_columns: int) -> Table:
         ("demotions", _total(now, "demotions_total"), "preemptions/s", per_s[2]),
         ("promotions", _total(now, "promotions_total"), "ms to decide a step", decision),
     ]
+    if now.work_s is not None and now.mean_work_s is not None:
+        rows += [
+            ("expected work, s", f"{now.work_s:,.1f}", "predicted/answered", _bias(now)),
+            ("at arrivals, s", f"{now.mean_work_s:,.1f}", "answers", f"{_num_answers(now):,}"),
+        ]
     pairs = [(row[0], row[1]) for row in rows] + [(row[2], row[3]) for row in rows]
     for cells in rows if num_columns == 2 else pairs:
         table.add_row(*("-" if cell is None else cell for cell in cells))
@@ -169,6 +129,18 @@ def _figures(before: Snapshot | None, now: Snapshot, num_columns: int) -> Table:
 
 def _total(now: Snapshot, name: str) -> str | None:
     return f"{now.totals[name]:,.0f}" if name in now.totals else None
+
+
+def _num_answers(now: Snapshot) -> int:
+    return sum(now.by_decile.values())
+
+
+def _bias(now: Snapshot) -> str | None:
+    """Return the tokens predicted of answers over those that they came to."""
+    predicted, answered = (
+        now.totals.get(f"{name}_tokens_total") for name in ("predicted_output", "answered")
+    )
+    return f"{predicted / answered:.2f}" if predicted is not None and answered else None
 
 
 def _bars(counts: Mapping[str, int], width: int) -> RenderableType:

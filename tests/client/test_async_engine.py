@@ -30,9 +30,9 @@ COMMAND = (sys.executable, "-m", "tests.engine.engine_process", "--engine-fd")
 
 
 @asynccontextmanager
-async def running(model: str = "paced") -> AsyncIterator[AsyncEngine]:
+async def running(model: str = "paced", policy: str = "fcfs") -> AsyncIterator[AsyncEngine]:
     """Yield a started engine that is closed in the end."""
-    engine = AsyncEngine(EngineConfig(model=model), COMMAND)
+    engine = AsyncEngine(EngineConfig(model=model, scheduling_policy=policy), COMMAND)
     await engine.start()
     try:
         yield engine
@@ -144,6 +144,48 @@ def test_a_killed_engine_is_restarted_and_streams_go_on() -> None:
             text = engine.metrics.render()[0].decode()
             assert 'fastserve:engine_restarts_total{engine="0",model_name="paced"} 1.0' in text
             assert 'fastserve:generation_tokens_total{engine="0",model_name="paced"} 1200.0' in text
+
+    run(body)
+
+
+def test_what_was_predicted_crosses_over() -> None:
+    """Each end brings what was expected of it; a restarted engine's counts are added."""
+
+    async def ended(stream: RequestStream) -> tuple[int, float]:
+        ids, predicted = 0, 0.0
+        async for update in stream:
+            ids += len(update.samples)
+            if update.metrics is not None:
+                assert update.metrics.predicted_output_tokens is not None
+                predicted = update.metrics.predicted_output_tokens
+        return ids, predicted
+
+    async def counted(engine: AsyncEngine, count: int) -> list[str]:
+        """Wait until so many answers are counted, and return what is exported."""
+        while True:
+            text = engine.metrics.render()[0].decode().splitlines()
+            deciles = [line for line in text if line.startswith("fastserve:answers_by_predicted")]
+            if sum(float(line.split()[-1]) for line in deciles) == count:
+                return text
+            await asyncio.sleep(0)  # lets the reader run
+
+    async def body() -> None:
+        async with running(policy="learned") as engine:
+            await engine.ready()
+            ends = [await ended(engine.submit(Arrival([1], params(s, 30)))) for s in range(5)]
+            await counted(engine, 5)
+            kill(engine)
+            ends += [await ended(engine.submit(Arrival([1], params(s, 30)))) for s in range(3)]
+            text = await counted(engine, 8)
+            labels = '{engine="0",model_name="paced"}'
+            sums = {line.split()[0]: float(line.split()[1]) for line in text if line[0] != "#"}
+            assert sums[f"fastserve:answered_tokens_total{labels}"] == 8 * 30
+            assert sums[f"fastserve:predicted_output_tokens_total{labels}"] == pytest.approx(
+                sum(predicted for _, predicted in ends)
+            )
+            assert all(0.0 < predicted <= 30.0 for _, predicted in ends)
+            assert engine.stats is not None
+            assert engine.stats.scheduler.forecasts is not None
 
     run(body)
 

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import pytest
 
 from fastserve.core.accounts import Counters
-from fastserve.core.messages import ExecutorOutput, Fact, RequestUpdate, SchedulerOutput
+from fastserve.core.messages import (
+    WORK_BOUNDS_S,
+    ExecutorOutput,
+    Fact,
+    RequestUpdate,
+    SchedulerOutput,
+)
 from fastserve.core.request import Arrival
 from tests.core.harness import Harness, small_config
 
@@ -81,3 +87,38 @@ def test_every_counter_is_in_the_statistics() -> None:
     stats = Harness(small_config(), 8).scheduler.stats()
     for name in Counters.__slots__:
         assert getattr(stats, name) == 0
+
+
+def test_an_end_brings_what_was_predicted() -> None:
+    """The sums over ends are those of the statistics; every live request is in one bucket."""
+    config = small_config(scheduling_policy="learned", max_num_seqs=2)
+    harness = Harness(config, 64)
+    for number in range(12):
+        harness.add(range(1 + number % 3), 2 + 5 * (number % 4), priority=number % 2)
+        harness.step()
+        stats = harness.scheduler.stats()
+        assert len(stats.requests_by_work) == len(WORK_BOUNDS_S) + 1
+        assert sum(stats.requests_by_work) == harness.scheduler.num_requests
+    harness.drain()
+    forecasts = harness.scheduler.stats().forecasts
+    assert forecasts is not None
+    ends = [expected.last for expected in harness.expected.values()]
+    predicted = [end.metrics.predicted_output_tokens for end in ends if end and end.metrics]
+    assert forecasts.predicted_tokens == pytest.approx(sum(filter(None, predicted)))
+    answered = sum(len(expected.received) for expected in harness.expected.values())
+    assert (sum(forecasts.num_by_decile), forecasts.answered_tokens) == (12, answered)
+    assert forecasts.work_s == pytest.approx(0.0, abs=1e-9)
+
+
+def test_nothing_is_made_up_where_nothing_is_predicted() -> None:
+    """No number stands for a prediction that was not made."""
+    harness = Harness(small_config(), 8)
+    handle = harness.add(range(3), 2)
+    harness.drain()
+    last = harness.expected[handle].last
+    assert last is not None
+    assert last.metrics is not None
+    assert last.metrics.predicted_output_tokens is None
+    stats = harness.scheduler.stats()
+    assert stats.forecasts is None
+    assert not stats.requests_by_work

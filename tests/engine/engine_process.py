@@ -122,7 +122,11 @@ def open_engine(config: EngineConfig, on_progress: Callable[[str, float], None])
         FAILING_STEP if config.model == "failing" else None, FATES.get(config.model)
     )
     scheduler_config = SchedulerConfig(
-        max_num_seqs=8, max_num_batched_tokens=64, max_model_len=WINDOW, block_size=BLOCK_SIZE
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        max_model_len=WINDOW,
+        block_size=BLOCK_SIZE,
+        scheduling_policy=config.scheduling_policy,
     )
     costs = CostModel(base_s=STEP_S, prefill_token_s=1e-5, decode_seq_s=1e-5)
     scheduler = build_scheduler(scheduler_config, costs, NUM_BLOCKS)

@@ -15,67 +15,9 @@ import pytest
 from rich.console import Console
 
 from fastserve import cli
-from fastserve.client.metrics import EngineMetrics
-from fastserve.core.messages import SchedulerStats
-from fastserve.verbs.top import Snapshot, picture, rate, read_snapshot
-from fastserve.wire.engine_messages import EngineInfo, EngineStats
-from fastserve.wire.step_sizes import StepSizes
-
-STATS = SchedulerStats(
-    num_running=3,
-    num_waiting=4,
-    num_preempted=1,
-    requests_by_level={0: 2, 3: 5, 11: 1},
-    device_blocks_total=100,
-    device_blocks_free=30,
-    device_blocks_cached=20,
-    device_blocks_used=50,
-    host_blocks_total=0,
-    host_blocks_used=0,
-    num_steps=10,
-    num_preemptions=6,
-    num_demotions=7,
-    num_promotions=8,
-    num_recomputed_tokens=0,
-    num_computed_prompt_tokens=0,
-    num_cached_prompt_tokens=0,
-    num_dropped_samples=0,
-    num_stalls=0,
-)
-
-
-INFO = EngineInfo(
-    model="demo",
-    max_model_len=2048,
-    max_request_tokens=1600,
-    vocab_size=9,
-    block_size=16,
-    num_device_blocks=100,
-    eos_token_ids=frozenset(),
-    dtype="float32",
-    device="cpu",
-    sampling_defaults={},
-)
-
-
-def exposition(num_generated=0, *, is_loaded=True, **changes):
-    """Return what /metrics of an engine in this state says."""
-    metrics = EngineMetrics("demo")
-    if is_loaded:
-        metrics.loaded(INFO)
-    metrics.snapshot(
-        EngineStats(
-            scheduler=dataclasses.replace(STATS, **changes),
-            num_requests=8,
-            steps_by_tokens=StepSizes().counts,
-            step_tokens=0,
-            scheduler_s=0.5,
-            device_s=1.0,
-            at=0.0,
-        )
-    )
-    metrics.generated(num_generated)
-    return metrics.render()[0].decode()
+from fastserve.verbs.server_snapshot import read_snapshot
+from fastserve.verbs.top import picture
+from tests.verbs.test_server_snapshot import FORECASTS, WORK, exposition
 
 
 @contextmanager
@@ -102,31 +44,6 @@ def server_that_says(text, status=200, date=None):
             thread.join()
 
 
-def test_snapshot_of_real_metrics():
-    """Every figure is found under the name that the metrics module gives it."""
-    now = read_snapshot(exposition(num_generated=99), at=1.0)
-    assert (now.running, now.waiting) == (3, 5)  # who was preempted waits
-    assert (now.model_name, now.is_loaded) == ("demo", True)
-    assert now.started_at == pytest.approx(time.time(), abs=60.0)
-    assert now.by_level == {0: 2, 3: 5, 11: 1}
-    assert now.blocks["device", "used"] == 50
-    assert sum(count for (tier, _), count in now.blocks.items() if tier == "device") == 100
-    assert now.totals["generation_tokens_total"] == 99
-    for name, value in (("num_preemptions", 6), ("demotions", 7), ("engine_steps", 10)):
-        assert now.totals[f"{name}_total"] == value
-    assert "prompt_tokens_total" in now.totals
-    assert "scheduler_step_seconds_total" in now.totals
-
-
-def test_rates_are_differences():
-    """Tokens a second are those between two looks; one look tells no rate."""
-    before = Snapshot(at=1.0, totals={"x_total": 10.0})
-    now = Snapshot(at=3.0, totals={"x_total": 40.0})
-    assert rate(before, now, "x_total") == 15.0
-    assert rate(None, now, "x_total") is None
-    assert rate(now, now, "x_total") is None
-
-
 def drawn(width, **changes):
     """Return the lines of one picture, in a terminal of so many columns."""
     console = Console(width=width)
@@ -144,6 +61,38 @@ def test_picture_shows_levels_in_order():
     assert ["device", "used", "50"] in [line[:3] for line in lines]
 
 
+def test_work_takes_the_place_of_levels_where_it_is_predicted():
+    """Levels say nothing then: what is expected of requests does, least first."""
+    lines = drawn(100, forecasts=FORECASTS, requests_by_work=WORK)
+    words = [" ".join(line.split()) for line in lines]
+    assert not any("level" in line for line in words)
+    at = words.index("requests by machine seconds left")
+    named = [line.split(" s ")[0].strip() for line in lines[at + 1 : at + 6]]
+    assert named == ["0-0.01", "0.01-0.1", "0.1-1", "1-10", "10+"]
+    assert [line.split()[2] for line in words[at + 1 : at + 6]] == ["0", "5", "2", "0", "1"]
+    assert "expected work, s 1,234.5 predicted/answered 1.25" in words
+    assert "at arrivals, s 8.2 answers 200" in words
+
+
+def test_deciles_are_bars_at_half_height_where_they_are_right():
+    """A tenth is half, two tenths and more are full; the least and the largest share are told."""
+    flat = dataclasses.replace(FORECASTS, num_by_decile=(30,) * 10)
+    skew = dataclasses.replace(FORECASTS, num_by_decile=(0, 5, 10, 15, 20, 50, 0, 0, 0, 0))
+    for forecasts, bar in ((flat, "▄▄▄▄▄▄▄▄▄▄  10-10 %"), (skew, " ▂▄▆██      0-50 %")):
+        drawing = drawn(100, forecasts=forecasts, requests_by_work=WORK)
+        assert f"answers by predicted decile  {bar}" in [line.rstrip() for line in drawing]
+
+
+def test_before_the_first_answer_there_is_no_calibration():
+    """Nothing is divided by nothing."""
+    none = dataclasses.replace(
+        FORECASTS, num_by_decile=(0,) * 10, predicted_tokens=0.0, answered_tokens=0
+    )
+    words = [" ".join(line.split()) for line in drawn(100, forecasts=none, requests_by_work=WORK)]
+    assert "expected work, s 1,234.5 predicted/answered -" in words
+    assert not any("decile" in line for line in words)
+
+
 def test_picture_names_the_model_and_its_uptime():
     """What is watched, and since when it runs."""
     assert [line.rstrip() for line in drawn(100)[:3]] == [
@@ -154,9 +103,11 @@ def test_picture_names_the_model_and_its_uptime():
 
 
 @pytest.mark.parametrize("width", [100, 80, 64, 63, 40, 32])
-def test_picture_fits_the_terminal(width):
+@pytest.mark.parametrize("predicts", [False, True])
+def test_picture_fits_the_terminal(width, predicts):
     """Every figure keeps its name and its number in one line, however narrow it is."""
-    lines = [line.rstrip() for line in drawn(width, device_blocks_free=1_000_000)]
+    changes = {"forecasts": FORECASTS, "requests_by_work": WORK} if predicts else {}
+    lines = [line.rstrip() for line in drawn(width, device_blocks_free=1_000_000, **changes)]
     assert max(map(len, lines)) <= width
     words = " ".join(" ".join(line.split()) for line in lines)
     for text in (
@@ -164,6 +115,7 @@ def test_picture_fits_the_terminal(width):
         "ms to decide a step -",
         "demotions 7",
         "device free 1,000,000",
+        *(["at arrivals, s 8.2", "answers 200", "▄ 10-10 %", "10+ s 1"] if predicts else ()),
     ):
         assert text in words
     assert "…" not in words

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 
 from fastserve.core.messages import (
+    Forecasts,
     RequestMetrics,
     RequestUpdate,
     Sample,
@@ -44,6 +45,7 @@ from tests.framing import payload_of
 METRICS = RequestMetrics(
     arrival=1.5, first_scheduled=None, first_token=2.0, finished=3.0, queue_s=0.1,
     num_preemptions=1, num_swaps=0, recomputed_tokens=7, cached_tokens=16, level=2,
+    predicted_output_tokens=40.5,
 )  # fmt: skip
 SCORES = TokenLogprobs(-0.25, 2, [5, 6], [-0.1, -0.25])
 STATS = SchedulerStats(
@@ -52,6 +54,11 @@ STATS = SchedulerStats(
     host_blocks_total=0, host_blocks_used=0, num_steps=9, num_preemptions=1, num_demotions=2,
     num_promotions=3, num_recomputed_tokens=4, num_computed_prompt_tokens=5,
     num_cached_prompt_tokens=6, num_dropped_samples=7, num_stalls=0,
+    forecasts=Forecasts(
+        num_by_decile=[1, 0, 0, 2, 0, 0, 0, 0, 3, 4], predicted_tokens=99.5, answered_tokens=90,
+        work_s=12.5, mean_work_s=8.25,
+    ),
+    requests_by_work=[0, 3, 2, 1, 0],
 )  # fmt: skip
 INFO = EngineInfo(
     model="demo", max_model_len=128, max_request_tokens=64, vocab_size=99, block_size=16,

@@ -23,6 +23,7 @@ class ArtifactMLFQ:
     """An MLFQ in which those that starve are looked for every so many steps only."""
 
     reservation = ON_DEMAND
+    predictions = None
 
     def __init__(self, mlfq: MLFQ) -> None:
         """Take an MLFQ with the settings above, in which a request falls by `one_level`."""

@@ -19,6 +19,7 @@ class FCFS:
     """One queue in order of arrival."""
 
     levels = None
+    predictions = None
 
     def __init__(self, reservation: Reservation = ON_DEMAND_IN_ORDER) -> None:
         self.reservation = reservation

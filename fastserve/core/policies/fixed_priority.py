@@ -19,6 +19,7 @@ class FixedPriority:
 
     reservation = ON_DEMAND
     levels = None
+    predictions = None
 
     def __init__(self) -> None:
         self._requests: SortedRequests[float] = SortedRequests()

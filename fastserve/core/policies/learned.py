@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from fastserve.core.cost_model import CostModel
 from fastserve.core.gittins import AnswerLength
 from fastserve.core.lengths import Labels, labels_of
+from fastserve.core.messages import Forecasts
 from fastserve.core.outlook import Outlook
 from fastserve.core.policies.kinds import Kind, Line, Lines
 from fastserve.core.policies.parts import Deadlines, SortedRequests
@@ -80,6 +81,11 @@ class Learned:
         self._deadlines = Deadlines()  # of streams; one that has run since is found when due
         self._version = outlook.version
         self._stale: deque[Line | _Account] = deque()
+
+    @property
+    def predictions(self) -> Learned:
+        """What is expected of requests."""
+        return self
 
     def admit(self, request: Request, now: float) -> None:
         """Join the line of its kind; one that comes with a part of its answer has begun."""
@@ -179,6 +185,19 @@ class Learned:
 
     def estimated_next_schedule_time(self, request: Request, now: float) -> None:
         """The order is by price and arrival, not by the time until a request runs."""
+
+    def predicted_output_tokens(self, request: Request) -> float:
+        """Return the mean of the distribution that its answer had when it came."""
+        return self._accounts[request.handle].predicted.tokens_left(0)
+
+    def expected_work_s(self, request: Request) -> float:
+        """Return the machine seconds expected of a request, as of when it was last priced."""
+        account = self._accounts[request.handle]
+        return account.work_s if account.line is None else account.line.work_s
+
+    def forecasts(self) -> Forecasts:
+        """Return those of all that share the outlook."""
+        return self._outlook.forecasts()
 
     # ── what a request costs ─────────────────────────────────────────────────────────────────
 

@@ -36,6 +36,7 @@ class MLFQ:
     """Levels of FIFO queues; level 0 runs first."""
 
     reservation = ON_DEMAND
+    predictions = None
 
     def __init__(
         self,

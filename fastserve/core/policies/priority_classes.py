@@ -12,8 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
+from fastserve.core.messages import Forecasts
 from fastserve.core.policies.parts import Deadlines
-from fastserve.core.policies.protocol import ClassPolicy, Coldness, Levels, LevelStats
+from fastserve.core.policies.protocol import (
+    ClassPolicy,
+    Coldness,
+    Levels,
+    LevelStats,
+    Predictions,
+)
 from fastserve.core.request import FinishReason, Request
 
 MAX_PRIORITY = 100
@@ -32,6 +39,7 @@ class PriorityClasses:
         self._spare: ClassPolicy | None = make_policy()  # of the first class that is asked for
         self.reservation = self._spare.reservation
         self._has_levels = self._spare.levels is not None
+        self._has_predictions = self._spare.predictions is not None
         self._classes: dict[int, ClassPolicy] = {}
         self._ranks: list[int] = []
         self._class_of: dict[int, int] = {}
@@ -43,6 +51,13 @@ class PriorityClasses:
     def levels(self) -> Levels | None:
         """The levels of all classes together, if the inner policy has any."""
         return self if self._has_levels else None
+
+    @property
+    def predictions(self) -> Predictions | None:
+        """The predictions of all classes together, if the inner policy makes any."""
+        if not self._has_predictions:
+            return None
+        return self._classes[self._ranks[0]].predictions if len(self._ranks) == 1 else self
 
     def admit(self, request: Request, now: float) -> None:
         """Join the class of the request's priority."""
@@ -127,6 +142,26 @@ class PriorityClasses:
             for level, size in part.requests_by_level.items():
                 sizes[level] = sizes.get(level, 0) + size
         return LevelStats(num_demotions, num_promotions, sizes)
+
+    def predicted_output_tokens(self, request: Request) -> float:
+        """Return what the class that a request is in expected."""
+        return self._predictions_for(request).predicted_output_tokens(request)
+
+    def expected_work_s(self, request: Request) -> float:
+        """Return what the class that a request is in expects."""
+        return self._predictions_for(request).expected_work_s(request)
+
+    def forecasts(self) -> Forecasts:
+        """Return those of any class: what they predict they learn together."""
+        policy = next(iter(self._classes.values()), self._spare)
+        assert policy is not None
+        assert policy.predictions is not None
+        return policy.predictions.forecasts()
+
+    def _predictions_for(self, request: Request) -> Predictions:
+        predictions = self._classes[self._class_of[request.handle]].predictions
+        assert predictions is not None
+        return predictions
 
     @staticmethod
     def _own_class(request: Request) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from fastserve.core.messages import Forecasts
 from fastserve.core.policies.reservation import Reservation
 from fastserve.core.request import FinishReason, Request
 
@@ -38,6 +39,19 @@ class Levels(Protocol):
         """Return counters, and the number of requests of each level that has any."""
 
 
+class Predictions(Protocol):
+    """What is reported where the lengths of answers are predicted."""
+
+    def predicted_output_tokens(self, request: Request) -> float:
+        """Return the length of a live request's answer that was expected when it came."""
+
+    def expected_work_s(self, request: Request) -> float:
+        """Return the machine seconds that a live request is still expected to take."""
+
+    def forecasts(self) -> Forecasts:
+        """Return how predictions turned out, and the work in the system."""
+
+
 class Policy(Protocol):
     """Orders the live requests, best first."""
 
@@ -48,6 +62,10 @@ class Policy(Protocol):
     @property
     def levels(self) -> Levels | None:
         """The levels, where there are any."""
+
+    @property
+    def predictions(self) -> Predictions | None:
+        """What is predicted of requests, where anything is."""
 
     def admit(self, request: Request, now: float) -> None:
         """Take a new request in."""

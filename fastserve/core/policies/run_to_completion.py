@@ -55,6 +55,7 @@ class RunToCompletion:
 
     reservation = ON_DEMAND_IN_ORDER
     levels = None
+    predictions = None
 
     def __init__(self, waiting: WaitingOrder) -> None:
         self._waiting = waiting

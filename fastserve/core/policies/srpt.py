@@ -20,6 +20,7 @@ class SRPT:
 
     reservation = ON_DEMAND
     levels = None
+    predictions = None
 
     def __init__(self, cost_model: CostModel, lengths: Mapping[int, int]) -> None:
         """`lengths` maps a handle to its true number of output tokens."""

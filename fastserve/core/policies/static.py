@@ -20,6 +20,7 @@ class Static:
 
     reservation = WHOLE_IN_ORDER
     levels = None
+    predictions = None
 
     def __init__(self, max_num_seqs: int) -> None:
         self._max_num_seqs = max_num_seqs

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from fastserve.core.build import build_policy
+from fastserve.core.build import policy_factory
 from fastserve.core.cost_model import CostModel
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.priority_classes import PriorityClasses
@@ -24,21 +24,28 @@ AGING = 4.0
 MAX_ADVANCES = 10  # until what was learned is in the order
 
 
+def factory(name: str) -> Callable[[], ClassPolicy]:
+    """Return what makes policies of a name, which learn together."""
+    config = small_config(scheduling_policy=name, starvation_limit=3.0)
+    return policy_factory(config, COST, LENGTHS)
+
+
 def make_inner(name: str) -> ClassPolicy:
     """Return a policy by name, in which requests starve after three seconds."""
-    config = small_config(scheduling_policy=name, starvation_limit=3.0)
-    return build_policy(config, COST, LENGTHS)
+    return factory(name)()
 
 
 def in_classes(name: str) -> Policy:
     """Return priority classes of a policy."""
-    return PriorityClasses(lambda: make_inner(name), AGING)
+    return PriorityClasses(factory(name), AGING)
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     **{name: partial(make_inner, name) for name in SIMULATED_POLICIES},
     **{f"classes of {name}": partial(in_classes, name) for name in SIMULATED_POLICIES},
 }
+
+PREDICTING = [name for name, make in POLICIES.items() if make().predictions is not None]
 
 
 def handles(policy: Policy) -> list[int]:
@@ -92,6 +99,9 @@ def test_looking_changes_nothing(name: str, seed: int) -> None:
             seen.policy.estimated_next_schedule_time(request, seen.now)
             if seen.policy.levels is not None:
                 seen.policy.levels.level(request)
+            if seen.policy.predictions is not None:
+                seen.policy.predictions.expected_work_s(request)
+                seen.policy.predictions.predicted_output_tokens(request)
         next(seen.policy.ordered(), None)
         assert handles(seen.policy) == handles(seen.policy)
         seen.policy.next_event(seen.now)
@@ -129,6 +139,27 @@ def test_the_head_is_among_the_warmest(name: str) -> None:
         traffic.policy.advance(traffic.now)
         coldness = [traffic.policy.coldness(r, traffic.now) for r in traffic.policy.ordered()]
         assert not coldness or coldness[0] == min(coldness)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", PREDICTING)
+def test_the_work_in_the_system_is_that_of_its_requests(name: str, seed: int) -> None:
+    """Through steps, ends, moves between classes and what is learned; a prediction stays."""
+    traffic = Traffic(POLICIES[name](), seed)
+    policy, predicted = traffic.policy, dict[int, float]()
+    for _ in range(200):
+        traffic.turn()
+        policy.advance(traffic.now)
+        predictions = policy.predictions
+        assert predictions is not None
+        work_s = sum(predictions.expected_work_s(request) for request in traffic.live)
+        assert predictions.forecasts().work_s == pytest.approx(work_s)
+        for request in traffic.live:
+            tokens = predictions.predicted_output_tokens(request)
+            assert predicted.setdefault(request.handle, tokens) == tokens > 0.0
+            assert predictions.expected_work_s(request) > 0.0
+        num_answers = sum(predictions.forecasts().num_by_decile)
+    assert num_answers > 0
 
 
 @pytest.mark.parametrize("name", SIMULATED_POLICIES)
