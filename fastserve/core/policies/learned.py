@@ -81,6 +81,7 @@ class Learned:
         self._deadlines = Deadlines()  # of streams; one that has run since is found when due
         self._version = outlook.version
         self._stale: deque[Line | _Account] = deque()
+        self._rising: deque[Line] = deque()  # lines to be priced behind all that are stale
 
     @property
     def predictions(self) -> Learned:
@@ -137,28 +138,26 @@ class Learned:
     def advance(self, now: float) -> None:
         """Let streams that have paused too long go first, and bring some keys up to date."""
         self._lift_paused(now)
-        outlook, stale = self._outlook, self._stale
-        if not stale:
+        outlook, stale, rising = self._outlook, self._stale, self._rising
+        if not stale and not rising:
             if outlook.is_due:
                 outlook.renew()
             if self._version != outlook.version:
                 self._version = outlook.version
                 stale.extend(self._lines.lines())
                 stale.extend(a for a in self._accounts.values() if a.line is None)
-        for _ in range(min(REFRESHES_PER_PLAN, len(stale))):
-            item = stale.popleft()
-            if isinstance(item, Line):
-                if item.requests:
-                    self._price_line(item)
-            elif self._accounts.get(item.request.handle) is item:
-                self._price(item)
+        for _ in range(REFRESHES_PER_PLAN):
+            if stale:
+                self._refresh(stale.popleft())
+            elif rising:
+                self._refresh_line(rising.popleft())
 
     def next_event(self, now: float) -> float:
         """Return the earliest time at which a stream may have paused too long.
 
         While keys wait to be made anew the next `advance` changes the order at any time.
         """
-        if self._stale or self._outlook.is_due or self._version != self._outlook.version:
+        if self._stale or self._rising or self._outlook.is_due or self._version != self._outlook.version:
             return -math.inf
         return self._deadlines.first()[0]
 
@@ -227,6 +226,24 @@ class Learned:
         if price_s >= NO_BOOST * scale_s:
             return 0.0
         return -scale_s * math.log(-math.expm1(-price_s / scale_s))
+
+    def _refresh(self, item: Line | _Account) -> None:
+        """Bring a key up to date, but for a line whose boost grows.
+
+        Those that have begun come first, lest one that waits overtakes all whose keys are old.
+        """
+        if isinstance(item, Line):
+            before = item.boost_s
+            self._refresh_line(item)
+            if item.boost_s > before:
+                self._lines.boost(item, before)
+                self._rising.append(item)
+        elif self._accounts.get(item.request.handle) is item:
+            self._price(item)
+
+    def _refresh_line(self, line: Line) -> None:
+        if line.requests:
+            self._price_line(line)
 
     def _price_line(self, line: Line) -> None:
         """Give a line its boost, and what is expected of each in it."""
