@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from fastserve.core.lengths import EDGES, bin_of
 
 LONGEST = 2**62  # more tokens than there are
+NEGLIGIBLE = 2.0**-600  # a probability of still going on, as if it had ended: sums would lose digits
 
 
 class AnswerLength:
@@ -69,11 +70,13 @@ class AnswerLength:
     def tokens_left(self, index: int) -> float:
         """Return the expected number of tokens still to come at the beginning of a bin."""
         longer = self._longer[index]
-        return self._tokens[index] / longer - EDGES[index] + 1 if longer > 0.0 else 1.0
+        return self._tokens[index] / longer - EDGES[index] + 1 if longer > NEGLIGIBLE else 1.0
 
     def index(self, index: int, first_s: float, token_s: float) -> float:
         """Return the seconds of work for each answer of mean length, at the beginning of a bin."""
         longer, worth, beyond = self._longer, self._worth, self._beyond
+        if longer[index] <= NEGLIGIBLE:
+            return first_s + token_s
         start = EDGES[index] - 1
         # All times P(O > e), which stands in numerator and denominator.
         fixed = (first_s - token_s * start) * longer[index] + token_s * self._tokens[index]

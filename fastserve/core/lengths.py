@@ -173,6 +173,13 @@ class LengthModel:
         """
         if state["format"] != FORMAT:
             raise ValueError(f"format {state['format']!r} is not {FORMAT}")
+        try:
+            return cls._read(state)
+        except (ArithmeticError, AttributeError) as error:  # of inf, of what has no items
+            raise ValueError(f"a value has another type or size: {error}") from error
+
+    @classmethod
+    def _read(cls, state: Mapping[str, Any]) -> LengthModel:
         model = cls()
         model.num_ended = int(state["num_ended"])
         model._sum = float(state["sum"])
