@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from fastserve.core.lengths import EDGES, bin_of
 
 LONGEST = 2**62  # more tokens than there are
-NEGLIGIBLE = 2.0**-600  # a probability of still going on, as if it had ended: sums would lose digits
+NEGLIGIBLE = (
+    2.0**-600
+)  # a probability of still going on, as if it had ended: sums would lose digits
 
 
 class AnswerLength:

@@ -157,7 +157,12 @@ class Learned:
 
         While keys wait to be made anew the next `advance` changes the order at any time.
         """
-        if self._stale or self._rising or self._outlook.is_due or self._version != self._outlook.version:
+        if (
+            self._stale
+            or self._rising
+            or self._outlook.is_due
+            or self._version != self._outlook.version
+        ):
             return -math.inf
         return self._deadlines.first()[0]
 
