@@ -39,18 +39,22 @@ NUM_BOUNDLESS_BLOCKS = 2**40
 
 
 def build_policy(
-    config: SchedulerConfig, cost_model: CostModel, lengths: Mapping[int, int] | None = None
+    config: SchedulerConfig,
+    cost_model: CostModel,
+    num_device_blocks: int = NUM_BOUNDLESS_BLOCKS,
+    lengths: Mapping[int, int] | None = None,
 ) -> ClassPolicy:
     """Return a fresh policy of the configured name, for one priority class on its own.
 
     Raises ValueError as `policy_factory`.
     """
-    return policy_factory(config, cost_model, lengths)()
+    return policy_factory(config, cost_model, num_device_blocks, lengths)()
 
 
 def policy_factory(
     config: SchedulerConfig,
     cost_model: CostModel,
+    num_device_blocks: int,
     lengths: Mapping[int, int] | None = None,
     length_model: LengthModel | None = None,
 ) -> Callable[[], ClassPolicy]:
@@ -100,6 +104,7 @@ def policy_factory(
                 max_num_seqs=config.max_num_seqs,
                 window=config.max_model_len,
                 block_size=config.block_size,
+                num_kv_tokens=num_device_blocks * config.block_size,
             )
         case "srpt" if lengths is not None:
             return partial(SRPT, cost_model, lengths)
@@ -145,7 +150,7 @@ def build_scheduler(
             f"{config.max_model_len}"
         )
     if policy is None:
-        make_policy = policy_factory(config, cost_model, lengths, length_model)
+        make_policy = policy_factory(config, cost_model, num_device_blocks, lengths, length_model)
         policy = PriorityClasses(make_policy, config.priority_aging)
     is_ideal = config.preemption_mode == "ideal"
     cache = KVCacheManager(

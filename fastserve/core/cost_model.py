@@ -99,7 +99,7 @@ class CostModel:
         attention_s = pairs * self.prefill_pair_s + context * self.decode_context_s
         return self.base_s + self.matrix_s * is_matrix + max(self.floor_s, dense_s) + attention_s
 
-    def decode_share_s(self, num_seqs: int, context: float) -> float:
+    def decode_share_s(self, num_seqs: float, context: float) -> float:
         """Return one sequence's part of a step of so many decodes, at so much context of its own.
 
         What a token of an answer costs while others use the rest of the step.

@@ -25,22 +25,25 @@ class Outlook:
         self.model = model
         self.version = 0
         self.mean_work_s = 0.0  # V, as of the version
-        self.mean_tokens = model.mean_tokens
+        self.mean_tokens = model.mean_tokens  # of an answer
+        self.mean_prompt_tokens = 0.0
         self._latency_objective = latency_objective
         self._num_ended = model.num_ended
         self._answers: dict[tuple[Labels, int | None], AnswerLength] = {}
         self._num_arrivals = 0
         self._work_s = 0.0
-        self._moving_mean_s = 0.0
+        self._moving_work_s = 0.0
+        self._moving_prompt_tokens = 0.0
         self._num_by_decile = [0] * NUM_DECILES
         self._predicted_tokens = 0.0
         self._answered_tokens = 0
 
-    def arrived(self) -> None:
+    def arrived(self, num_prompt_tokens: int) -> None:
         """Note a request, which finds the work that is expected now."""
         self._num_arrivals += 1
-        distance_s = self._work_s - self._moving_mean_s
-        self._moving_mean_s += distance_s / min(self._num_arrivals, ARRIVALS)
+        share = 1.0 / min(self._num_arrivals, ARRIVALS)
+        self._moving_work_s += share * (self._work_s - self._moving_work_s)
+        self._moving_prompt_tokens += share * (num_prompt_tokens - self._moving_prompt_tokens)
 
     def expect(self, work_s: float) -> None:
         """Note so much more work in the system, in machine seconds; less if negative."""
@@ -74,13 +77,14 @@ class Outlook:
         num_new = self.model.num_ended - self._num_ended
         if num_new > MIN_NEWS * min(self._num_ended, HALF_LIFE):
             return True
-        return abs(self._moving_mean_s - self.mean_work_s) > MAX_DRIFT * self.mean_work_s
+        return abs(self._moving_work_s - self.mean_work_s) > MAX_DRIFT * self.mean_work_s
 
     def renew(self) -> None:
         """Begin another version."""
         self.version += 1
-        self.mean_work_s = self._moving_mean_s
+        self.mean_work_s = self._moving_work_s
         self.mean_tokens = self.model.mean_tokens
+        self.mean_prompt_tokens = self._moving_prompt_tokens
         self._num_ended = self.model.num_ended
         self._answers.clear()
 
@@ -91,5 +95,5 @@ class Outlook:
             predicted_tokens=self._predicted_tokens,
             answered_tokens=self._answered_tokens,
             work_s=max(self._work_s, 0.0),
-            mean_work_s=self._moving_mean_s,
+            mean_work_s=self._moving_work_s,
         )

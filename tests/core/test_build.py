@@ -30,7 +30,7 @@ COST = CostModel(base_s=1.0, prefill_token_s=1.0)
 def test_each_name_builds_its_policy(name: str, kind: type) -> None:
     """A name is a policy, fresh every time."""
     config = small_config(scheduling_policy=name)
-    first, second = (build_policy(config, COST, {}) for _ in range(2))
+    first, second = (build_policy(config, COST, lengths={}) for _ in range(2))
     assert type(first) is kind
     assert first is not second
 

@@ -64,8 +64,12 @@ class Learned:
         max_num_seqs: int,
         window: int,
         block_size: int,
+        num_kv_tokens: int,
     ) -> None:
-        """`boost` is κ. The outlook may be shared by several policies; `window` is in tokens."""
+        """`boost` is κ. The outlook may be shared by several policies.
+
+        `window` is the longest request and `num_kv_tokens` what the device holds, in tokens.
+        """
         self.reservation = ON_DEMAND if boost else ON_DEMAND_IN_ORDER
         self._cost_model = cost_model
         self._outlook = outlook
@@ -73,6 +77,7 @@ class Learned:
         self._max_pause_s = max_pause_s if boost else math.inf
         self._max_num_seqs = max_num_seqs
         self._window = window
+        self._num_kv_tokens = num_kv_tokens
         self._block_size = block_size
         self._accounts: dict[int, _Account] = {}
         self._lines = Lines()
@@ -91,7 +96,7 @@ class Learned:
     def admit(self, request: Request, now: float) -> None:
         """Join the line of its kind; one that comes with a part of its answer has begun."""
         outlook = self._outlook
-        outlook.arrived()
+        outlook.arrived(request.num_prompt_tokens)
         labels = labels_of(request, self._window, self._block_size)
         kind = self._kind(request, outlook.model.telling(labels))
         account = _Account(request, labels, kind, outlook.answer(kind.labels, kind.max_tokens))
@@ -221,9 +226,18 @@ class Learned:
         return self._cost_model.added_prefill_s(num_tokens, start) if num_tokens > 1 else 0.0
 
     def _token_s(self, kind: Kind) -> float:
-        """Return the machine seconds of a token of an answer, in the middle of a mean one."""
-        context = kind.prompt_tokens + self._outlook.mean_tokens / 2
-        return self._cost_model.decode_share_s(self._max_num_seqs, context)
+        """Return the machine seconds of a token of an answer, in the middle of a mean one.
+
+        A sequence takes up a seat of the batch; where KV lasts for fewer sequences than there are
+        seats, it takes up the seats of others with the KV that it holds.
+        """
+        costs, outlook, num_seats = self._cost_model, self._outlook, self._max_num_seqs
+        context = kind.prompt_tokens + outlook.mean_tokens / 2
+        mean_context = outlook.mean_prompt_tokens + outlook.mean_tokens / 2
+        num_held = max(self._num_kv_tokens / mean_context, 1.0)
+        if num_held >= num_seats:
+            return costs.decode_share_s(num_seats, context)
+        return costs.decode_share_s(num_held, mean_context) * context / mean_context
 
     def _boost_s(self, price_s: float) -> float:
         """Return b(G) = −ln(1 − e^(−γG)) / γ, 1/γ = κ · V."""

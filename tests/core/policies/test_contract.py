@@ -27,7 +27,7 @@ MAX_ADVANCES = 10  # until what was learned is in the order
 def factory(name: str) -> Callable[[], ClassPolicy]:
     """Return what makes policies of a name, which learn together."""
     config = small_config(scheduling_policy=name, starvation_limit=3.0)
-    return policy_factory(config, COST, LENGTHS)
+    return policy_factory(config, COST, 1000, LENGTHS)
 
 
 def make_inner(name: str) -> ClassPolicy:
