@@ -32,6 +32,7 @@ from fastserve.core.request import FinishReason, Request
 
 BEGUN_SHARE = 0.7  # of its price, for a request that has begun
 NO_BOOST = 40.0  # prices in units of 1/γ from which on e^(−γx) is nothing beside 1
+INDEX_ALONE = 1e6  # κ from which on arrivals decide between equal prices only
 REFRESHES_PER_PLAN = 16  # of lines and of begun requests, after something was learned
 
 
@@ -73,7 +74,7 @@ class Learned:
         self.reservation = ON_DEMAND if boost else ON_DEMAND_IN_ORDER
         self._cost_model = cost_model
         self._outlook = outlook
-        self._boost = boost
+        self._boost = min(boost, INDEX_ALONE)
         self._max_pause_s = max_pause_s if boost else math.inf
         self._max_num_seqs = max_num_seqs
         self._window = window
