@@ -17,9 +17,7 @@ from collections.abc import Sequence
 from fastserve.core.lengths import EDGES, bin_of
 
 LONGEST = 2**62  # more tokens than there are
-NEGLIGIBLE = (
-    2.0**-600
-)  # a probability of still going on, as if it had ended: sums would lose digits
+NEGLIGIBLE = 2.0**-600  # a probability of going on, below which sums would lose their digits
 
 
 class AnswerLength:
