@@ -339,6 +339,7 @@ class Learned:
         One without KV is left where it is: to compute it all again for a token would cost others
         more than the pause costs it.
         """
+        looked_at: list[tuple[int, float]] = []  # put back at the end: the limit may be no time
         while (entry := self._deadlines.pop(now)) is not None:
             handle = entry[1]
             request = self._accounts[handle].request
@@ -347,6 +348,8 @@ class Learned:
                 due = now + self._max_pause_s
                 if request.table is not None and not request.steps_in_flight:
                     self._lift(request)
+            looked_at.append((handle, due))
+        for handle, due in looked_at:
             self._deadlines.put(handle, due)
 
     def _lift(self, request: Request) -> None:

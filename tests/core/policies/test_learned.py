@@ -464,6 +464,17 @@ def test_a_stream_that_paused_long_enough_leads_until_it_has_run_once() -> None:
     assert order(policy, 110.0) == [0, 1, 2]
 
 
+def test_streams_may_be_let_on_at_once() -> None:
+    """A limit of no time lifts each stream in every plan, and looks at each once."""
+    (policy,) = make_policies(max_pause=0.0)
+    taught(policy, {"long": 60, "short": 5})
+    old = admit(policy, make_request(0, client="long"), 100.0)
+    stream(policy, old, 101.0)
+    admit(policy, make_request(1, client="short"), 101.0)
+    assert order(policy, 101.0) == [0, 1]
+    assert order(policy, 101.0) == [0, 1]
+
+
 def test_one_without_kv_is_not_lifted() -> None:
     """It would compute all of it again for one token; nor is one that runs right now."""
     (policy,) = make_policies(max_pause=4.0)
