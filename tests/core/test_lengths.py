@@ -15,6 +15,7 @@ from fastserve.core import lengths
 from fastserve.core.lengths import (
     BEGINNING,
     EDGES,
+    MAX_CLIENT,
     MAX_LABELS,
     MAX_TOKENS,
     NUM_BINS,
@@ -78,6 +79,8 @@ def test_a_label_says_what_is_known_before_the_answer() -> None:
     assert labels_of(limited, WINDOW, BLOCK_SIZE)[1:] != labels_of(bare, WINDOW, BLOCK_SIZE)[1:]
     named = asked(2, WINDOW - 2, client="ann")
     assert labels_of(named, WINDOW, BLOCK_SIZE)[1:] == ("cann",)
+    lengthy = labels_of(asked(2, WINDOW - 2, client="x" * 10_000), WINDOW, BLOCK_SIZE)
+    assert lengthy[1:] == ("c" + "x" * MAX_CLIENT,)  # labels are kept, in memory and in a file
     begun, as_well = asked(4, WINDOW - 4), asked(5, WINDOW - 5)
     assert labels_of(begun, WINDOW, BLOCK_SIZE)[-1][0] == BEGINNING
     assert labels_of(begun, WINDOW, BLOCK_SIZE)[-1] == labels_of(as_well, WINDOW, BLOCK_SIZE)[-1]
