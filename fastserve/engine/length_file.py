@@ -88,9 +88,7 @@ class LengthFile:
             return LengthModel.restored(content["lengths"])
         except ConfigError as error:  # which names the file
             why = str(error)
-        except (
-            LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError
-        ) as error:  # fmt: skip
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
             why = f"{self._path}: cannot be used: {error!r}"
         logger.warning("answer lengths are learned from nothing: %s", why)
         return LengthModel()
