@@ -27,7 +27,7 @@ class AnswerLength:
     expected tokens, worth.
     """
 
-    __slots__ = ("_beyond", "_longer", "_num_bins", "_tokens", "_worth")
+    __slots__ = ("_beyond", "_longer", "_tokens", "_worth", "num_bins")
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class AnswerLength:
     ) -> None:
         """Take the probability of each bin; worth is (tokens / mean_tokens) ** -exponent."""
         last = len(shares) - 1 if max_tokens is None else min(bin_of(max_tokens), len(shares) - 1)
-        self._num_bins = num_bins = last + 1
+        self.num_bins = num_bins = last + 1
         self._longer = longer = [0.0] * (num_bins + 1)
         self._tokens = tokens = [0.0] * (num_bins + 1)
         self._worth = worths = [0.0] * (num_bins + 1)
@@ -61,11 +61,11 @@ class AnswerLength:
 
     def bin_at(self, num_tokens: int) -> int:
         """Return the bin that an answer is in of which so many tokens are out."""
-        return min(bin_of(num_tokens + 1), self._num_bins - 1)
+        return min(bin_of(num_tokens + 1), self.num_bins - 1)
 
     def end_of(self, index: int) -> int:
         """Return how many tokens are out when the answer enters the next bin."""
-        return EDGES[index + 1] - 1 if index + 1 < self._num_bins else LONGEST
+        return EDGES[index + 1] - 1 if index + 1 < self.num_bins else LONGEST
 
     def tokens_left(self, index: int) -> float:
         """Return the expected number of tokens still to come at the beginning of a bin."""
@@ -81,7 +81,7 @@ class AnswerLength:
         # All times P(O > e), which stands in numerator and denominator.
         fixed = (first_s - token_s * start) * longer[index] + token_s * self._tokens[index]
         here, least = worth[index], math.inf
-        for k in range(index + 1, self._num_bins + 1):
+        for k in range(index + 1, self.num_bins + 1):
             gained = here - worth[k]
             if gained > 0.0:
                 price = (fixed + token_s * (beyond[k] - longer[k])) / gained
@@ -91,5 +91,5 @@ class AnswerLength:
 
     def share_below(self, num_tokens: int) -> float:
         """Return the probability of a shorter answer, half of the same bin's included."""
-        index = min(bin_of(num_tokens), self._num_bins - 1)
+        index = min(bin_of(num_tokens), self.num_bins - 1)
         return 1.0 - (self._longer[index] + self._longer[index + 1]) / (2 * self._longer[0])

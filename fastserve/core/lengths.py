@@ -123,15 +123,22 @@ class LengthModel:
 
     def distribution(self, labels: Labels) -> list[float]:
         """Return the probability of each bin for a request with these labels."""
+        shares = self.common_distribution()
+        for label in labels:
+            shares = self.refined(shares, label)
+        return shares
+
+    def common_distribution(self) -> list[float]:
+        """Return the probability of each bin for a request without labels."""
         mean = self.mean_tokens
         longer = [math.exp((1 - edge) / mean) for edge in EDGES]
         shares = [here - after for here, after in zip(longer, [*longer[1:], 0.0], strict=True)]
-        shares = self._shrunk(self._all, shares)
-        for label in labels:
-            histogram = self._kinds.get(label[0], {}).get(label)
-            if histogram is not None:
-                shares = self._shrunk(histogram, shares)
-        return shares
+        return self._shrunk(self._all, shares)
+
+    def refined(self, shares: list[float], label: str) -> list[float]:
+        """Return what a distribution becomes by one more label."""
+        histogram = self._kinds.get(label[0], {}).get(label)
+        return shares if histogram is None else self._shrunk(histogram, shares)
 
     def add(self, labels: Labels, num_tokens: int) -> None:
         """Take in an answer that has ended with so many tokens, at least 1."""

@@ -30,6 +30,7 @@ class Outlook:
         self._latency_objective = latency_objective
         self._num_ended = model.num_ended
         self._answers: dict[tuple[Labels, int | None], AnswerLength] = {}
+        self._distributions: dict[Labels, list[float]] = {}
         self._num_arrivals = 0
         self._work_s = 0.0
         self._moving_work_s = 0.0
@@ -64,12 +65,17 @@ class Outlook:
             # Of few answers one cannot tell which will be short.
             evidence = self._num_ended / (self._num_ended + SHRINKAGE)
             found = self._answers[labels, max_tokens] = AnswerLength(
-                self.model.distribution(labels),
+                self._distribution(labels),
                 max_tokens,
                 mean_tokens=self.mean_tokens,
                 exponent=self._latency_objective * evidence,
             )
         return found
+
+    @property
+    def num_answers(self) -> int:
+        """How many distributions were made for this version."""
+        return len(self._answers)
 
     @property
     def is_due(self) -> bool:
@@ -87,6 +93,18 @@ class Outlook:
         self.mean_prompt_tokens = self._moving_prompt_tokens
         self._num_ended = self.model.num_ended
         self._answers.clear()
+        self._distributions.clear()
+
+    def _distribution(self, labels: Labels) -> list[float]:
+        """Return `model.distribution(labels)`; chains that begin alike share it."""
+        found = self._distributions.get(labels)
+        if found is None:
+            if labels:
+                found = self.model.refined(self._distribution(labels[:-1]), labels[-1])
+            else:
+                found = self.model.common_distribution()
+            self._distributions[labels] = found
+        return found
 
     def forecasts(self) -> Forecasts:
         """Return a snapshot for people."""

@@ -25,7 +25,7 @@ class Kind:
     """What is alike in the requests of a line."""
 
     labels: Labels
-    max_tokens: int | None  # of the answer; None: the window's end is all that limits it
+    max_tokens: int | None  # the bin of its own limit; None: the window's end is all that limits
     prefill_s: float  # the machine seconds of its prompt
     prompt_tokens: float
 

@@ -6,7 +6,7 @@ arrival − b(G) with b(x) = −ln(1 − e^(−γx)) / γ and 1/γ = κ · V (th
 where V is the mean work in the system that an arrival finds: what FCFS would make it wait. κ = 0
 is FCFS, κ = ∞ the index alone. Nobody is overtaken by one that arrives more than b(G_min) later,
 G_min the least price there is: so each wait is bounded, and no rule against starvation is needed.
-Rules: keys change only where the age of an answer enters another bin, a prefill goes on, or what
+Rules: keys change only where an answer has grown by two bins, a prefill goes on, or what
 has been learned has changed by enough; that is spread over plans. Those that have begun are a
 little dearer to interrupt than others to begin, and a stream whose KV is held goes on after at most
 `max_pause_s`. Must not know: true lengths, blocks, when a step ends.
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from fastserve.core.cost_model import CostModel
 from fastserve.core.gittins import AnswerLength
-from fastserve.core.lengths import Labels, labels_of
+from fastserve.core.lengths import EDGES, Labels, bin_of, labels_of
 from fastserve.core.messages import Forecasts
 from fastserve.core.outlook import Outlook
 from fastserve.core.policies.kinds import Kind, Line, Lines
@@ -33,7 +33,8 @@ from fastserve.core.request import FinishReason, Request
 BEGUN_SHARE = 0.7  # of its price, for a request that has begun
 NO_BOOST = 40.0  # prices in units of 1/γ from which on e^(−γx) is nothing beside 1
 INDEX_ALONE = 1e6  # κ from which on arrivals decide between equal prices only
-REFRESHES_PER_PLAN = 16  # of lines and of begun requests, after something was learned
+BINS_PER_PRICE = 2  # that an answer grows by before it is priced anew
+MAX_REFRESHES = 4  # of keys in one plan; none after the first that needs a new distribution
 
 
 @dataclass(slots=True, eq=False)
@@ -47,7 +48,7 @@ class _Account:
     line: Line | None = None
     key: float = 0.0
     work_s: float = 0.0  # expected of it, once it has begun
-    next_edge: int = 0  # the output tokens at which it is to be priced anew
+    next_num_tokens: int = 0  # at which it is to be priced anew, prompt included
 
 
 class Learned:
@@ -108,11 +109,11 @@ class Learned:
             self._wait(account)
 
     def ran(self, requests: Sequence[Request], now: float) -> None:
-        """Price those anew that have begun, or whose answer has entered another bin."""
+        """Price those anew that have begun, or whose answer has grown by enough."""
         accounts, lifted = self._accounts, self._lifted
         for request in requests:
             account = accounts[request.handle]
-            if request.num_output_tokens >= account.next_edge:
+            if request.num_tokens >= account.next_num_tokens:
                 self._leave_line(account)
                 self._begin(account)
         if lifted:
@@ -152,11 +153,14 @@ class Learned:
                 self._version = outlook.version
                 stale.extend(self._lines.lines())
                 stale.extend(a for a in self._accounts.values() if a.line is None)
-        for _ in range(REFRESHES_PER_PLAN):
+        num_answers = outlook.num_answers
+        for _ in range(MAX_REFRESHES):
             if stale:
                 self._refresh(stale.popleft())
             elif rising:
                 self._refresh_line(rising.popleft())
+            if outlook.num_answers > num_answers:
+                break
 
     def next_event(self, now: float) -> float:
         """Return the earliest time at which a stream may have paused too long.
@@ -215,7 +219,7 @@ class Learned:
         limit = request.max_num_tokens
         return Kind(
             labels,
-            limit - request.num_prompt_tokens if limit < self._window else None,
+            EDGES[bin_of(limit - request.num_prompt_tokens)] if limit < self._window else None,
             _rounded(self._prefill_s(request)),
             _rounded(request.num_prompt_tokens),
         )
@@ -286,7 +290,10 @@ class Learned:
         self._outlook.expect(work_s - account.work_s)
         account.work_s = work_s
         # Each chunk of a prompt, and the first token, changes the price.
-        account.next_edge = answer.end_of(index) if num_tokens else 0
+        account.next_num_tokens = 0
+        if num_tokens:
+            edge = answer.end_of(min(index + BINS_PER_PRICE, answer.num_bins) - 1)
+            account.next_num_tokens = request.num_prompt_tokens + edge
         price_s = BEGUN_SHARE * answer.index(index, prefill_s, token_s)
         account.key = request.arrived_at - self._boost_s(price_s)
         if request.handle not in self._lifted:
@@ -310,7 +317,7 @@ class Learned:
         """Get a key of its own; a stream is watched from its first token on."""
         self._price(account)
         request = account.request
-        if account.next_edge and request.handle not in self._deadlines:
+        if request.num_output_tokens and request.handle not in self._deadlines:
             self._deadlines.put(request.handle, request.last_ran_at + self._max_pause_s)
 
     def _leave_line(self, account: _Account) -> None:
