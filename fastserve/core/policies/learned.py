@@ -131,16 +131,19 @@ class Learned:
         """Leave for the place by key in another, which shares the outlook."""
         due = self._deadlines.discard(request.handle)
         is_lifted = request.handle in self._lifted
-        has_begun = self._accounts[request.handle].line is None
-        to._accounts[request.handle] = account = self._leave(request)
-        if due is not None:
-            to._deadlines.put(request.handle, due)
-        if has_begun:
-            to._begin(account)
-        else:
+        account = self._accounts[request.handle]
+        key, work_s, has_begun = account.key, account.work_s, account.line is None
+        to._accounts[request.handle] = self._leave(request)
+        if not has_begun:
             to._wait(account)
+            return
+        account.work_s = work_s
+        self._outlook.expect(work_s)
+        to._begun.put(request, key)
         if is_lifted:
             to._lift(request)
+        if due is not None:
+            to._deadlines.put(request.handle, due)
 
     def advance(self, now: float) -> None:
         """Let streams that have paused too long go first, and bring some keys up to date."""
