@@ -32,7 +32,7 @@ class EventsInAnyOrder(RuleBasedStateMachine):
 
     @initialize(
         pipeline=st.sampled_from(((1, 0), (1, 1), (2, 0), (4, 0))),
-        policy=st.sampled_from(("fcfs", "mlfq", "skip-join-mlfq", "srpt")),
+        policy=st.sampled_from(("fcfs", "learned", "mlfq", "skip-join-mlfq", "srpt")),
         is_chunked=st.booleans(),
         has_prefix_cache=st.booleans(),
         block_size=st.sampled_from((1, 3, 4)),
@@ -65,6 +65,7 @@ class EventsInAnyOrder(RuleBasedStateMachine):
             enable_prefix_caching=has_prefix_cache,
             scheduling_policy=policy,
             starvation_limit=alpha,
+            max_pause=alpha,
             priority_aging=5.0,
             num_slots=slots,
             lookahead=lookahead,
