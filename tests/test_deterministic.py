@@ -135,6 +135,7 @@ def test_preempted_requests_keep_tokens_and_logprobs(name: str, dtype: str, tmp_
         num_device_blocks=48,  # one request may need 30
         max_num_seqs=3,
         max_num_batched_tokens=16,
+        scheduling_policy="skip-join-mlfq",
         starvation_limit=0.01,
     )
     metrics = [output.metrics for output in pressed if output.metrics is not None]

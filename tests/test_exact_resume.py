@@ -133,6 +133,7 @@ def test_demo_text_does_not_depend_on_the_company(temperature: float) -> None:
         max_model_len=128,
         max_num_seqs=2,
         max_num_batched_tokens=8,
+        scheduling_policy="skip-join-mlfq",
         starvation_limit=0.02,
     ) as llm:
         outputs = llm.generate(questions, params, use_tqdm=False)

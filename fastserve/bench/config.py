@@ -15,9 +15,7 @@ class SchedulerBenchConfig:
     waiting: int = option(10_000, "most requests that wait beside the running ones", minimum=0)
     running: int = option(256, "most requests that run in one step", minimum=1)
     steps: int = option(300, "timed steps of each row", minimum=10)
-    scheduling_policy: str = option(
-        "skip-join-mlfq", "order in which requests run", choices=POLICIES
-    )
+    scheduling_policy: str = option("learned", "order in which requests run", choices=POLICIES)
     output: str | None = option(None, "file to write the rows to, as JSON")
 
     def __post_init__(self) -> None:

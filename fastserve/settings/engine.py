@@ -86,9 +86,7 @@ class EngineConfig:
         None, "KV bytes on the device, instead of what memory allows", minimum=1
     )
 
-    scheduling_policy: str = option(
-        "skip-join-mlfq", "order in which requests run", choices=POLICIES
-    )
+    scheduling_policy: str = option("learned", "order in which requests run", choices=POLICIES)
     latency_objective: float = option(
         0.3,
         "what learned makes short: 0: the mean completion time; 1: the mean time per token (β)",

@@ -60,7 +60,7 @@ class SimulateConfig(EngineConfig):
     seed: int = option(0, "of redrawn arrivals and made-up requests", minimum=0)
 
     scheduling_policy: str = option(
-        "skip-join-mlfq", "order in which requests run", choices=SIMULATED_POLICIES
+        "learned", "order in which requests run", choices=SIMULATED_POLICIES
     )
     compare: str | None = option(None, "several policies over the same trace: P,Q,R")
     preemption_mode: str = option(

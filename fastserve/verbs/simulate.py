@@ -285,7 +285,7 @@ def _print_sources(config: SimulateConfig, job: Job) -> None:
             f"prompts and answers of {median:g} tokens in the median"
         )
         if config.compare is None:
-            say("policies side by side: --compare fcfs,skip-join-mlfq")
+            say("policies side by side: --compare fcfs,skip-join-mlfq,learned")
     source = job.settings["cost_source"]
     say(f"costs: {source}; {job.machine.num_device_blocks:,} KV blocks")
 

@@ -96,6 +96,7 @@ def test_preempted_with_a_step_in_flight(temperature, tmp_path):
         num_device_blocks=48,
         max_num_seqs=3,
         max_num_batched_tokens=16,
+        scheduling_policy="skip-join-mlfq",
         starvation_limit=0.02,
     ) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)

@@ -241,6 +241,7 @@ def test_preempted_tokens_are_the_reference_s(replays, tmp_path, monkeypatch):
         max_model_len=24,
         max_num_seqs=2,
         max_num_batched_tokens=8,
+        scheduling_policy="skip-join-mlfq",
         starvation_limit=0.5,
     ) as llm:
         outputs = llm.generate(

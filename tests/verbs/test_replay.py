@@ -22,7 +22,12 @@ def live_journal(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(folder))
         engine, _ = open_engine(
             EngineConfig(
-                model="demo", num_device_blocks=12, num_threads=1, max_num_seqs=4, journal=str(path)
+                model="demo",
+                num_device_blocks=12,
+                num_threads=1,
+                max_num_seqs=4,
+                scheduling_policy="skip-join-mlfq",
+                journal=str(path),
             )
         )
         params = SamplingParams(
