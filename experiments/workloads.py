@@ -1,112 +1,91 @@
 """Every trace under every policy, from half load to overload: `python -m experiments.workloads`.
 
 Writes results/workloads.json and .png, and the tables of docs/workloads.md between its markers, so
-that the document and the figures cannot disagree. Loads are shares of the saturated throughput of
-FCFS, measured here on the same rows. Must not know: how a table is laid out.
+that the document and the figures cannot disagree. Its parts can be measured one by one. Must not
+know: how a table is laid out.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.harness import Lab, Point, Result, Setup
+from experiments.harness import Lab, Labels, Point, Result, Setup
 from experiments.lengths import traces_folder
 from experiments.workload_tables import write_tables
+from experiments.workload_traces import (
+    AGENT_SCALE,
+    SYNTHETIC,
+    WINDOW,
+    at_load,
+    at_once,
+    describe,
+    load_traces,
+    redrawn,
+    saturated_throughput,
+)
 from fastserve.host.provenance import ROOT, commit
-from fastserve.sim.generators import jittered
-from fastserve.sim.trace_file import read_trace
 from fastserve.sim.workload import Workload
 
-WINDOW = 131_072
-SEQS = 16
 SETUP = Setup(
-    "llama-3-8b", "h100", max_num_seqs=SEQS,
+    "llama-3-8b", "h100", max_num_seqs=16,
     scheduler={"max_model_len": WINDOW, "max_num_batched_tokens": 2048,
                "enable_chunked_prefill": True},
 )  # fmt: skip
+POLICIES = ("fcfs", "mlfq", "skip-join-mlfq", "hrrn", "sjf", "learned", "srpt")
 LOADS = (0.5, 0.7, 0.9, 1.0, 1.1)
-POLICIES = ("fcfs", "mlfq", "skip-join-mlfq", "srpt")
-PARTS = ("policy", "mode", "alpha", "quanta")
+PARTS = ("policy", "seeds", "mode", "kv", "alpha", "quanta")
 FIGURES = ("jct_s", "slowdown", "normalized_latency_s", "max_gap_s", "ttft_s")
-# First rows of each trace: enough for several turns of the batch, in seconds of computing.
-ROWS = {
-    "alpaca": 1000, "arxiv_summ": 500, "azure23_code": 1000, "azure23_conv": 600,
-    "bwb_longdecode": 300, "cc_agent": 300, "lmsys_arena27": 600, "mix_alpaca90_bwb10": 1000,
-    "mooncake_conv": 400, "mooncake_synth": 400, "sharegpt8k_multiturn": 500, "sharegpt": 600,
-    "sharegpt_predlen": 600,
-}  # fmt: skip
-MODE_ROWS = {"mooncake_conv": 100, "mooncake_synth": 100, "cc_agent": 60}
-MODE_LOAD = 0.9
-AGENT_SCALE = 0.25  # of the prompts of cc_agent, of which half exceed the window
+
+COMPARED = ("fcfs", "skip-join-mlfq", "learned")
+SEEDS = (1, 2)  # beside 0, the arrivals of the trace
+SEED_LOADS = (0.7, 0.9, 1.0, 1.1)
+MODE_LOADS = (0.9, 1.0, 1.1)
+
+KV_SCHEDULER = {"max_num_batched_tokens": 2048, "enable_chunked_prefill": True}
+KV_SETUPS = {
+    f"{model} on {hardware}": Setup(model, hardware, max_num_seqs=256, scheduler=KV_SCHEDULER)
+    for model, hardware in (("opt-13b", "a100-40g"), ("llama-2-13b", "a100-80g"))
+}
+KV_ROWS = {"sharegpt": 1000, "alpaca": 1500, "mix_alpaca90_bwb10": 1000, "lmsys_arena27": 1000}
+KV_LOADS = (0.7, 0.9, 1.0, 1.1)
+
 TUNED = ("mix_alpaca90_bwb10", "sharegpt", "bwb_longdecode")
 TUNED_LOADS = (0.9, 1.1)
 ALPHAS = (0.3, 1.0, 3.0, 10.0, 30.0, 1e9)
 QUANTA = tuple((times, ratio) for ratio in (2.0, 4.0) for times in (1, 4, 16))
 
-
-def load_traces(lab: Lab) -> dict[str, Workload]:
-    """Read what there is of the traces; say what there is not."""
-    found: dict[str, Workload] = {}
-    for name, rows in ROWS.items():
-        kind = "jsonl" if name.startswith(("mooncake", "cc_")) else "csv"
-        file = (lab.traces or Path("no traces folder")) / f"{name}_dev.{kind}.gz"
-        if not file.is_file():
-            lab.console.print(f"{name}: skipped, {file} does not exist")
-            continue
-        found[name] = prepared(name, read_trace(file, lab.sized(rows, 60)))
-    return found
-
-
-def prepared(name: str, trace: Workload) -> Workload:
-    """Return lengths, arrivals and clients: no prefix reuse, no sessions, no clock of 3 s."""
-    plain = dataclasses.replace(trace, hash_ids=None, session_id=None, think_s=None, source=None)
-    if name == "mooncake_conv":
-        plain = jittered(np.random.default_rng(0), plain, 3.0)
-    if name == "cc_agent":
-        scaled = np.ceil(plain.prompt_tokens * AGENT_SCALE).astype(np.int64)
-        plain = dataclasses.replace(plain, prompt_tokens=scaled)
-    return plain.fitted(WINDOW, "drop")
-
-
-def at_load(trace: Workload, load: float, capacity: float) -> Workload:
-    """Return the trace at a share of capacity; the shape of its bursts stays."""
-    return trace.faster(load * capacity / trace.rate)
+Traces = Mapping[str, Workload]
+Capacities = Mapping[str, float]
 
 
 def point(
-    labels: Mapping[str, Any], trace: Workload, policy: str, mode: str = "ideal", **changes: Any
+    labels: Labels,
+    trace: Workload,
+    policy: str,
+    mode: str = "ideal",
+    setup: Setup = SETUP,
+    **changes: Any,
 ) -> Point:
-    """Return one simulation on the machine of this document."""
-    config = SETUP.config(policy, mode, **changes)
-    return Point({**labels, "policy": policy, "mode": mode}, config, SETUP.machine(), trace)
+    """Return one simulation; without a set-up on the machine of the document."""
+    config = setup.config(policy, mode, **changes)
+    return Point({**labels, "policy": policy, "mode": mode}, config, setup.machine(), trace)
 
 
-def saturated_throughput(jct_s: Sequence[float]) -> float:
-    """Return requests/s when all arrive at once: from the first full batch that ends to the last.
-
-    Neither the batches that fill up nor the last one, which empties, count.
-    """
-    ends = np.sort(np.array(jct_s))
-    margin = min(SEQS, len(ends) // 3)
-    return float((len(ends) - 2 * margin) / (ends[-margin - 1] - ends[margin - 1]))
-
-
-def capacities(lab: Lab, traces: Mapping[str, Workload]) -> dict[str, float]:
+def capacities(
+    lab: Lab, traces: Traces, mode: str = "ideal", setup: Setup = SETUP
+) -> dict[str, float]:
     """Return the saturated throughput of FCFS per trace."""
-    points = [
-        point({"trace": name}, trace.arriving(np.zeros(len(trace))), "fcfs")
-        for name, trace in traces.items()
-    ]
-    results = lab.run("capacity", points)
-    return {str(result.labels["trace"]): saturated_throughput(result.rows["jct_s"])
+    points = [point({"trace": name}, at_once(trace), "fcfs", mode, setup)
+              for name, trace in traces.items()]  # fmt: skip
+    results = lab.run(f"capacity, {setup.model}", points)
+    return {str(result.labels["trace"]): saturated_throughput(result.rows["jct_s"],
+                                                              setup.max_num_seqs)
             for result in results}  # fmt: skip
 
 
@@ -117,41 +96,77 @@ def figures_of(result: Result) -> dict[str, Any]:
     return {name: report[name] for name in (*FIGURES, *counts)} | {"steps": report["steps"]}
 
 
-def all_points(
-    lab: Lab, traces: Mapping[str, Workload], capacity: Mapping[str, float]
-) -> list[Point]:
-    """Return the grid: policies by load, KV modes at one load, α and quanta."""
-    points = []
+def policy_points(traces: Traces, capacity: Capacities) -> Iterator[Point]:
+    """Yield every policy at every load."""
     for name, trace in traces.items():
         for load in LOADS:
             timed = at_load(trace, load, capacity[name])
-            points += [point({"part": "policy", "trace": name, "load": load}, timed, policy)
-                       for policy in POLICIES]  # fmt: skip
-        few = at_load(trace.first(MODE_ROWS.get(name, len(trace))), MODE_LOAD, capacity[name])
-        points += [point({"part": "mode", "trace": name, "load": MODE_LOAD}, few, policy, mode)
-                   for policy in POLICIES for mode in ("ideal", "recompute")]  # fmt: skip
-    quantum_s = SETUP.machine().cost_model.min_iteration_s
+            for policy in POLICIES:
+                yield point({"part": "policy", "trace": name, "load": load}, timed, policy)
+
+
+def seed_points(traces: Traces, capacity: Capacities) -> Iterator[Point]:
+    """Yield the arrivals that were drawn, drawn again."""
+    for name in (name for name in SYNTHETIC if name in traces):
+        for load in SEED_LOADS:
+            for seed in SEEDS:
+                timed = at_load(redrawn(traces[name], seed), load, capacity[name])
+                labels = {"part": "seeds", "trace": name, "load": load, "seed": seed}
+                for policy in COMPARED:
+                    yield point(labels, timed, policy)
+
+
+def mode_points(traces: Traces, capacity: Capacities) -> Iterator[Point]:
+    """Yield KV that moves for nothing beside KV that is computed again."""
+    for name, trace in traces.items():
+        for load in MODE_LOADS:
+            timed = at_load(trace, load, capacity[name])
+            labels = {"part": "mode", "trace": name, "load": load}
+            for policy in COMPARED:
+                for mode in ("ideal", "recompute"):
+                    yield point(labels, timed, policy, mode)
+
+
+def kv_points(lab: Lab, capacity: Mapping[str, Capacities]) -> Iterator[Point]:
+    """Yield machines whose KV pool holds fewer requests than the batch might."""
+    for setup_name, setup in KV_SETUPS.items():
+        for name, trace in kv_traces(lab, setup).items():
+            for load in KV_LOADS:
+                timed = at_load(trace, load, capacity[setup_name][name])
+                labels = {"part": "kv", "setup": setup_name, "trace": name, "load": load}
+                for policy in COMPARED:
+                    yield point(labels, timed, policy, "recompute", setup)
+
+
+def kv_traces(lab: Lab, setup: Setup) -> dict[str, Workload]:
+    """Return the traces, cut where the window of the model ends."""
+    window = setup.config("fcfs").max_model_len
+    return {name: trace.fitted(window, "clip")
+            for name, trace in load_traces(lab, KV_ROWS).items()}  # fmt: skip
+
+
+def alpha_points(lab: Lab, traces: Traces, capacity: Capacities) -> Iterator[Point]:
+    """Yield the MLFQs by their limit of starvation."""
     for name in (name for name in TUNED if name in traces):
         for load in TUNED_LOADS:
             timed = at_load(traces[name], load, capacity[name])
             for alpha in lab.some(ALPHAS):
                 labels = {"part": "alpha", "trace": name, "load": load, "alpha": alpha}
-                points += [point(labels, timed, policy, starvation_limit=alpha)
-                           for policy in ("mlfq", "skip-join-mlfq")]  # fmt: skip
+                for policy in ("mlfq", "skip-join-mlfq"):
+                    yield point(labels, timed, policy, starvation_limit=alpha)
+
+
+def quanta_points(lab: Lab, traces: Traces, capacity: Capacities) -> Iterator[Point]:
+    """Yield skip-join by its first quantum and their ratio."""
+    quantum_s = SETUP.machine().cost_model.min_iteration_s
+    for name in (name for name in TUNED if name in traces):
+        for load in TUNED_LOADS:
+            timed = at_load(traces[name], load, capacity[name])
             for (times, ratio), alpha in ((q, a) for q in lab.some(QUANTA) for a in (0.3, 1e9)):
                 labels = {"part": "quanta", "trace": name, "load": load, "alpha": alpha,
                           "times": times, "ratio": ratio}  # fmt: skip
-                points.append(
-                    point(
-                        labels,
-                        timed,
-                        "skip-join-mlfq",
-                        starvation_limit=alpha,
-                        mlfq_quantum=times * quantum_s,
-                        mlfq_quantum_ratio=ratio,
-                    )
-                )
-    return points
+                yield point(labels, timed, "skip-join-mlfq", starvation_limit=alpha,
+                            mlfq_quantum=times * quantum_s, mlfq_quantum_ratio=ratio)  # fmt: skip
 
 
 def draw(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
@@ -162,8 +177,9 @@ def draw(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
         mine = {(entry["load"], entry["policy"]): entry["jct_s"]["mean"] for entry in entries
                 if entry["part"] == "policy" and entry["trace"] == name}  # fmt: skip
         for policy in POLICIES:
-            ratios = [mine[load, policy] / mine[load, "fcfs"] for load in LOADS]
-            axes.plot(LOADS, ratios, marker=".", label=policy)
+            loads = [load for load in LOADS if (load, policy) in mine]
+            ratios = [mine[load, policy] / mine[load, "fcfs"] for load in loads]
+            axes.plot(loads, ratios, marker=".", label=policy)
         axes.set_title(name, fontsize=9)
     panels[0].legend(fontsize=8)
     for axes in panels[len(names) :]:
@@ -173,55 +189,52 @@ def draw(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
     return figure
 
 
-def kept_entries(file: Path, part: str | None) -> list[dict[str, Any]]:
-    """Return the figures of the other parts, where only one is measured anew."""
-    if part is None:
-        return []
-    entries = json.loads(file.read_text(encoding="utf-8"))["figures"]["entries"]
-    return [entry for entry in entries if entry["part"] != part]
+def kept_figures(file: Path, parts: Sequence[str]) -> dict[str, Any]:
+    """Return the figures of the parts that are not measured anew."""
+    if set(parts) == set(PARTS):
+        return {"entries": []}
+    figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["figures"]
+    kept = [entry for entry in figures["entries"] if entry["part"] not in parts]
+    return {**figures, "entries": kept}
 
 
-def run(lab: Lab, document: Path, part: str | None = None) -> None:
+def run(lab: Lab, document: Path, parts: Sequence[str] = PARTS) -> None:
     """Measure, save and write the tables."""
-    kept = kept_entries(lab.output / "workloads.json", part)
+    figures = kept_figures(lab.output / "workloads.json", parts)
     traces = load_traces(lab)
     if not traces:
         return
     capacity = capacities(lab, traces)
-    points = [point for point in all_points(lab, traces, capacity)
-              if part in (None, point.labels["part"])]  # fmt: skip
+    by_part: dict[str, Iterator[Point]] = {
+        "policy": policy_points(traces, capacity),
+        "seeds": seed_points(traces, capacity),
+        "mode": mode_points(traces, capacity),
+        "alpha": alpha_points(lab, traces, capacity),
+        "quanta": quanta_points(lab, traces, capacity),
+    }
+    if "kv" in parts:
+        figures["kv"] = {name: capacities(lab, kv_traces(lab, setup), "recompute", setup)
+                         for name, setup in KV_SETUPS.items()}  # fmt: skip
+        by_part["kv"] = kv_points(lab, figures["kv"])
+    points = [point for part in parts for point in by_part[part]]
     results = lab.run("workloads", points)
     now = commit()
-    entries = [{**result.labels, "commit": now, **figures_of(result)} for result in results]
-    entries += kept
-    figures = {
-        "traces": {name: describe(trace, capacity[name]) for name, trace in traces.items()},
-        "entries": entries,
-    }
+    measured = [{**result.labels, "commit": now, **figures_of(result)} for result in results]
+    figures["entries"] = measured + figures["entries"]
+    figures["traces"] = {name: describe(trace, capacity[name]) for name, trace in traces.items()}
     settings = {
         "machine": SETUP.describe(),
+        "kv_machines": {name: setup.describe() for name, setup in KV_SETUPS.items()},
         "loads": LOADS,
         "policies": POLICIES,
-        "mode_load": MODE_LOAD,
         "arrivals": "of the trace, divided by one factor; mooncake_conv jittered by 0..3 s",
+        "seeds": f"0 is the trace's own arrivals; {SEEDS} are exponential gaps drawn anew",
         "agent_prompts_times": AGENT_SCALE,
     }
-    lab.save("workloads", settings=settings, figures=figures, picture=draw(entries, list(traces)))
+    picture = draw(figures["entries"], list(traces))
+    lab.save("workloads", settings=settings, figures=figures, picture=picture)
     if not lab.is_quick:
         write_tables(lab.output / "workloads.json", document)
-
-
-def describe(trace: Workload, capacity: float) -> dict[str, float]:
-    """Return what a reader must know of the rows used."""
-    return {
-        "rows": len(trace),
-        "dropped": trace.num_dropped,
-        "prompt_mean": float(trace.prompt_tokens.mean()),
-        "output_mean": float(trace.output_tokens.mean()),
-        "output_cv2": float(trace.output_tokens.var() / trace.output_tokens.mean() ** 2),
-        "gap_cv": float(np.diff(trace.arrived_at).std() / np.diff(trace.arrived_at).mean()),
-        "capacity": capacity,
-    }
 
 
 def main() -> None:
@@ -230,13 +243,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rows: does it work?")
     parser.add_argument("--traces", help="folder of the traces")
     parser.add_argument("--output", type=Path, default=ROOT / "results")
-    parser.add_argument("--part", choices=PARTS, help="measure this one, keep the others")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "workloads.md")
+    parser.add_argument("--part", choices=PARTS, action="append",
+                        help="measure this one, keep the others; repeatable")  # fmt: skip
     arguments = parser.parse_args()
+    parts = arguments.part or PARTS
     command = ["python", "-m", "experiments.workloads"]
-    command += [f"--part={arguments.part}"] if arguments.part else []
+    command += [f"--part={part}" for part in arguments.part or ()]
     lab = Lab(is_quick=arguments.quick, traces=traces_folder(arguments.traces),
               output=arguments.output, command=command)  # fmt: skip
-    run(lab, ROOT / "docs" / "workloads.md", arguments.part)
+    run(lab, arguments.document, parts)
 
 
 if __name__ == "__main__":

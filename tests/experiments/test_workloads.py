@@ -1,22 +1,38 @@
-"""The traces of the workloads experiment, and what of them reaches a policy."""
+"""The grid of the workloads experiment."""
 
 from __future__ import annotations
 
-import numpy as np
+import json
 
-from experiments.workloads import prepared
+import pytest
+
+from experiments.workloads import PARTS, kept_figures, seed_points
 from tests.sim.machines import make_workload
 
-ROWS = ((0.0, 10, 5), (1.0, 90, 50), (4.0, 200_000, 9))
+ROWS = ((0.0, 10, 5), (1.0, 90, 50), (4.0, 20, 9))
 
 
-def test_a_trace_keeps_its_clients_and_loses_what_would_reuse_prefixes():
-    """A policy is told who asks; the oversized row is dropped with its client."""
-    trace = make_workload(
-        *ROWS, client=("a", "b", "c"), source=("s", "s", "s"), hash_ids=((1,), (1,), (2,)),
-        session_id=np.array([1, 1, 1]), think_s=np.zeros(3),
-    )  # fmt: skip
-    plain = prepared("lmsys_arena27", trace)
-    assert plain.client == ("a", "b")
-    assert (plain.source, plain.hash_ids, plain.session_id, plain.think_s) == (None,) * 4
-    assert (len(plain), plain.num_dropped) == (2, 1)
+def test_figures_of_parts_that_are_not_measured_anew_stay(tmp_path):
+    """What is measured anew is left out, or it would be there twice."""
+    file = tmp_path / "workloads.json"
+    entries = [{"part": "policy"}, {"part": "kv"}, {"part": "seeds"}]
+    file.write_text(json.dumps({"figures": {"entries": entries, "kv": 1}}), encoding="utf-8")
+    kept = kept_figures(file, ("kv", "policy"))
+    assert kept == {"entries": [{"part": "seeds"}], "kv": 1}
+
+
+def test_nothing_is_kept_where_all_is_measured(tmp_path):
+    """A first run has no file to read."""
+    assert kept_figures(tmp_path / "none.json", PARTS) == {"entries": []}
+
+
+def test_draws_of_one_seed_are_the_same_for_every_policy():
+    """A ratio compares policies, not arrivals; logged arrivals are not drawn."""
+    trace = make_workload(*ROWS)
+    points = list(seed_points({"sharegpt": trace, "azure23_conv": trace},
+                              {"sharegpt": 2.0, "azure23_conv": 2.0}))  # fmt: skip
+    assert {point.labels["trace"] for point in points} == {"sharegpt"}
+    for load, seed in {(point.labels["load"], point.labels["seed"]) for point in points}:
+        mine = [p for p in points if (p.labels["load"], p.labels["seed"]) == (load, seed)]
+        assert len({tuple(p.workload.arrived_at.tolist()) for p in mine}) == 1
+        assert mine[0].workload.rate == pytest.approx(float(load) * 2.0)
