@@ -87,7 +87,7 @@ def test_a_restart_changes_no_bit(tmp_path: Path) -> None:
     assert again.stdout.strip() == digest(str(tmp_path))
 
 
-def generate(path: Path, dtype: str, **settings: int | float | bool) -> list[RequestOutput]:
+def generate(path: Path, dtype: str, **settings: int | float | bool | str) -> list[RequestOutput]:
     """Return greedy and sampled answers to prompts with a common beginning, with logprobs."""
     rng = random.Random(3)
     shared = [rng.randrange(2, VOCAB_SIZE) for _ in range(24)]

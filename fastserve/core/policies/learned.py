@@ -248,11 +248,8 @@ class Learned:
         return costs.decode_share_s(num_held, mean_context) * context / mean_context
 
     def _boost_s(self, price_s: float) -> float:
-        """Return b(G) = −ln(1 − e^(−γG)) / γ, 1/γ = κ · V."""
-        scale_s = self._boost * self._outlook.mean_work_s
-        if price_s >= NO_BOOST * scale_s:
-            return 0.0
-        return -scale_s * math.log(-math.expm1(-price_s / scale_s))
+        """Return how far a price moves a request ahead of its arrival."""
+        return boost_s(price_s, self._boost * self._outlook.mean_work_s)
 
     def _refresh(self, item: Line | _Account) -> None:
         """Bring a key up to date, but for a line whose boost grows.
@@ -366,6 +363,13 @@ class Learned:
         if request.handle not in self._lifted:
             self._begun.discard(request)
             self._lifted[request.handle] = request
+
+
+def boost_s(price_s: float, scale_s: float) -> float:
+    """Return b(G) = −ln(1 − e^(−γG)) / γ, 1/γ = `scale_s`; 0 where that is 0."""
+    if price_s >= NO_BOOST * scale_s:
+        return 0.0
+    return -scale_s * math.log(-math.expm1(-price_s / scale_s))
 
 
 def _rounded(value: float) -> float:
