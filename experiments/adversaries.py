@@ -31,7 +31,7 @@ from fastserve.sim.workload import Floats, Workload
 
 LOADS = (0.9, 1.0)
 MAX_MEAN, MAX_P99 = 1.05, 1.5  # over FCFS, of `learned` in the section that is judged
-NUM_FOR_CAPACITY = 1200
+NUM_FOR_CAPACITY = 4000  # rare long answers decide it
 SPREAD = 0.2  # sigma of the lognormal that "about" stands for
 FLOOD_CYCLE_S, FLOOD_SHARE = 100.0, 0.1  # of the time that the flood is on, at 10 times the rate
 
