@@ -280,8 +280,11 @@ class EngineMetrics:
         for tier, state, count in (
             ("device", "free", now.device_blocks_free),
             ("device", "cached", now.device_blocks_cached),
+            ("device", "moving", now.device_blocks_moving),
             ("device", "used", now.device_blocks_used),
-            ("host", "free", now.host_blocks_total - now.host_blocks_used),
+            ("host", "free", now.host_blocks_free),
+            ("host", "cached", now.host_blocks_cached),
+            ("host", "moving", now.host_blocks_moving),
             ("host", "used", now.host_blocks_used),
         ):
             self._blocks.labels(**names, tier=tier, state=state).set(count)

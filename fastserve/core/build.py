@@ -135,6 +135,7 @@ def build_scheduler(
     config: SchedulerConfig,
     cost_model: CostModel,
     num_device_blocks: int,
+    num_host_blocks: int = 0,
     *,
     policy: Policy | None = None,
     lengths: Mapping[int, int] | None = None,

@@ -47,7 +47,11 @@ class CopyDirection(StrEnum):
 
 
 class Copy(NamedTuple):
-    """Blocks to move between the tiers: src[i] → dst[i]. No step touches them meanwhile."""
+    """Blocks to copy from one tier to the other: src[i] → dst[i].
+
+    It may begin at once: whatever wrote `src` has landed, and nothing else touches `dst` before the
+    copy is reported. Steps may read `src` meanwhile.
+    """
 
     copy_id: int
     direction: CopyDirection
@@ -109,10 +113,14 @@ class StepDone(NamedTuple):
 
 
 class ExecutorOutput(NamedTuple):
-    """Everything that finished, in step order; a copy counts when it is done on every rank."""
+    """Everything that finished, steps in their order; a copy counts when every rank has done it.
+
+    Of `failed_copies`, what is at their `dst` is worth nothing.
+    """
 
     steps: Sequence[StepDone] = ()
     copies: Sequence[int] = ()
+    failed_copies: Sequence[int] = ()
 
 
 class Aborted(NamedTuple):
@@ -146,7 +154,8 @@ class RequestMetrics:
     finished: float
     queue_s: float
     num_preemptions: int
-    num_swaps: int
+    num_swaps: int  # times that KV of it came back from the host
+    swap_s: float  # in which it could have run but for that
     recomputed_tokens: int
     cached_tokens: int
     level: int
@@ -199,8 +208,12 @@ class SchedulerStats:
     device_blocks_total: int
     device_blocks_free: int
     device_blocks_cached: int
+    device_blocks_moving: int  # to or from the host: of no use to a step
     device_blocks_used: int
     host_blocks_total: int
+    host_blocks_free: int
+    host_blocks_cached: int
+    host_blocks_moving: int
     host_blocks_used: int
     num_steps: int
     num_preemptions: int
@@ -211,5 +224,13 @@ class SchedulerStats:
     num_cached_prompt_tokens: int
     num_dropped_samples: int
     num_stalls: int
+    num_swaps: int  # requests whose KV came back from the host
+    num_swapped_out_blocks: int  # copied to the host to make room
+    num_swapped_in_blocks: int  # copied back for a request that was to run
+    num_saved_blocks: int  # copied to the host ahead of need
+    num_fetched_blocks: int  # copied back ahead of need
+    num_clean_blocks: int  # taken from the device without a copy: it was on the host
+    num_failed_copies: int
+    copy_wait_s: float  # in which nothing could run but for a copy
     forecasts: Forecasts | None
     requests_by_work: Sequence[int]  # in the buckets of WORK_BOUNDS_S

@@ -29,7 +29,7 @@ POLICIES = (
     "hrrn",
     "sjf",
 )
-PREEMPTION_MODES = ("recompute", "defer")
+PREEMPTION_MODES = ("proactive", "proactive-by-level", "reactive", "recompute", "defer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +118,16 @@ class EngineConfig:
         "what becomes of the KV of a request that loses its place",
         choices=PREEMPTION_MODES,
     )
+    swap_space: float = option(
+        4.0,
+        "GiB of host memory for KV that has no place on the device; 0: none",
+        minimum=0.0,
+        maximum=2.0**20,
+    )
+    swap_bandwidth: float | None = option(
+        None, "GB/s to copy KV at in each direction, where less than there is", minimum=1e-6
+    )
+    write_through: bool = option(True, "copy KV to the host ahead of need (proactive)")
     max_recompute_share: float = option(
         0.1,
         "share of device time to recompute KV taken by requests without any; inf: no limit (paper)",

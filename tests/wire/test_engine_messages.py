@@ -44,14 +44,17 @@ from tests.framing import payload_of
 
 METRICS = RequestMetrics(
     arrival=1.5, first_scheduled=None, first_token=2.0, finished=3.0, queue_s=0.1,
-    num_preemptions=1, num_swaps=0, recomputed_tokens=7, cached_tokens=16, level=2,
+    num_preemptions=1, num_swaps=0, swap_s=0.0, recomputed_tokens=7, cached_tokens=16, level=2,
     predicted_output_tokens=40.5,
 )  # fmt: skip
 SCORES = TokenLogprobs(-0.25, 2, [5, 6], [-0.1, -0.25])
 STATS = SchedulerStats(
     num_running=1, num_waiting=2, num_preempted=3, requests_by_level={0: 4, 3: 2},
     device_blocks_total=10, device_blocks_free=4, device_blocks_cached=1, device_blocks_used=5,
-    host_blocks_total=0, host_blocks_used=0, num_steps=9, num_preemptions=1, num_demotions=2,
+    host_blocks_total=0, host_blocks_free=0, host_blocks_cached=0, host_blocks_moving=0,
+    host_blocks_used=0, device_blocks_moving=0, num_swaps=0, num_swapped_out_blocks=0,
+    num_swapped_in_blocks=0, num_saved_blocks=0, num_fetched_blocks=0, num_clean_blocks=0,
+    num_failed_copies=0, copy_wait_s=0.0, num_steps=9, num_preemptions=1, num_demotions=2,
     num_promotions=3, num_recomputed_tokens=4, num_computed_prompt_tokens=5,
     num_cached_prompt_tokens=6, num_dropped_samples=7, num_stalls=0,
     forecasts=Forecasts(
