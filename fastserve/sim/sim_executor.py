@@ -1,8 +1,9 @@
 """SimExecutor: a device that computes nothing and takes as long as the cost model says.
 
 Rules: fits `Executor`; a step passes through `num_stages` pipeline stages, each of which works on
-one step at a time; `lookahead` steps may queue behind a running one. Time is virtual and moves only
-in `wait`. Must not know: the order of requests, blocks, real time.
+one step at a time; `lookahead` steps may queue behind a running one. Copies go over a link beside
+it and slow no step down. Time is virtual and moves only in `wait`.
+Must not know: the order of requests, what is in a block, real time.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from math import inf
 from typing import NamedTuple
 
 from fastserve.core.cost_model import CostModel
-from fastserve.core.messages import ExecutorOutput, Sample, SchedulerOutput, StepDone
+from fastserve.core.messages import Copy, ExecutorOutput, Sample, SchedulerOutput, StepDone
 from fastserve.sim.clock import VirtualClock
+from fastserve.sim.link import Link
 
 EOS_TOKEN_ID = 0
 _ORDINARY, _EOS = Sample(1), Sample(EOS_TOKEN_ID)
@@ -42,6 +44,9 @@ class _Running(NamedTuple):
 OnStep = Callable[[SchedulerOutput, Sequence[tuple[float, float]]], None]
 """Sees each plan with the times at which every stage begins and ends it."""
 
+OnCopy = Callable[[Copy, float, float], None]
+"""Sees each copy with the times at which the link begins and ends it."""
+
 
 class SimExecutor:
     """`ends` maps a handle to the number of tokens, prompt included, at which its EOS is drawn."""
@@ -56,6 +61,7 @@ class SimExecutor:
         lookahead: int = 0,
         overhead: StepOverhead = StepOverhead(),  # noqa: B008 - an immutable tuple
         on_step: OnStep | None = None,
+        on_copy: OnCopy | None = None,
     ) -> None:
         self.num_slots = num_stages
         self.lookahead = lookahead if num_stages == 1 else 0
@@ -66,6 +72,8 @@ class SimExecutor:
         self._ends = ends
         self._overhead = overhead
         self._on_step = on_step
+        self._on_copy = on_copy
+        self._link = Link(cost_model)
         self._max_running = num_stages + self.lookahead
         self._stage_free_at = [0.0] * num_stages
         self._running: deque[_Running] = deque()
@@ -76,14 +84,15 @@ class SimExecutor:
         return len(self._running) < self._max_running
 
     def submit(self, plan: SchedulerOutput) -> None:
-        """Work out when the step will be done and what it will yield.
+        """Work out when the step and the copies will be done, and what the step will yield."""
+        for copy in plan.copies:
+            begins_at, ends_at = self._link.begin(copy, self._clock.time)
+            if self._on_copy is not None:
+                self._on_copy(copy, begins_at, ends_at)
+        if plan.work:
+            self._run(plan)
 
-        Raises RuntimeError for a plan that moves KV: there is no host tier.
-        """
-        if plan.copies:
-            raise RuntimeError("a plan moves KV, and there is no host tier")
-        if not plan.work:
-            return
+    def _run(self, plan: SchedulerOutput) -> None:
         passes = self._passes(plan)
         step_s = sum(map(self._cost_model.step_s, passes))
         overhead = self._overhead
@@ -119,17 +128,22 @@ class SimExecutor:
         return [passed for passed in (prompts, decodes) if passed]
 
     def wait(self, until: float) -> ExecutorOutput | None:
-        """Let time pass to the next finished step or to `until`, whichever is sooner."""
+        """Let time pass to what finishes next, a step or a copy, or to `until` if that is sooner.
+
+        Returns all that has finished by then.
+        """
         if self._is_woken:
             self._is_woken = False
             return None
-        if not self._clock.wait(self._running[0].finishes_at if self._running else inf, until):
+        next_step = self._running[0].finishes_at if self._running else inf
+        if not self._clock.wait(min(next_step, self._link.next_end), until):
             return None
+        now = self._clock.time
         steps = []
-        while self._running and self._running[0].finishes_at <= self._clock.time:
+        while self._running and self._running[0].finishes_at <= now:
             done = self._running.popleft()
             steps.append(StepDone(done.step_id, done.samples, done.device_s))
-        return ExecutorOutput(steps)
+        return ExecutorOutput(steps, self._link.ended(now))
 
     def wake(self) -> None:
         """End the next wait early."""

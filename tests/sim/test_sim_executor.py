@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from fastserve.core.messages import SchedulerOutput
+from fastserve.core.messages import NO_STEP, Copy, CopyDirection, SchedulerOutput
 from fastserve.sim.clock import VirtualClock
 from fastserve.sim.sim_executor import EOS_TOKEN_ID, SimExecutor
 from tests.core.builders import make_work
@@ -71,6 +73,41 @@ def test_waiting_ends_at_the_time_given():
     executor.wake()
     assert executor.wait(INF) is None
     assert executor.wait(INF) is not None
+
+
+def test_a_copy_runs_beside_the_steps():
+    """It takes no slot and no time of theirs, and is reported when it is done, as they are."""
+    clock, seen = VirtualClock(), []
+    costs = replace(COSTS, copy_base_s=0.1, copy_block_s=0.05)
+    executor = SimExecutor(
+        clock, costs, {0: 99}, on_copy=lambda copy, *times: seen.append((copy.copy_id, *times))
+    )
+    out = Copy(7, CopyDirection.SWAP_OUT, (1, 2), (8, 9))
+    executor.submit(plan(0, 0, 0, 10)._replace(copies=(out,)))
+    back = Copy(8, CopyDirection.SWAP_IN, tuple(range(20)), tuple(range(20)))
+    executor.submit(SchedulerOutput(NO_STEP, (), (), copies=(back,)))
+    assert executor.num_steps == 1
+    first, second, third = (executor.wait(INF) for _ in range(3))
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert ([*first.steps], [*first.copies]) == ([], [7])
+    assert ([done.step_id for done in second.steps], [*second.copies]) == ([0], [])
+    assert second.steps[0].device_s == pytest.approx(COSTS.iteration_s(10, 0))
+    assert ([*third.steps], [*third.copies]) == ([], [8])
+    assert clock.now() == pytest.approx(1.1)
+    assert seen == [(7, 0.0, pytest.approx(0.2)), (8, 0.0, pytest.approx(1.1))]
+
+
+def test_what_is_due_together_is_reported_together():
+    """A step and a copy that end at one moment come in one output."""
+    step_s = COSTS.iteration_s(10, 0)
+    executor = SimExecutor(VirtualClock(), replace(COSTS, copy_base_s=step_s), {0: 99})
+    copy = Copy(3, CopyDirection.SWAP_IN, (1,), (2,))
+    executor.submit(plan(0, 0, 0, 10)._replace(copies=(copy,)))
+    done = executor.wait(INF)
+    assert done is not None
+    assert (len(done.steps), [*done.copies]) == (1, [3])
 
 
 def test_waiting_for_nothing_is_an_error():
