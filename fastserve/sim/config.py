@@ -12,6 +12,7 @@ from fastserve.settings.engine import POLICIES, PREEMPTION_MODES, EngineConfig
 from fastserve.settings.option import option
 from fastserve.settings.scheduler import SchedulerConfig
 
+_DEFAULTS = {spec.name: spec.default for spec in dataclasses.fields(EngineConfig)}
 SIMULATED_POLICIES = (*POLICIES, "srpt")  # srpt must be told the output lengths
 SIMULATED_PREEMPTION_MODES = (*PREEMPTION_MODES, "ideal")  # ideal needs a link that does not exist
 
@@ -64,9 +65,21 @@ class SimulateConfig(EngineConfig):
     )
     compare: str | None = option(None, "several policies over the same trace: P,Q,R")
     preemption_mode: str = option(
-        "recompute",
+        _DEFAULTS["preemption_mode"],
         "what becomes of the KV of a request that loses its place",
         choices=SIMULATED_PREEMPTION_MODES,
+    )
+    swap_space: float = option(
+        _DEFAULTS["swap_space"],
+        "GiB of host memory per device for KV that has no place on it; 0: none",
+        minimum=0.0,
+        maximum=2.0**20,
+    )
+    swap_bandwidth: float | None = option(
+        None,
+        "GB/s to copy KV at in each direction, per device (0.8 of the hardware's PCIe; a profile: "
+        "10)",
+        minimum=1e-6,
     )
 
     output: str | None = option(None, "file to write the figures to, as JSON")

@@ -19,11 +19,13 @@ from fastserve.core.cost_model import CostModel
 from fastserve.settings.option import ConfigError
 from fastserve.sim.engines import resolve_engine
 from fastserve.sim.models import ModelShape, resolve_model
-from fastserve.sim.roofline import Efficiency, Hardware, Roofline
+from fastserve.sim.roofline import COPY_LATENCY_S, Efficiency, Hardware, Roofline
 from fastserve.sim.sim_executor import StepOverhead
 
 FITS_FILE = Path(__file__).with_name("hardware_fits.json")
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+PROFILE_SWAP_BANDWIDTH = 10.0
+"""GB/s of each direction of the link of a profile that says nothing of it: an assumption."""
 
 _GIB = 2**30
 
@@ -76,15 +78,20 @@ class HardwareFit:
     """What the simulator needs of a model on some devices.
 
     `cost_model` is of the whole model: the executor divides it by the pipeline's stages.
-    `block_bytes` counts all devices' shards of a block.
+    `block_bytes` counts all devices' shards of a block, `shard_bytes` the largest one of them.
     """
 
     cost_model: CostModel
     num_device_blocks: int
     block_bytes: int
+    shard_bytes: int
     max_model_len: int
     overhead: StepOverhead
     source: str
+
+    def num_host_blocks(self, swap_space: float) -> int:
+        """Return the blocks that the host holds where each device has so many GiB there."""
+        return int(swap_space * _GIB) // self.shard_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +129,13 @@ def resolve_cost_model(
     block_size: int = 16,
     memory_utilization: float = 0.9,
     num_device_blocks: int | None = None,
+    swap_bandwidth: float | None = None,
     engine: str | None = None,
 ) -> HardwareFit:
     """Return costs and capacity of a model on named hardware, or as a profile measured them.
 
+    `swap_bandwidth` is GB/s of each direction of every device's link, in place of what it has; of a
+    profile without costs of copies PROFILE_SWAP_BANDWIDTH.
     Raises ConfigError with one line for what is unknown, does not fit or cannot be divided so.
     """
     shape = resolve_model(model)
@@ -171,10 +181,15 @@ def resolve_cost_model(
             block_bytes=(
                 block_size * shape.num_layers * roofline.layer_kv_bytes * tensor_parallel_size
             ),
+            shard_bytes=roofline.shard_bytes(block_size, pipeline_parallel_size),
             max_model_len=shape.max_model_len,
             overhead=StepOverhead(),
             source=source,
         )
+    if swap_bandwidth is None and not fit.cost_model.copy_block_s:
+        swap_bandwidth = PROFILE_SWAP_BANDWIDTH
+    if swap_bandwidth is not None:
+        fit = _over_link(swap_bandwidth, fit)
     return fit if engine is None else _under(engine, fit)
 
 
@@ -190,8 +205,8 @@ def num_blocks_that_fit(
     weight_bytes = params * roofline.dtype_bytes / roofline.tensor_parallel_size
     activation_bytes = load_fits().activation_bytes_per_hidden * shape.hidden_size
     usable_bytes = hardware.memory_bytes * memory_utilization
-    block_bytes = block_size * num_layers * roofline.layer_kv_bytes
-    num_blocks = int((usable_bytes - weight_bytes - activation_bytes) // block_bytes)
+    shard_bytes = roofline.shard_bytes(block_size, pipeline_parallel_size)
+    num_blocks = int((usable_bytes - weight_bytes - activation_bytes) // shard_bytes)
     if num_blocks < 1:
         raise ConfigError(
             f"--hardware {hardware.name}: {shape.name} needs {weight_bytes / 1e9:.0f} GB of "
@@ -218,6 +233,17 @@ def _cost_model(
     coefficients["prefill_token_s"] += hand_over_token_s
     coefficients["decode_seq_s"] += hand_over_token_s
     return replace(cost_model, **coefficients), f"{where}: {fits.source['direct']}"
+
+
+def _over_link(swap_bandwidth: float, fit: HardwareFit) -> HardwareFit:
+    """Return the fit with links of so many GB/s in each direction."""
+    costs = replace(
+        fit.cost_model,
+        copy_base_s=fit.cost_model.copy_base_s or COPY_LATENCY_S,
+        copy_block_s=fit.shard_bytes / (swap_bandwidth * 1e9),
+    )
+    source = f"{fit.source}; copies at {swap_bandwidth:g} GB/s each way"
+    return replace(fit, cost_model=costs, source=source)
 
 
 def _under(engine: str, fit: HardwareFit) -> HardwareFit:
@@ -260,10 +286,12 @@ def _from_profile(
         )
     measured_bytes = DTYPE_BYTES.get(str(fingerprint.get("dtype")), dtype_bytes)
     kv_bytes = 2 * shape.num_kv_heads * shape.head_dim * measured_bytes
+    block_bytes = block_size * shape.num_layers * kv_bytes
     return HardwareFit(
         cost_model=cost_model,
         num_device_blocks=num_device_blocks,
-        block_bytes=block_size * shape.num_layers * kv_bytes,
+        block_bytes=block_bytes,
+        shard_bytes=block_bytes,
         max_model_len=shape.max_model_len,
         overhead=StepOverhead(),
         source=f"{shape.name} on {fingerprint.get('device')}: measured, {path}",

@@ -75,6 +75,7 @@ def run_job(job: Job, on_progress: Callable[[int], None] = lambda num_ended: Non
             is_closed_loop=job.is_closed_loop,
             observers=observers,
             on_step=None if events is None else events.see,
+            on_copy=None if events is None else events.see_copy,
             on_progress=on_progress,
         )
     report = make_report(

@@ -32,9 +32,13 @@ def plot_runs(path: Path, runs: Runs, title: str, num_device_blocks: int) -> Non
         times = [sample.at for sample in timeline]
         queued = [sample.num_waiting + sample.num_preempted for sample in timeline]
         queue.plot(times, queued, label=policy, linewidth=1)
-        blocks = [sample.num_used_blocks for sample in timeline]
-        memory.plot(times, blocks, label=policy, linewidth=1)
-    memory.axhline(num_device_blocks, color="grey", linestyle="--", label="on the device")
+        [line] = memory.plot(times, [sample.num_device_blocks for sample in timeline],
+                             label=policy, linewidth=1)  # fmt: skip
+        if any(sample.num_host_blocks for sample in timeline):
+            memory.plot(times, [sample.num_host_blocks for sample in timeline], linestyle=":",
+                        label=f"{policy}, on the host", color=line.get_color(),
+                        linewidth=1)  # fmt: skip
+    memory.axhline(num_device_blocks, color="grey", linestyle="--", label="room on the device")
     _finish(distribution, "JCT (s)", "share of requests")
     distribution.set_xscale("log")
     distribution.set_ylim(0, 1)

@@ -1,7 +1,8 @@
 """Turns the outcome of a run into the figures that people compare.
 
 Rules: every latency counts from arrival; a request is compared with the same request alone on the
-same machine. Must not know: how the run was made, where the report goes.
+same machine; bytes of KV are those of all devices together. Must not know: how the run was made,
+where the report goes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fastserve.core.messages import SchedulerStats
 from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.measures import Times, summary
 from fastserve.sim.simulator import Machine, Outcome
@@ -66,7 +68,8 @@ def make_report(
     """Return the JSON object of one run; `settings` say how it was asked for."""
     alone = alone_s(config, machine, workload)
     by_name = latencies(outcome, workload, alone)
-    queue_s = float(outcome.queue_s.mean())
+    swap_s = float(outcome.swap_s.mean())
+    queue_s = float(outcome.queue_s.mean())  # which swapping is a part of
     report: dict[str, Any] = {
         "policy": config.scheduling_policy,
         "config": dict(settings),
@@ -75,15 +78,14 @@ def make_report(
         "dropped": workload.num_dropped,
         **{name: summary(values) for name, values in by_name.items()},
         "breakdown_s": {
-            "queue": queue_s,
-            "swap": 0.0,
+            "queue": queue_s - swap_s,
+            "swap": swap_s,
             "execute": float(by_name["jct_s"].mean()) - queue_s,
         },
         "preemptions": outcome.stats.num_preemptions,
-        "swap_in_bytes": 0,
-        "swap_out_bytes": 0,
+        **moved_bytes(outcome.stats, machine.block_bytes),
         "recomputed_tokens": outcome.stats.num_recomputed_tokens,
-        "copy_wait_s": 0.0,
+        "copy_wait_s": outcome.stats.copy_wait_s,
         "peak_device_blocks": outcome.peak_device_blocks,
         "peak_host_blocks": outcome.peak_host_blocks,
         "peak_live_requests": outcome.peak_live_requests,
@@ -96,6 +98,25 @@ def make_report(
     if source is not None:
         report["by_source"] = by_source(by_name, source)
     return report
+
+
+def moved_bytes(stats: SchedulerStats, block_bytes: int) -> dict[str, int]:
+    """Return the bytes of KV that crossed the link each way, and why.
+
+    `saved` are the part of `swap_out` that was copied ahead of need, `fetched` that of `swap_in`.
+    `clean` lost its place on the device without a copy; what was saved beyond that is `wasted`: at
+    least so much was copied for nothing.
+    """
+    wasted = max(stats.num_saved_blocks - stats.num_clean_blocks, 0)
+    counts = {
+        "swap_in": stats.num_swapped_in_blocks + stats.num_fetched_blocks,
+        "swap_out": stats.num_swapped_out_blocks + stats.num_saved_blocks,
+        "fetched": stats.num_fetched_blocks,
+        "saved": stats.num_saved_blocks,
+        "clean": stats.num_clean_blocks,
+        "wasted": wasted,
+    }
+    return {f"{name}_bytes": count * block_bytes for name, count in counts.items()}
 
 
 def by_source(by_name: Mapping[str, Floats], source: tuple[str, ...]) -> dict[str, Any]:

@@ -123,11 +123,15 @@ class Roofline:
         rate = self.hardware.nvlink * self.efficiency.send_recv_bandwidth
         return num_borders * self.efficiency.send_recv_s, num_borders * self.hidden_bytes / rate
 
+    def shard_bytes(self, block_size: int, pipeline_parallel_size: int) -> int:
+        """Return the bytes of a block that one device holds: its shard of the longest stage."""
+        num_layers = -(-self.shape.num_layers // pipeline_parallel_size)
+        return block_size * num_layers * self.layer_kv_bytes
+
     def copy_block_s(self, block_size: int, pipeline_parallel_size: int) -> float:
         """Return the seconds to move a block to or from the host: every device has its own link."""
-        num_layers = -(-self.shape.num_layers // pipeline_parallel_size)
-        shard_bytes = block_size * num_layers * self.layer_kv_bytes
-        return shard_bytes / (self.hardware.pcie * COPY_EFFICIENCY)
+        rate = self.hardware.pcie * COPY_EFFICIENCY
+        return self.shard_bytes(block_size, pipeline_parallel_size) / rate
 
     def cost_model(self, block_size: int, pipeline_parallel_size: int) -> CostModel:
         """Return the cost of a step through the whole model, its stages one after the other."""

@@ -24,7 +24,7 @@ from fastserve.engine.engine import Engine
 from fastserve.engine.interfaces import Observer
 from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.clock import VirtualClock
-from fastserve.sim.sim_executor import OnStep, SimExecutor, StepOverhead
+from fastserve.sim.sim_executor import OnCopy, OnStep, SimExecutor, StepOverhead
 from fastserve.sim.workload import Floats, Workload
 
 STEPS_BETWEEN_REPORTS = 512
@@ -32,10 +32,12 @@ STEPS_BETWEEN_REPORTS = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What the workload runs on."""
+    """What the workload runs on; `block_bytes` are those of a block over all devices."""
 
     cost_model: CostModel
     num_device_blocks: int
+    num_host_blocks: int = 0
+    block_bytes: int = 0
     overhead: StepOverhead = StepOverhead()  # noqa: RUF009 - an immutable tuple
 
 
@@ -51,6 +53,7 @@ class Outcome:
     finished_at: Floats
     max_gap_s: Floats
     queue_s: Floats
+    swap_s: Floats
     stats: SchedulerStats
     num_steps: int
     busy_s: float
@@ -68,6 +71,7 @@ def simulate(
     is_closed_loop: bool = False,
     observers: Callable[[Scheduler], Sequence[Observer]] = lambda scheduler: (),
     on_step: OnStep | None = None,
+    on_copy: OnCopy | None = None,
     on_progress: Callable[[int], None] = lambda num_ended: None,
 ) -> Outcome:
     """Run every row to its end and return what became of it.
@@ -76,7 +80,7 @@ def simulate(
     `is_closed_loop` a turn of a session arrives `think_s` after the one before it has ended, not at
     its `arrived_at`. `on_progress` is told now and then how many have ended.
     """
-    run = _Run(config, machine, workload, policy, is_closed_loop, on_step)
+    run = _Run(config, machine, workload, policy, is_closed_loop, on_step, on_copy)
     run.engine.observers = tuple(observers(run.engine.scheduler))
     while not run.is_over:
         for _ in range(STEPS_BETWEEN_REPORTS):
@@ -98,6 +102,7 @@ class _Run:
         policy: Policy | None,
         is_closed_loop: bool,
         on_step: OnStep | None,
+        on_copy: OnCopy | None,
     ) -> None:
         self._workload = workload
         self._block_size = config.block_size
@@ -117,11 +122,13 @@ class _Run:
             lookahead=config.lookahead,
             overhead=machine.overhead,
             on_step=on_step,
+            on_copy=on_copy,
         )
         self._scheduler = build_scheduler(
             config,
             machine.cost_model,
             machine.num_device_blocks,
+            machine.num_host_blocks,
             policy=policy,
             lengths=self._lengths,
         )
@@ -209,6 +216,7 @@ class _Run:
             finished_at=np.array([metrics.finished for metrics in ended]),
             max_gap_s=np.where(is_one_token, np.nan, self._max_gap_s),
             queue_s=np.array([metrics.queue_s for metrics in ended]),
+            swap_s=np.array([metrics.swap_s for metrics in ended]),
             stats=self._scheduler.stats(),
             num_steps=self._executor.num_steps,
             busy_s=self._executor.busy_s,

@@ -10,10 +10,18 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple, TextIO
 
-from fastserve.core.messages import ExecutorOutput, Fact, RequestUpdate, SchedulerOutput
+from fastserve.core.messages import (
+    Copy,
+    CopyDirection,
+    ExecutorOutput,
+    Fact,
+    RequestUpdate,
+    SchedulerOutput,
+)
 from fastserve.core.scheduler import Scheduler
 
 MAX_SAMPLES = 2048
+COPY_ROWS = {CopyDirection.SWAP_OUT: 1000, CopyDirection.SWAP_IN: 1001}  # beyond all stages
 
 
 class TimelineSample(NamedTuple):
@@ -23,7 +31,8 @@ class TimelineSample(NamedTuple):
     num_waiting: int
     num_running: int
     num_preempted: int
-    num_used_blocks: int
+    num_device_blocks: int
+    num_host_blocks: int
     num_live: int
 
 
@@ -56,6 +65,7 @@ class Timeline:
                 stats.num_running,
                 stats.num_preempted,
                 stats.device_blocks_used,
+                stats.host_blocks_used,
                 cache.num_tables,
             )
         )
@@ -66,7 +76,7 @@ class Timeline:
 
 
 class TraceEvents:
-    """Writes Chrome's trace event format: one slice per step and pipeline stage, and counters.
+    """Writes Chrome's trace event format: steps by pipeline stage, copies, and counters.
 
     Perfetto and chrome://tracing open it. Times are virtual microseconds.
     """
@@ -98,6 +108,15 @@ class TraceEvents:
             self._count("requests in the system", self.scheduler.num_requests, stages[0][0])
             self._count("requests with KV", cache.num_tables, stages[0][0])
             self._count("KV blocks", cache.pool.num_used, stages[0][0])
+
+    def see_copy(self, copy: Copy, begins_at: float, ends_at: float) -> None:
+        """Write one copy: those of a direction have a row."""
+        num_blocks = len(copy.src)
+        self._write(
+            "X", f"swap {copy.direction} {num_blocks}", begins_at, {"blocks": num_blocks},
+            tid=COPY_ROWS[copy.direction], dur=round((ends_at - begins_at) * 1e6, 3),
+            id=copy.copy_id,
+        )  # fmt: skip
 
     def _count(self, name: str, value: int, at: float) -> None:
         """Write a counter where it changes."""

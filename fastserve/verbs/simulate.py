@@ -49,6 +49,8 @@ ROWS = (
 )
 COUNTS = (
     ("preemptions", "preemptions"),
+    ("bytes of KV to the host", "swap_out_bytes"),
+    ("bytes of KV back", "swap_in_bytes"),
     ("tokens recomputed", "recomputed_tokens"),
     ("most requests with KV", "peak_live_requests"),
 )
@@ -100,6 +102,8 @@ def make_jobs(config: SimulateConfig, policies: Sequence[str]) -> list[Job]:
     machine = Machine(
         cost_model=fit.cost_model,
         num_device_blocks=fit.num_device_blocks,
+        num_host_blocks=fit.num_host_blocks(config.swap_space),
+        block_bytes=fit.block_bytes,
         overhead=step_overhead(config, fit),
     )
     scheduler_config = resolve_scheduler_config(config, fit)
@@ -130,13 +134,13 @@ def resolve_hardware(config: SimulateConfig) -> HardwareFit:
         block_size=config.block_size,
         memory_utilization=config.gpu_memory_utilization,
         num_device_blocks=config.num_device_blocks,
+        swap_bandwidth=config.swap_bandwidth,
         engine=config.engine,
     )
     if config.num_device_blocks is None and config.kv_cache_memory_bytes is not None:
-        num_devices = config.tensor_parallel_size * config.pipeline_parallel_size
-        num_blocks = config.kv_cache_memory_bytes * num_devices // fit.block_bytes
+        num_blocks = config.kv_cache_memory_bytes // fit.shard_bytes
         if num_blocks < 1:
-            raise ConfigError(f"--kv-cache-memory-bytes: one block takes {fit.block_bytes} bytes")
+            raise ConfigError(f"--kv-cache-memory-bytes: one block takes {fit.shard_bytes} bytes")
         fit = dataclasses.replace(fit, num_device_blocks=num_blocks)
     return fit
 
@@ -224,6 +228,7 @@ def describe(
         **resolved,
         "step_overhead": list(machine.overhead[:2]),
         "num_device_blocks": machine.num_device_blocks,
+        "num_host_blocks": machine.num_host_blocks,
         "block_bytes": fit.block_bytes,
         "cost_model": dataclasses.asdict(machine.cost_model),
         "cost_source": fit.source,
@@ -287,7 +292,9 @@ def _print_sources(config: SimulateConfig, job: Job) -> None:
         if config.compare is None:
             say("policies side by side: --compare fcfs,skip-join-mlfq,learned")
     source = job.settings["cost_source"]
-    say(f"costs: {source}; {job.machine.num_device_blocks:,} KV blocks")
+    machine = job.machine
+    blocks = f"{machine.num_device_blocks:,} KV blocks, {machine.num_host_blocks:,} on the host"
+    say(f"costs: {source}; {blocks}")
 
 
 def _path(

@@ -250,15 +250,56 @@ def test_a_profile_is_hardware(tmp_path):
     path = tmp_path / "profile.json"
     path.write_text(profile(), encoding="utf-8")
     fit = resolve_cost_model("llama-3-8b", str(path), num_device_blocks=100)
-    assert fit.cost_model == CostModel(base_s=0.002, prefill_token_s=1e-4)
+    assert (fit.cost_model.base_s, fit.cost_model.prefill_token_s) == (0.002, 1e-4)
     assert fit.num_device_blocks == 100
-    assert fit.block_bytes == 16 * 32 * 2 * 8 * 128 * 4
+    assert fit.block_bytes == fit.shard_bytes == 16 * 32 * 2 * 8 * 128 * 4
     assert "some processor" in fit.source
     with pytest.raises(ConfigError, match="--num-device-blocks"):
         resolve_cost_model("llama-3-8b", str(path))
     path.write_text(profile(block_size=32), encoding="utf-8")
     with pytest.raises(ConfigError, match="measured with block_size 32, not 16"):
         resolve_cost_model("llama-3-8b", str(path), num_device_blocks=100)
+
+
+def test_a_profile_that_says_nothing_of_copies_has_a_stated_link(tmp_path):
+    """10 GB/s unless another bandwidth is given; the source says which."""
+    path = tmp_path / "profile.json"
+    path.write_text(profile(), encoding="utf-8")
+    fit, given = (
+        resolve_cost_model("llama-3-8b", str(path), num_device_blocks=100, swap_bandwidth=bandwidth)
+        for bandwidth in (None, 2.0)
+    )
+    assert fit.cost_model.copy_block_s == pytest.approx(fit.shard_bytes / 10e9)
+    assert fit.source.endswith("copies at 10 GB/s each way")
+    assert given.cost_model.copy_block_s == pytest.approx(fit.shard_bytes / 2e9)
+    assert given.source.count("GB/s") == 1
+
+
+def test_a_bandwidth_takes_the_place_of_the_link():
+    """A device copies its own shard: tensor ranks and stages share the bytes of a block."""
+    plain = resolve_cost_model("opt-13b", "a100-40g")
+    assert plain.cost_model.copy_block_s == pytest.approx(plain.block_bytes / (0.8 * 32e9))
+    for ranks, stages in ((1, 1), (4, 1), (2, 2), (1, 4)):
+        fit = resolve_cost_model(
+            "opt-13b", "a100-40g", tensor_parallel_size=ranks, pipeline_parallel_size=stages,
+            swap_bandwidth=5.0,
+        )  # fmt: skip
+        assert fit.block_bytes == plain.block_bytes
+        assert fit.shard_bytes == plain.block_bytes // (ranks * stages)
+        assert fit.cost_model.copy_block_s == pytest.approx(fit.shard_bytes / 5e9)
+        assert fit.cost_model.copy_base_s == plain.cost_model.copy_base_s
+        assert "5 GB/s" in fit.source
+
+
+def test_swap_space_is_counted_per_device():
+    """Four devices hold four times as many blocks in four times the host memory, none in none."""
+    one, four = (
+        resolve_cost_model("opt-13b", "a100-40g", tensor_parallel_size=ranks) for ranks in (1, 4)
+    )
+    assert one.num_host_blocks(4.0) == 4 * 2**30 // one.block_bytes == 327
+    assert four.num_host_blocks(4.0) == pytest.approx(4 * one.num_host_blocks(4.0), abs=4)
+    assert one.num_host_blocks(0.0) == 0
+    assert one.num_host_blocks(0.5) == 40
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "?", '{"fingerprint": 1, "cost_model": {}}'])

@@ -16,7 +16,8 @@ from tests.sim.machines import MACHINE, make_workload, small_config
 KEYS = [
     "policy", "config", "requests", "completed", "dropped", "jct_s", "normalized_latency_s",
     "ttft_s", "tpot_s", "max_gap_s", "slowdown", "breakdown_s", "preemptions", "swap_in_bytes",
-    "swap_out_bytes", "recomputed_tokens", "copy_wait_s", "peak_device_blocks",
+    "swap_out_bytes", "fetched_bytes", "saved_bytes", "clean_bytes", "wasted_bytes",
+    "recomputed_tokens", "copy_wait_s", "peak_device_blocks",
     "peak_host_blocks", "peak_live_requests", "busy_s", "makespan_s", "wall_s", "journal_sha256",
 ]  # fmt: skip
 PARTS = ["mean", "p50", "p95", "p99", "max"]

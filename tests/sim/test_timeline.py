@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from fastserve.core.messages import ExecutorOutput
+from fastserve.core.messages import Copy, CopyDirection, ExecutorOutput
 from fastserve.sim import timeline
 from fastserve.sim.simulator import simulate
 from fastserve.sim.timeline import Timeline, TraceEvents
@@ -30,7 +30,7 @@ def test_samples_show_who_waits_and_who_runs():
     assert [sample.at for sample in samples] == sorted({sample.at for sample in samples})
     assert max(sample.num_running for sample in samples) == 4
     assert max(sample.num_waiting for sample in samples) > 4
-    assert samples[-1].num_used_blocks == samples[-1].num_live == 0
+    assert samples[-1].num_device_blocks == samples[-1].num_live == 0
 
 
 def test_samples_are_halved_when_there_are_too_many(monkeypatch):
@@ -90,3 +90,16 @@ def test_trace_events_without_a_scheduler_have_no_counters():
     simulate(small_config(), MACHINE, WORKLOAD, on_step=events.see)
     events.close()
     assert {event["ph"] for event in json.loads(file.getvalue())} == {"M", "X"}
+
+
+def test_copies_have_a_row_for_each_direction():
+    """Beside the steps, so that a viewer shows what the link does meanwhile."""
+    file = io.StringIO()
+    events = TraceEvents(file, "fcfs")
+    events.see_copy(Copy(4, CopyDirection.SWAP_OUT, (1, 2), (3, 4)), 1.0, 1.5)
+    events.see_copy(Copy(5, CopyDirection.SWAP_IN, (3,), (1,)), 1.2, 1.3)
+    events.close()
+    _, out, back = json.loads(file.getvalue())
+    assert (out["name"], out["ts"], out["dur"]) == ("swap out 2", 1e6, 5e5)
+    assert (back["name"], back["ts"], back["dur"]) == ("swap in 1", 1.2e6, 1e5)
+    assert out["tid"] != back["tid"]
