@@ -1,7 +1,7 @@
-"""E10: where the time of a request goes by rate: waiting for its turn, or executing.
+"""E10: where the time of a request goes by rate: its turn, its KV, or executing.
 
-OPT-13B on A100-40G, ShareGPT lengths. Nothing is swapped, so swapping takes no time; what
-recomputing costs is counted as execution.
+OPT-13B on A100-40G, ShareGPT lengths. Swapping is the time in which a request could have run but
+for KV that was not on the device; what recomputing costs is counted as execution.
 """
 
 from __future__ import annotations
@@ -13,13 +13,27 @@ from matplotlib.figure import Figure
 from experiments.capacity import over_seeds
 from experiments.harness import Lab, Result, Setup
 from experiments.lengths import named_lengths
-from experiments.sweep import FCFS, NEVER, PAPER, TODAY, settings, sweep_points
+from experiments.sweep import (
+    FCFS,
+    NEVER,
+    NEVER_S,
+    PAPER,
+    TODAY,
+    mlfq,
+    settings,
+    sweep_points,
+)
 
 NAME = "e10_breakdown"
 NUM_REQUESTS = 500
 LENGTHS = "sharegpt"
 SETUP = Setup("opt-13b", "a100-40g")
-VARIANTS = (FCFS, PAPER, TODAY, NEVER)
+REACTIVE, PROACTIVE, NEVER_PROACTIVE = (
+    mlfq("skip-join-mlfq", mode, limit_s)
+    for mode, limit_s in (("reactive", 0.3), ("proactive", 0.3), ("proactive", NEVER_S))
+)
+VARIANTS = (FCFS, PAPER, TODAY, REACTIVE, PROACTIVE, NEVER, NEVER_PROACTIVE)
+PARTS = ("execute", "queue", "swap")
 LOADS = (0.5, 0.8, 1.0, 1.25, 1.5, 2.0)
 
 
@@ -42,22 +56,24 @@ def run(lab: Lab) -> None:
     )  # fmt: skip
     loads = lab.some(LOADS)
     figures: dict[str, Any] = {}
-    picture = Figure(figsize=(14, 3.8), layout="constrained")
+    picture = Figure(figsize=(22, 3.8), layout="constrained")
     for axes, variant in zip(picture.subplots(1, len(VARIANTS)), VARIANTS, strict=True):
         rows = []
         for load in loads:
             at = {"variant": variant.name, "load": load}
-            row = {name: over_seeds(results, at, part(name)) for name in ("queue", "execute")}
-            total = row["queue"]["mean"] + row["execute"]["mean"]
-            rows.append({"load": load, **row, "queue_share": row["queue"]["mean"] / total})
+            row = {name: over_seeds(results, at, part(name)) for name in PARTS}
+            total = sum(value["mean"] for value in row.values())
+            shares = {f"{name}_share": row[name]["mean"] / total for name in ("queue", "swap")}
+            rows.append({"load": load, **row, **shares})
         figures[variant.name] = rows
-        places = range(len(loads))
-        queued, executed = ([row[name]["mean"] for row in rows] for name in ("queue", "execute"))
-        axes.bar(places, executed, yerr=[row["execute"]["std"] for row in rows], label="execute")
-        axes.bar(places, queued, bottom=executed, yerr=[row["queue"]["std"] for row in rows],
-                 label="queue")  # fmt: skip
+        places, bottom = range(len(loads)), [0.0] * len(loads)
+        for name in PARTS:
+            heights = [row[name]["mean"] for row in rows]
+            axes.bar(places, heights, bottom=bottom, yerr=[row[name]["std"] for row in rows],
+                     label=name)  # fmt: skip
+            bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
         axes.set_xticks(places, [f"{load:g}" for load in loads])
-        axes.set_title(variant.name, fontsize=9)
+        axes.set_title(variant.name, fontsize=8)
         axes.set_xlabel("load", fontsize=8)
         axes.set_ylabel("mean JCT, s", fontsize=8)
         axes.legend(fontsize=7)

@@ -1,19 +1,22 @@
-"""E5: what becomes of preempted KV: newcomers deferred, recomputation, or a free link.
+"""E5: what becomes of preempted KV, by each mode there is.
 
-Recomputation has a budget of a tenth of device time, or none (∞), which is the paper's rule. The
-modes that swap are not in the scheduler, so their rows are not here; `ideal` bounds them.
+Newcomers deferred; recomputation within a budget of a tenth of device time, or without one (∞), the
+paper's rule; copied to the host when its place is needed and back when it is to run (reactive);
+back ahead of need (prefetch); both ahead of need (proactive); a link of zero seconds (ideal).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from experiments.e2_rate import SETUPS
-from experiments.harness import Lab
+from experiments.harness import Lab, Result
 from experiments.lengths import named_lengths
+from experiments.moved import moved
 from experiments.sweep import (
     COLORS,
     FCFS,
@@ -28,7 +31,7 @@ from experiments.sweep import (
 NAME = "e5_kv"
 LENGTHS = "sharegpt"
 LOADS = (0.8, 1.0, 1.25, 1.5, 2.0)
-MODES = ("defer", "recompute", "recompute ∞", "ideal")
+MODES = ("defer", "recompute", "recompute ∞", "reactive", "prefetch", "proactive", "ideal")
 VARIANTS = (
     FCFS,
     *(mlfq("skip-join-mlfq", mode, limit_s) for limit_s in (0.3, NEVER_S) for mode in MODES),
@@ -44,6 +47,17 @@ def over_ideal(table: dict[str, Any]) -> dict[str, Any]:
         pairs = zip(line["rates"], line["mean"], bound["mean"], strict=True)
         found[variant.name] = {f"{rate:.4g}": value / least for rate, value, least in pairs}
     return found
+
+
+def moved_by_load(lab: Lab, results: Sequence[Result]) -> dict[str, Any]:
+    """Return bytes, stalls and gaps by variant and load."""
+    return {
+        variant.name: {
+            f"{load:g}": moved(results, {"variant": variant.name, "load": load})
+            for load in lab.some(LOADS)
+        }
+        for variant in VARIANTS
+    }
 
 
 def run(lab: Lab) -> None:
@@ -70,6 +84,6 @@ def run(lab: Lab) -> None:
     lab.save(
         NAME,
         settings=settings(lab, {"opt-13b": setup}, [source], VARIANTS),
-        figures=table | {"over the free link": ratios},
+        figures=table | {"over the free link": ratios, "moved": moved_by_load(lab, results)},
         picture=picture,
     )

@@ -1,6 +1,7 @@
 """E8: bursts (CV of the gaps 1 to 8), the starvation limit α, and how much KV is alive.
 
-OPT-13B on A100-40G, ShareGPT lengths, load 0.8, a free link, so that live KV is not cut short.
+OPT-13B on A100-40G, ShareGPT lengths, load 0.8. On a free link live KV is not cut short; the other
+modes with α = 0.3 s and without promotion show what a real one makes of bursts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from experiments.capacity import over_seeds
 from experiments.harness import Lab, Result, Setup
 from experiments.jct import all_gains, along, counted, draw
 from experiments.lengths import named_lengths
+from experiments.moved import moved
 from experiments.sweep import NEVER_S, Variant, mlfq, settings, sweep_points
 
 NAME = "e8_bursts"
@@ -24,7 +26,12 @@ CVS = (1.0, 2.0, 4.0, 8.0)
 ALPHAS = (0.3, 1.0, 3.0, 10.0, 30.0, NEVER_S)
 FIRST = Variant("fcfs, ideal", "fcfs", "ideal")
 MLFQS = tuple(mlfq("skip-join-mlfq", "ideal", alpha) for alpha in ALPHAS)
-VARIANTS = (FIRST, *MLFQS, Variant("srpt, ideal", "srpt", "ideal"))
+REAL = tuple(
+    mlfq("skip-join-mlfq", mode, alpha)
+    for alpha in (0.3, NEVER_S)
+    for mode in ("recompute", "reactive", "proactive")
+)
+VARIANTS = (FIRST, *MLFQS, *REAL, Variant("srpt, ideal", "srpt", "ideal"))
 
 
 def peak_blocks(result: Result) -> float:
@@ -44,8 +51,11 @@ def live_kv(results: list[Result], load: float) -> dict[str, Any]:
             live = over_seeds(
                 results, at | {"variant": variant.name}, counted("peak_live_requests")
             )
-            rows.append({"cv": cv, "peak_blocks": blocks, "over_fcfs":
-                         blocks["mean"] / base["mean"], "peak_live_requests": live})  # fmt: skip
+            rows.append({
+                "cv": cv, "peak_blocks": blocks, "over_fcfs": blocks["mean"] / base["mean"],
+                "peak_live_requests": live,
+                "moved": moved(results, at | {"variant": variant.name}),
+            })  # fmt: skip
         found[variant.name] = rows
     return found
 
@@ -70,7 +80,7 @@ def run(lab: Lab) -> None:
         kept = live_kv(results, load)
         figures[f"load {load:g}"] = {
             "jct_s": table,
-            "gains": all_gains(table, "cv", (FIRST,), MLFQS),
+            "gains": all_gains(table, "cv", (FIRST,), (*MLFQS, *REAL)),
             "live_kv": kept,
         }
         for column, part in enumerate(("mean", "p99")):

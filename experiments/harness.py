@@ -39,7 +39,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastserve.host.cache_dir import cache_dir
 from fastserve.host.provenance import ROOT, provenance
 from fastserve.settings.scheduler import SchedulerConfig, pool_window
-from fastserve.sim.hardware import resolve_cost_model
+from fastserve.sim.hardware import HardwareFit, resolve_cost_model
 from fastserve.sim.report import alone_s, latencies, make_report
 from fastserve.sim.sim_executor import EOS_TOKEN_ID
 from fastserve.sim.simulator import Machine, simulate
@@ -47,6 +47,7 @@ from fastserve.sim.workload import Workload
 
 NICENESS = 10
 BLOCK_SIZE = 16
+SWAP_SPACE_GIB = 64.0  # per device: half of what a host of eight A100s has for each
 TOKENS_PER_S = 150_000
 """Answer tokens that one core simulates in a second, for the estimate; fewer where plans thrash."""
 SIMULATING_CODE = ("settings/*.py", "core/**/*.py", "engine/engine.py", "sim/*.py", "sim/*.json")
@@ -57,7 +58,8 @@ Labels = Mapping[str, str | float | int]
 class Setup:
     """A model on devices, served as the paper's system does: no chunking, no prefix cache.
 
-    `scheduler` are further SchedulerConfig fields.
+    `swap_space` is in GiB of host memory per device, `swap_bandwidth` in GB/s of each direction of
+    its link (the hardware's). `scheduler` are further SchedulerConfig fields.
     """
 
     model: str
@@ -66,28 +68,34 @@ class Setup:
     pipeline_parallel_size: int = 1
     max_num_seqs: int = 16
     num_device_blocks: int | None = None
+    swap_space: float = SWAP_SPACE_GIB
+    swap_bandwidth: float | None = None
     scheduler: Mapping[str, Any] = field(default_factory=dict)
 
-    def machine(self) -> Machine:
-        """Return costs and KV pool."""
-        fit = resolve_cost_model(
+    def fit(self) -> HardwareFit:
+        """Return costs and sizes."""
+        return resolve_cost_model(
             self.model,
             self.hardware,
             tensor_parallel_size=self.tensor_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
             num_device_blocks=self.num_device_blocks,
+            swap_bandwidth=self.swap_bandwidth,
         )
-        return Machine(cost_model=fit.cost_model, num_device_blocks=fit.num_device_blocks)
+
+    def machine(self) -> Machine:
+        """Return costs and the two tiers of KV."""
+        fit = self.fit()
+        return Machine(
+            cost_model=fit.cost_model,
+            num_device_blocks=fit.num_device_blocks,
+            num_host_blocks=fit.num_host_blocks(self.swap_space),
+            block_bytes=fit.block_bytes,
+        )
 
     def config(self, policy: str, mode: str = "recompute", **changes: Any) -> SchedulerConfig:
         """Return the scheduler's settings under a policy; `changes` win over `scheduler`."""
-        fit = resolve_cost_model(
-            self.model,
-            self.hardware,
-            tensor_parallel_size=self.tensor_parallel_size,
-            pipeline_parallel_size=self.pipeline_parallel_size,
-            num_device_blocks=self.num_device_blocks,
-        )
+        fit = self.fit()
         window = pool_window(fit.max_model_len, fit.num_device_blocks, BLOCK_SIZE)
         values: dict[str, Any] = {
             "max_num_seqs": self.max_num_seqs,
@@ -110,9 +118,8 @@ class Setup:
             del scheduler[name]
         return {
             **{name: getattr(self, name) for name in ("model", "hardware", "tensor_parallel_size",
-                                                      "pipeline_parallel_size")},
-            "num_device_blocks": self.machine().num_device_blocks,
-            "cost_model": dataclasses.asdict(self.machine().cost_model),
+                                                      "pipeline_parallel_size", "swap_space")},
+            **dataclasses.asdict(self.machine()),
             "scheduler": scheduler,
         }  # fmt: skip
 

@@ -35,14 +35,19 @@ class Variant:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
+FORMS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "recompute ∞": ("recompute", {"max_recompute_share": math.inf}),
+    "prefetch": ("proactive", {"write_through": False}),
+}
+"""Forms of a mode: recomputation without a budget; swapped in ahead of need, out when needed."""
+
+
 def mlfq(policy: str, mode: str, starvation_limit_s: float) -> Variant:
-    """Return an MLFQ with this α. The mode `recompute ∞` is recomputation without a budget."""
+    """Return an MLFQ with this α; the mode may be one of FORMS."""
     limit = "∞" if starvation_limit_s == NEVER_S else f"{starvation_limit_s:g}"
     name = f"{policy.removesuffix('-mlfq')} α={limit}, {mode}"
-    changes: dict[str, Any] = {"starvation_limit": starvation_limit_s}
-    if mode == "recompute ∞":
-        changes["max_recompute_share"] = math.inf
-    return Variant(name, policy, mode.removesuffix(" ∞"), changes)
+    plain, changes = FORMS.get(mode, (mode, {}))
+    return Variant(name, policy, plain, {"starvation_limit": starvation_limit_s, **changes})
 
 
 FCFS = Variant("fcfs", "fcfs")
