@@ -124,7 +124,7 @@ def test_version(capsys, word):
         (["serve", "--max-num-seqs", "many"], "--max-num-seqs"),
         (["serve", "--max-num-seqs", "8", "--max-num-batched-tokens", "4"], "below --max-num-seqs"),
         (["serve", "--scheduling-policy", "lifo"], "skip-join-mlfq"),
-        (["serve", "--swap-space", "4"], "unrecognized"),
+        (["serve", "--swap-space", "-1"], "--swap-space: -1.0 is below"),
         (["serve", "--max-num", "4"], "unrecognized"),  # no guessing at abbreviations
         (["serve", "--port", "70000"], "--port"),
         (["serve", "--api-key", ""], "--api-key"),  # an unset variable in somebody's script

@@ -7,10 +7,18 @@ Must not know: weights, KV, plans.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastserve.checkpoint.model_config import ModelConfig
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.scheduler import StepLimits
+
+
+class BlockCounts(NamedTuple):
+    """KV blocks of each tier."""
+
+    device: int
+    host: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +37,7 @@ class ExecutorFacts:
     limits: StepLimits
     vocab_size: int
     num_device_blocks: int
+    num_host_blocks: int
     block_bytes: int
     dtype: str
     device: str

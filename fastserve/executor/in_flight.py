@@ -1,11 +1,12 @@
-"""InFlight: the steps that an executor has begun and not yet handed out.
+"""InFlight: the steps that an executor has begun, and the ends that it has not yet handed out.
 
 Rules: one engine thread begins plans and waits; any thread tells what became of them. Steps are
-handed out in the order they began, whatever the order they ended in. A slot is free again once
-`wait` has handed its step out, so that a plan never splits a batch that could run together. A plan
-without work takes no slot and yields no StepDone. A failure of the device, or of a plan without
-work, ends it all: `wait` raises it, after the steps that can be handed out before it. Waiting
-is on a condition, never polling. Must not know: what carries a plan out.
+handed out in the order they began, whatever the order they ended in; copies in the order they
+ended, beside the steps. A slot is free again once `wait` has handed its step out, so that a plan
+never splits a batch that could run together. A plan without work takes no slot and yields no
+StepDone, and a copy takes none. A failure of the device, or of a plan without work, ends it all:
+`wait` raises it, after what can be handed out before it; a copy that failed is news like any other.
+Waiting is on a condition, never polling. Must not know: what carries a plan out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class InFlight:
         self._max_steps = num_slots + lookahead
         self._changed = threading.Condition()
         self._steps: dict[int, StepDone | None] = {}  # None: still under way
+        self._copies: list[int] = []
+        self._failed_copies: list[int] = []
         self._is_woken = False
         self._error: BaseException | None = None
 
@@ -48,6 +51,12 @@ class InFlight:
                 self._steps[done.step_id] = done
                 self._changed.notify_all()
 
+    def finish_copy(self, copy_id: int, is_done: bool) -> None:
+        """Say that a copy is over, and whether its blocks are where they were to go."""
+        with self._changed:
+            (self._copies if is_done else self._failed_copies).append(copy_id)
+            self._changed.notify_all()
+
     def fail(self, error: BaseException) -> None:
         """Say that nothing more can be carried out, and why; the first reason counts."""
         with self._changed:
@@ -63,14 +72,14 @@ class InFlight:
     def wait(self, until: float) -> ExecutorOutput | None:
         """Fit `Executor.wait`, by the machine's steady clock."""
         with self._changed:
-            while not (steps := self._take()) and not (self._is_woken or self._error):
+            while not (output := self._take()) and not (self._is_woken or self._error):
                 timeout = until - time.monotonic()
                 if timeout <= 0.0:
                     break
                 self._changed.wait(None if math.isinf(timeout) else timeout)
             self._is_woken = False
-            if steps:
-                return ExecutorOutput(steps)
+            if output is not None:
+                return output
             if self._error is not None:
                 raise RuntimeError(f"a step failed: {self._error!r}") from self._error
             return None
@@ -81,13 +90,21 @@ class InFlight:
             self._is_woken = True
             self._changed.notify_all()
 
-    def _take(self) -> tuple[StepDone, ...]:
-        """Take out the ended steps that no step under way began before."""
+    def _take(self) -> ExecutorOutput | None:
+        """Take out the copies that are over, and the ended steps that none under way began before.
+
+        None where there is nothing of either.
+        """
         steps = []
         for done in self._steps.values():
             if done is None:
                 break
             steps.append(done)
+        if not (steps or self._copies or self._failed_copies):
+            return None
         for done in steps:
             del self._steps[done.step_id]
-        return tuple(steps)
+        output = ExecutorOutput(tuple(steps), tuple(self._copies), tuple(self._failed_copies))
+        self._copies.clear()
+        self._failed_copies.clear()
+        return output

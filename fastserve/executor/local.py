@@ -1,16 +1,17 @@
 """LocalExecutor: one worker on one compute thread of this process.
 
 Rules: everything torch happens on that thread (its thread pool belongs to it), except that on CUDA
-a second one waits for launched steps. A step that cannot be launched is reported as failed, and the
-next one runs; a plan without work has no step to report, so that its failure is one of the device.
-Must not know: scheduling, what is in flight.
+a second one waits for launched steps. Copies run beside it, on threads of the worker's copier, from
+the moment they are submitted, and wait for no step. A step that cannot be launched is reported as
+failed, and the next one runs; a plan without work has no step to report, so that its failure is one
+of the device. Must not know: scheduling, what is in flight.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import NoReturn, TypeVar
 import torch
 
 from fastserve.core.messages import ExecutorOutput, SchedulerOutput, StepDone
+from fastserve.executor.block_checks import BlockChecks
+from fastserve.executor.copy_times import CopyTimes
 from fastserve.executor.fitting import Measurement
 from fastserve.executor.in_flight import InFlight
 from fastserve.executor.opening import open_worker
@@ -45,6 +48,7 @@ class LocalExecutor:
         on_progress: Callable[[str, float], None],
         lookahead: int | None = None,
         is_poisoned: bool = False,
+        is_checked: bool = False,
         is_async: bool | None = None,
     ) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastserve-compute")
@@ -58,6 +62,7 @@ class LocalExecutor:
                     eos_token_ids=eos_token_ids,
                     on_progress=on_progress,
                     is_poisoned=is_poisoned,
+                    is_checked=is_checked,
                     is_async=is_async,
                 )
             )
@@ -80,6 +85,21 @@ class LocalExecutor:
 
         return self._call(measure_here)
 
+    def measure_copies(self) -> CopyTimes:
+        """Measure copies between the tiers while no request is known."""
+        return self._worker.measure_copies()
+
+    @property
+    def checks(self) -> BlockChecks | None:
+        """What became of the blocks that moved, where `is_checked`."""
+        return self._worker.checks
+
+    def spoil(self, device_ids: Iterable[int], host_ids: Iterable[int]) -> None:
+        """Poison free places of both tiers, behind the plans submitted so far."""
+        poison = self._worker.poison
+        assert poison is not None, "what is not poisoned cannot be spoiled"
+        self._call(lambda: poison.spoil(device_ids, host_ids))
+
     def can_submit(self) -> bool:
         """Whether a compute slot is free."""
         return self._in_flight.can_begin()
@@ -87,7 +107,10 @@ class LocalExecutor:
     def submit(self, plan: SchedulerOutput) -> None:
         """Begin to carry out a plan and return at once."""
         self._in_flight.begin(plan)
-        self._thread.submit(self._run, plan)
+        for copy in plan.copies:
+            self._worker.move(copy, self._in_flight.finish_copy)
+        if plan.work or plan.forget or plan.new_requests:
+            self._thread.submit(self._run, plan)
 
     def wait(self, until: float) -> ExecutorOutput | None:
         """Return everything that finished, or None once woken or late."""
@@ -98,7 +121,8 @@ class LocalExecutor:
         self._in_flight.wake()
 
     def close(self) -> None:
-        """Finish the step in progress and stop the thread."""
+        """Finish the step in progress and stop the threads; copies end where they are."""
+        self._worker.close()
         self._thread.shutdown(cancel_futures=True)
         if self._reporter is not None:
             self._reporter.shutdown(cancel_futures=True)

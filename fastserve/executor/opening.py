@@ -1,8 +1,8 @@
 """Takes workers from settings and files to where they carry out plans.
 
 Rules: what all ranks must have in common is chosen or agreed here, once: device, dtype, window and
-limits before anything is loaded, the number of KV blocks between `room` and `allocate`. Runs on the
-thread that the worker is used from. Must not know: how a worker does its part.
+limits before anything is loaded, the KV blocks of each tier between `room` and `allocate`. Runs on
+the thread that the worker is used from. Must not know: how a worker does its part.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from fastserve.checkpoint.model_config import read_model_config
 from fastserve.executor.choices import Choices, choose
-from fastserve.executor.facts import ExecutorFacts, Setup
+from fastserve.executor.facts import BlockCounts, ExecutorFacts, Setup
 from fastserve.executor.worker import Worker
 from fastserve.settings.engine import EngineConfig
 
@@ -36,6 +36,7 @@ def open_worker(
     eos_token_ids: frozenset[int],
     on_progress: Callable[[str, float], None],
     is_poisoned: bool = False,
+    is_checked: bool = False,
     is_async: bool | None = None,
 ) -> Opened:
     """Open the worker of the only rank. Raises ConfigError where settings do not fit the model."""
@@ -47,16 +48,18 @@ def open_worker(
         choices,
         eos_token_ids=eos_token_ids,
         is_poisoned=is_poisoned,
+        is_checked=is_checked,
         is_async=is_async,
     )
     rank = worker.load(model_dir, on_progress)
-    num_device_blocks = agree_on_blocks(config, choices, [worker.room()])
-    worker.allocate(num_device_blocks, on_progress)
+    blocks = agree_on_blocks(config, choices, [worker.room()])
+    worker.allocate(blocks, on_progress)
     facts = ExecutorFacts(
         max_model_len=choices.max_model_len,
         limits=choices.limits,
         vocab_size=model_config.vocab_size,
-        num_device_blocks=num_device_blocks,
+        num_device_blocks=blocks.device,
+        num_host_blocks=blocks.host,
         block_bytes=rank.block_bytes,
         dtype=str(choices.dtype).removeprefix("torch."),
         device=str(choices.device),
@@ -66,13 +69,16 @@ def open_worker(
     return Opened(worker, setup)
 
 
-def agree_on_blocks(config: EngineConfig, choices: Choices, rooms: Sequence[int]) -> int:
+def agree_on_blocks(
+    config: EngineConfig, choices: Choices, rooms: Sequence[BlockCounts]
+) -> BlockCounts:
     """Return how many KV blocks every rank gets, of which each has room for so many.
 
-    The least room counts. Where neither blocks nor bytes were asked for, no more are taken than
-    can be of use.
+    The least room of each tier counts. Where neither blocks nor bytes were asked for, no more are
+    taken on the device than can be of use.
     """
+    device, host = min(room.device for room in rooms), min(room.host for room in rooms)
     if config.num_device_blocks is not None or config.kv_cache_memory_bytes is not None:
-        return min(rooms)
+        return BlockCounts(device, host)
     window = -(-choices.max_model_len // config.block_size)
-    return min(*rooms, WINDOWS_PER_SEQ * choices.limits.max_num_seqs * window)
+    return BlockCounts(min(device, WINDOWS_PER_SEQ * choices.limits.max_num_seqs * window), host)

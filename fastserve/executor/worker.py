@@ -1,8 +1,9 @@
 """Worker: one rank; it loads weights, says its room for KV, allocates, then carries out plans.
 
-Rules: `load`, `room`, `allocate`, once each and in this order, then `launch`. Owns the model, the
-KV and the state per request; all of it is used from one thread, but for the end of a launched step,
-which any thread may wait for and which writes the ids drawn. What makes or runs the network is in
+Rules: `load`, `room`, `allocate`, once each and in this order, then `launch` and `move`. Owns the
+model, the KV and the state per request; all of it is used from one thread, but for the end of a
+launched step, which any thread may wait for and which writes the ids drawn, and for copies, which
+begin as soon as they are submitted and run beside it. What makes or runs the network is in
 inference mode, which a thread is in only where it says so. What ranks must have in common is handed
 in. Must not know: scheduling, sockets, which thread runs it.
 """
@@ -17,12 +18,15 @@ from pathlib import Path
 import torch
 
 from fastserve.checkpoint.model_config import ModelConfig
-from fastserve.core.messages import Sample, SchedulerOutput, StepDone, TokenLogprobs, Work
+from fastserve.core.messages import Copy, Sample, SchedulerOutput, StepDone, TokenLogprobs, Work
 from fastserve.core.request import Handle
 from fastserve.executor.async_runner import AsyncModelRunner, PendingStep, make_async_runner
+from fastserve.executor.block_checks import BlockChecks
 from fastserve.executor.choices import Choices, choose_capture, choose_cpu_kernels, choose_ops
+from fastserve.executor.copier import Copier, Report
+from fastserve.executor.copy_times import CopyTimes, measure_copies
 from fastserve.executor.cuda_graphs import CudaCapture
-from fastserve.executor.facts import RankFacts
+from fastserve.executor.facts import BlockCounts, RankFacts
 from fastserve.executor.kv_store import KVShape, KVStore, room_for_blocks
 from fastserve.executor.model_runner import ModelRunner
 from fastserve.executor.poison import Poison
@@ -37,8 +41,9 @@ class Worker:
     """Carries out plans with one model on one device."""
 
     model: Network  # from `load` on
-    kv: KVStore  # from `allocate` on, as is the runner
+    kv: KVStore  # from `allocate` on, as are the runner and the copier
     runner: ModelRunner
+    copier: Copier
 
     def __init__(
         self,
@@ -48,6 +53,7 @@ class Worker:
         *,
         eos_token_ids: frozenset[int],
         is_poisoned: bool = False,
+        is_checked: bool = False,  # whether blocks that move are held against what they were
         is_async: bool | None = None,  # whether `launch` returns before the end; None: on CUDA
     ) -> None:
         self.config = config
@@ -56,6 +62,8 @@ class Worker:
         self.device = choices.device
         self.is_poisoned = is_poisoned
         self.poison: Poison | None = None
+        self.is_checked = is_checked
+        self.checks: BlockChecks | None = None
         self.is_async = self.device.type == "cuda" if is_async is None else is_async
         self.kv_shape = KVShape(
             model_config.num_layers, model_config.num_kv_heads, model_config.head_dim
@@ -86,26 +94,37 @@ class Worker:
             self.model_config, weights, ops, max_len=choices.max_model_len, device=self.device
         )
 
-    def room(self) -> int:
-        """Return for how many KV blocks there is room; ConfigError when not even one fits."""
+    def room(self) -> BlockCounts:
+        """Return for how many KV blocks there is room; ConfigError when not one on the device."""
         return room_for_blocks(self.config, self.block_bytes, self.device)
 
-    def allocate(self, num_device_blocks: int, on_progress: Callable[[str, float], None]) -> None:
-        """Make the KV pool and all else that plans need."""
+    def allocate(self, blocks: BlockCounts, on_progress: Callable[[str, float], None]) -> None:
+        """Make the KV of both tiers and all else that plans need."""
+        config = self.config
+        if blocks.host:
+            on_progress("allocating host memory", 0.0)
         self.kv = KVStore(
             self.kv_shape,
-            num_blocks=num_device_blocks,
-            block_size=self.config.block_size,
+            blocks,
+            block_size=config.block_size,
             dtype=self.choices.dtype,
             device=self.device,
         )
         if self.is_poisoned:
             self.poison = Poison(
-                self.kv.device.tensor,
-                self.config.block_size,
-                spares_full_blocks=self.config.enable_prefix_caching,
+                self.kv, config.block_size, spares_full_blocks=config.enable_prefix_caching
             )
+        if self.is_checked:
+            self.checks = BlockChecks(self.kv)
+        if blocks.host:
+            on_progress("allocating host memory", 1.0)
+        self.copier = Copier(self.kv, bandwidth=self._bandwidth, checks=self.checks)
         self.runner = self._make_runner(on_progress)
+
+    @property
+    def _bandwidth(self) -> float | None:
+        gigabytes = self.config.swap_bandwidth
+        return None if gigabytes is None else gigabytes * 1e9
 
     @torch.inference_mode()
     def _make_runner(self, on_progress: Callable[[str, float], None]) -> ModelRunner:
@@ -123,13 +142,30 @@ class Worker:
             on_progress=on_progress,
         )
 
+    def measure_copies(self) -> CopyTimes:
+        """Measure copies between the tiers while no block is in use; there must be a host tier."""
+        return measure_copies(self.kv, self._bandwidth)
+
+    def move(self, copy: Copy, report: Report) -> None:
+        """Begin a copy and return at once; `report` is called on another thread, or never more.
+
+        Callable from any thread, as `launch` is not.
+        """
+        if self.poison is not None:
+            self.poison.move(copy)
+        self.copier.begin(copy, report)
+
+    def close(self) -> None:
+        """Stop what copies blocks."""
+        self.copier.close()
+
     def execute(self, plan: SchedulerOutput) -> StepDone:
-        """Carry out one plan, and wait for its end."""
+        """Carry out the steps and the state of one plan, and wait for its end."""
         return self.launch(plan)()
 
     @torch.inference_mode()
     def launch(self, plan: SchedulerOutput) -> Callable[[], StepDone]:
-        """Begin one plan; what is returned waits for its end, on any thread.
+        """Begin one plan but for its copies; what is returned waits for its end, on any thread.
 
         Where this raises, the requests of the plan are lost: how far their state had come is not
         known. What plans in flight still ask of them is left out. The others go on.
@@ -147,8 +183,6 @@ class Worker:
 
     def _launch(self, plan: SchedulerOutput) -> Callable[[], StepDone]:
         started = time.perf_counter()
-        if plan.copies:
-            raise RuntimeError("a plan moves KV, and there is no host tier")
         for handle in plan.forget:
             self._forget(handle)
             self._lost.pop(handle, None)

@@ -69,7 +69,6 @@ HARMLESS: Mapping[str, tuple[Any, ...] | None] = {
     "skip_tokenizer_init": (False,),
     "speculative_config": (None,),
     "structured_outputs_config": (None,),
-    "swap_space": None,
     "task": (None, "auto", "generate"),
     "tokenizer_mode": ("auto", "hf"),
     "tokenizer_revision": (None,),

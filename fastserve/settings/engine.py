@@ -29,7 +29,8 @@ POLICIES = (
     "hrrn",
     "sjf",
 )
-PREEMPTION_MODES = ("proactive", "proactive-by-level", "reactive", "recompute", "defer")
+SWAPPING_MODES = ("proactive", "proactive-by-level", "reactive")
+PREEMPTION_MODES = (*SWAPPING_MODES, "recompute", "defer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,14 +121,14 @@ class EngineConfig:
     )
     swap_space: float = option(
         4.0,
-        "GiB of host memory for KV that has no place on the device; 0: none",
+        "GiB of host memory for KV, in modes that swap; 0: none, and KV is recomputed",
         minimum=0.0,
-        maximum=2.0**20,
+        maximum=1e6,
     )
     swap_bandwidth: float | None = option(
-        None, "GB/s to copy KV at in each direction, where less than there is", minimum=1e-6
+        None, "GB/s at most to copy KV at, each way (as fast as it goes)", minimum=1e-6
     )
-    write_through: bool = option(True, "copy KV to the host ahead of need (proactive)")
+    write_through: bool = option(True, "copy KV to the host ahead of need, in proactive modes")
     max_recompute_share: float = option(
         0.1,
         "share of device time to recompute KV taken by requests without any; inf: no limit (paper)",
@@ -154,6 +155,12 @@ class EngineConfig:
         None, "file with the fitted step times (measured at first start and cached)"
     )
     journal: str | None = option(None, "file to write every fact and plan to, for replay")
+
+    @property
+    def host_kv_bytes(self) -> int:
+        """Bytes of host memory asked for KV: none in modes that do not swap."""
+        is_swapping = self.preemption_mode in SWAPPING_MODES
+        return int(self.swap_space * 2**30) if is_swapping else 0
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""

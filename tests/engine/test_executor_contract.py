@@ -64,6 +64,7 @@ def local(lookahead: int) -> Open:
     def open_one(path: Path) -> tuple[Executor, Clock]:
         config = EngineConfig(
             model=str(path), device="cpu", block_size=BLOCK_SIZE, num_device_blocks=64,
+            preemption_mode="reactive", swap_space=0.001,
         )  # fmt: skip
         executor = LocalExecutor(
             config, path, eos_token_ids=frozenset({EOS_TOKEN_ID}), lookahead=lookahead,
@@ -138,13 +139,6 @@ def steps_of(executor: Executor, count: int) -> list[int]:
     return ids
 
 
-def carry_out(executor: Executor, plan: SchedulerOutput) -> None:
-    """Submit a plan and wait until nothing comes any more."""
-    executor.submit(plan)
-    while True:
-        executor.wait(math.inf)
-
-
 def test_there_is_a_slot_for_every_step_it_promises(opened: tuple[int, Executor, Clock]) -> None:
     """Slots and lookahead, no more, and they land in the order of their plans."""
     max_steps, executor, _ = opened
@@ -186,25 +180,32 @@ def test_a_wake_up_ends_one_wait(opened: tuple[int, Executor, Clock]) -> None:
     assert clock.now() >= until
 
 
-def test_a_copy_is_reported_once_or_refused(opened: tuple[int, Executor, Clock]) -> None:
-    """With a host tier it is done in its time, beside a full device; without, it is an error."""
+def test_a_copy_takes_no_slot_and_is_reported_once(opened: tuple[int, Executor, Clock]) -> None:
+    """Beside a full device, in its own time."""
     _, executor, _ = opened
     num_steps = fill(executor)
-    plan = SchedulerOutput(NO_STEP, (), (), copies=(COPY,))
-    if not isinstance(executor, FakeExecutor):
-        with pytest.raises(RuntimeError, match="no host tier"):
-            carry_out(executor, plan)
-        return
-    executor.copy_s = lambda copy: 3.5
-    executor.submit(plan)
+    if isinstance(executor, FakeExecutor):
+        executor.copy_s = lambda copy: 3.5
+    executor.submit(SchedulerOutput(NO_STEP, (), (), copies=(COPY,)))
     assert not executor.can_submit()
-    outputs: list[ExecutorOutput] = []
-    while executor.running or executor.copying:
+    copies: list[int] = []
+    while num_steps or not copies:
         output = executor.wait(math.inf)
         assert output is not None
-        outputs.append(output)
-    assert [copy_id for output in outputs for copy_id in output.copies] == [7]
-    assert executor.clock.now() == max(3.5, float(num_steps if executor.lookahead else 1))
+        assert not output.failed_copies
+        copies += output.copies
+        num_steps -= len(output.steps)
+    assert copies == [7]
+
+
+def test_a_copy_takes_its_time_beside_steps() -> None:
+    """The fake device does not add the one to the other."""
+    executor = FakeExecutor(VirtualClock(), BLOCK_SIZE, copy_s=lambda copy: 3.5)
+    executor.submit(prefill(0))
+    executor.submit(SchedulerOutput(NO_STEP, (), (), copies=(COPY,)))
+    assert steps_of(executor, 1) == [0]
+    assert executor.wait(math.inf) == ExecutorOutput((), (7,))
+    assert executor.clock.now() == 3.5
 
 
 def test_swapped_kv_is_where_the_copies_put_it() -> None:

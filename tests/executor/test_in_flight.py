@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from fastserve.core.messages import SchedulerOutput, StepDone
+from fastserve.core.messages import ExecutorOutput, SchedulerOutput, StepDone
 from fastserve.core.request import Handle
 from fastserve.executor.in_flight import InFlight
 from tests.core.builders import make_work
@@ -40,26 +40,30 @@ def done(step_id: int, error: str | None = None) -> StepDone:
 
 @dataclass
 class Model:
-    """What an executor owes: every step that began, once, in order; then the error."""
+    """What an executor owes: every step that began, once, in order; copies; then the error."""
 
     capacity: int
     began: list[int] = field(default_factory=list)
     ended: dict[int, StepDone] = field(default_factory=dict)
+    copies: list[int] = field(default_factory=list)
+    failed_copies: list[int] = field(default_factory=list)
     is_woken: bool = False
     error: str | None = None
 
-    def owed(self) -> list[StepDone]:
+    def owed(self) -> ExecutorOutput | None:
         """Return what a wait hands out now."""
-        owed = []
+        steps = []
         for step_id in self.began:
             if step_id not in self.ended:
                 break
-            owed.append(self.ended[step_id])
-        return owed
+            steps.append(self.ended[step_id])
+        if not (steps or self.copies or self.failed_copies):
+            return None
+        return ExecutorOutput(tuple(steps), tuple(self.copies), tuple(self.failed_copies))
 
 
 class Machine(RuleBasedStateMachine):
-    """Steps begin, end in any order, are handed out; the device fails; the wait is woken."""
+    """Steps begin, end in any order, are handed out; so do copies; the device fails; a wake."""
 
     @initialize(num_slots=st.integers(1, 4), lookahead=st.integers(0, 1))
     def open(self, num_slots: int, lookahead: int) -> None:
@@ -67,6 +71,7 @@ class Machine(RuleBasedStateMachine):
         self.in_flight = InFlight(num_slots, lookahead)
         self.model = Model(num_slots + lookahead)
         self.next_step = 0
+        self.next_copy = 0
 
     @rule()
     def begin(self) -> None:
@@ -95,6 +100,13 @@ class Machine(RuleBasedStateMachine):
         self.in_flight.finish(ended)
         self.model.ended[ended.step_id] = ended
 
+    @rule(is_done=st.booleans())
+    def end_copy(self, is_done: bool) -> None:
+        """A copy is over, well or not: it takes no slot, and ends no step."""
+        copy_id, self.next_copy = self.next_copy, self.next_copy + 1
+        self.in_flight.finish_copy(copy_id, is_done)
+        (self.model.copies if is_done else self.model.failed_copies).append(copy_id)
+
     @rule(reason=st.text(max_size=3))
     def fail(self, reason: str) -> None:
         """The device fails, once or more."""
@@ -112,15 +124,16 @@ class Machine(RuleBasedStateMachine):
     def wait(self) -> None:
         """What has ended comes out in order, then the failure, now and ever after."""
         owed, self.model.is_woken = self.model.owed(), False
-        if not owed and self.model.error is not None:
+        if owed is None and self.model.error is not None:
             with pytest.raises(RuntimeError) as caught:
                 self.in_flight.wait(math.inf)
             assert str(caught.value) == f"a step failed: {self.model.error}"
             assert isinstance(caught.value.__cause__, OSError)
             return
-        output = self.in_flight.wait(-math.inf)
-        assert (list(output.steps) if output is not None else []) == owed
-        del self.model.began[: len(owed)]
+        assert self.in_flight.wait(-math.inf) == owed
+        if owed is not None:
+            del self.model.began[: len(owed.steps)]
+            self.model.copies, self.model.failed_copies = [], []
 
     @precondition(lambda self: self.model.is_woken and not self.model.owed())
     @rule()
@@ -159,14 +172,16 @@ def waiting(in_flight: InFlight, until: float = math.inf) -> tuple[threading.Thr
 @pytest.mark.parametrize(
     ("tell", "result"),
     [
-        (lambda in_flight: in_flight.finish(done(0)), ((done(0),), ())),
+        (lambda in_flight: in_flight.finish(done(0)), ((done(0),), (), ())),
+        (lambda in_flight: in_flight.finish_copy(4, True), ((), (4,), ())),
+        (lambda in_flight: in_flight.finish_copy(4, False), ((), (), (4,))),
         (lambda in_flight: in_flight.wake(), None),
         (lambda in_flight: in_flight.fail(KeyError(1)), "a step failed: KeyError(1)"),
     ],
-    ids=["finish", "wake", "fail"],
+    ids=["finish", "copy", "failed copy", "wake", "fail"],
 )
 def test_whatever_happens_ends_a_wait(tell: Callable[[InFlight], None], result: object) -> None:
-    """A wait without end returns at the end of a step, when woken, and at a failure."""
+    """A wait without end returns at the end of a step or copy, when woken, and at a failure."""
     in_flight = InFlight(1, 0)
     in_flight.begin(plan(0))
     thread, results = waiting(in_flight)
@@ -185,7 +200,7 @@ def test_a_step_that_ends_before_an_earlier_one_does_not_end_a_wait() -> None:
     assert not results
     in_flight.finish(done(0))
     thread.join(30)
-    assert results == [((done(0), done(1)), ())]
+    assert results == [((done(0), done(1)), (), ())]
 
 
 def test_a_wait_ends_at_its_time() -> None:

@@ -10,7 +10,15 @@ import time
 import pytest
 import torch
 
-from fastserve.core.messages import NewRequest, SchedulerOutput, StepDone
+from fastserve.core.messages import (
+    NO_STEP,
+    Copy,
+    CopyDirection,
+    ExecutorOutput,
+    NewRequest,
+    SchedulerOutput,
+    StepDone,
+)
 from fastserve.core.request import Handle, SamplingParams
 from fastserve.engine.interfaces import Executor
 from fastserve.executor.local import LocalExecutor
@@ -36,9 +44,15 @@ def open_executor(checkpoint):
     """Opens executors, and closes them after the test."""
     opened: list[LocalExecutor] = []
 
-    def open_one(**settings) -> LocalExecutor:
+    def open_one(swap_bandwidth=None, **settings) -> LocalExecutor:
         config = EngineConfig(
-            model=str(checkpoint), device="cpu", block_size=8, num_device_blocks=64
+            model=str(checkpoint),
+            device="cpu",
+            block_size=8,
+            num_device_blocks=64,
+            preemption_mode="reactive",
+            swap_space=0.001,
+            swap_bandwidth=swap_bandwidth,
         )
         executor = LocalExecutor(
             config,
@@ -230,6 +244,102 @@ def test_a_plan_without_work_that_fails_ends_the_executor(open_executor, monkeyp
     executor.submit(SchedulerOutput(0, (), (), forget=(Handle(7),)))
     with pytest.raises(RuntimeError, match=r"a step failed: KeyError\(7\)"):
         executor.wait(math.inf)
+
+
+def copies_only(copy_id, direction, src, dst) -> SchedulerOutput:
+    """Return a plan that only moves KV."""
+    return SchedulerOutput(NO_STEP, (), (), copies=(Copy(copy_id, direction, src, dst),))
+
+
+def test_copies_run_beside_a_step_and_take_no_slot(open_executor):
+    """They are handed out while the compute thread is held up, and again with the step."""
+    executor = open_executor(is_checked=True)
+    executor.submit(first_plan(0, 0))
+    assert next_step(executor).error is None
+    gate = threading.Event()
+    executor._thread.submit(gate.wait)
+    executor.submit(first_plan(1, 1)._replace(work=(IMPOSSIBLE,)))
+    assert not executor.can_submit()
+    executor.submit(copies_only(5, CopyDirection.SWAP_OUT, (3, 1), (0, 9)))
+    assert executor.wait(math.inf) == ExecutorOutput((), (5,), ())
+    executor.submit(copies_only(6, CopyDirection.SWAP_OUT, (3,), (10**6,)))
+    assert executor.wait(math.inf) == ExecutorOutput((), (), (6,))
+    gate.set()
+    assert next_step(executor).step_id == 1
+    assert executor.checks is not None
+    assert executor.checks.num_moves == 2
+
+
+def test_a_copy_belongs_to_a_plan_with_work_too(open_executor):
+    """It is begun with the step, and each is reported once."""
+    executor = open_executor()
+    executor.submit(first_plan(0, 0))
+    assert next_step(executor).error is None
+    copy = Copy(3, CopyDirection.SWAP_OUT, (3,), (0,))
+    work = make_work(handle=0, start=len(PROMPT), token_ids=(5,), table_from=1)
+    executor.submit(SchedulerOutput(1, (), (work,), copies=(copy,)))
+    steps: list[StepDone] = []
+    copies: list[int] = []
+    while not (steps and copies):
+        output = executor.wait(math.inf)
+        assert output is not None
+        steps += output.steps
+        copies += output.copies
+    assert (copies, steps[0].error) == ([3], None)
+
+
+def test_a_forgotten_request_does_not_spoil_what_a_copy_brought(open_executor):
+    """Its plan has not been carried out when the copy to its place begins."""
+    executor = open_executor()
+    executor.submit(first_plan(0, 0))
+    assert next_step(executor).error is None
+    executor.submit(copies_only(0, CopyDirection.SWAP_OUT, (1, 3), (7, 8)))
+    assert executor.wait(math.inf).copies == (0,)
+    gate = threading.Event()
+    executor._thread.submit(gate.wait)
+    executor.submit(SchedulerOutput(NO_STEP, (), (), forget=(Handle(0),)))
+    executor.submit(copies_only(1, CopyDirection.SWAP_IN, (8,), (1,)))
+    assert executor.wait(math.inf).copies == (1,)
+    gate.set()
+    executor._call(lambda: None)
+    kv = executor._worker.kv
+    assert torch.equal(kv.device.tensor[1], kv.host[8])
+    assert not kv.host[8].isnan().any()
+
+
+def test_free_places_of_both_tiers_can_be_spoiled(open_executor):
+    """Behind what was submitted; what reads them computes NaN."""
+    executor = open_executor()
+    executor.submit(first_plan(0, 0))
+    executor.spoil((5, 6), (2,))
+    assert next_step(executor).error is None
+    executor.submit(copies_only(0, CopyDirection.SWAP_OUT, (1, 3), (2, 4)))
+    assert executor.wait(math.inf).copies == (0,)
+    kv = executor._worker.kv
+    assert not kv.host[2].isnan().any()
+    executor.spoil((1, 3), (2,))
+    assert kv.device.tensor[[1, 3, 5, 6]].isnan().all()
+    assert kv.host[2].isnan().all()
+    assert not kv.host[4].isnan().any()
+
+
+def test_close_ends_a_slow_copy(open_executor):
+    """A link that needs two minutes holds up nobody who leaves."""
+    executor = open_executor(swap_bandwidth=1e-6)
+    executor.submit(copies_only(0, CopyDirection.SWAP_OUT, tuple(range(40)), tuple(range(40))))
+    assert executor.wait(time.monotonic() + 0.05) is None
+    executor.close()
+    assert executor.wait(-math.inf) is None
+
+
+def test_copies_are_measured_before_there_are_requests(open_executor):
+    """The figures of a paced link are those of its pace."""
+    executor = open_executor()
+    assert executor.setup.facts.num_host_blocks == int(0.001 * 2**30) // 3072
+    times = executor.measure_copies()
+    assert 0.0 <= times.base_s < 1.0
+    assert 0.0 <= times.block_s < 1.0
+    assert open_executor(swap_bandwidth=1e-6).measure_copies().block_s == pytest.approx(3.072)
 
 
 def test_wake_ends_a_wait(open_executor):

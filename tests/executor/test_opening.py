@@ -10,6 +10,7 @@ import torch
 from fastserve.checkpoint.model_config import read_model_config
 from fastserve.executor import kv_store, worker
 from fastserve.executor.choices import Choices, choose
+from fastserve.executor.facts import BlockCounts
 from fastserve.executor.opening import WINDOWS_PER_SEQ, agree_on_blocks, open_worker
 from fastserve.executor.worker import Worker
 from fastserve.settings.engine import EngineConfig
@@ -27,8 +28,9 @@ CHOICES = Choices(
 
 
 def blocks(*rooms: int, choices: Choices = CHOICES, **settings) -> int:
-    """Agree on blocks of ten tokens."""
-    return agree_on_blocks(EngineConfig(block_size=10, **settings), choices, rooms)
+    """Agree on blocks of ten tokens on the device."""
+    counts = [BlockCounts(room, 0) for room in rooms]
+    return agree_on_blocks(EngineConfig(block_size=10, **settings), choices, counts).device
 
 
 @pytest.mark.parametrize("settings", [{"num_device_blocks": 7}, {"kv_cache_memory_bytes": 10**6}])
@@ -45,6 +47,13 @@ def test_more_than_can_be_of_use_is_not_taken():
     assert blocks(10**6, 10**7, choices=longer) == WINDOWS_PER_SEQ * 4 * 11
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_device_blocks": 9}])
+def test_the_least_room_on_the_host_counts(settings):
+    """A rank that has more leaves it: one decision is carried out on all."""
+    rooms = [BlockCounts(9, 70), BlockCounts(9, 50), BlockCounts(9, 60)]
+    assert agree_on_blocks(EngineConfig(**settings), CHOICES, rooms) == (9, 50)
+
+
 def silent(stage: str, fraction: float) -> None:
     """Show no progress."""
 
@@ -52,7 +61,13 @@ def silent(stage: str, fraction: float) -> None:
 def test_ranks_with_different_room_allocate_the_same(tmp_path, monkeypatch):
     """One plan fits both: a block that one has, the other has too."""
     model = make_checkpoint(tmp_path, "llama")
-    config = EngineConfig(model=str(tmp_path), device="cpu", max_model_len=64)
+    config = EngineConfig(
+        model=str(tmp_path),
+        device="cpu",
+        max_model_len=64,
+        preemption_mode="reactive",
+        swap_space=1.0,
+    )
     model_config = read_model_config(tmp_path)
     choices = choose(config, model_config)
     ranks = [Worker(config, model_config, choices, eos_token_ids=frozenset()) for _ in range(2)]
@@ -62,13 +77,13 @@ def test_ranks_with_different_room_allocate_the_same(tmp_path, monkeypatch):
         memory = int(fit * fact.block_bytes / kv_store.CPU_SHARE) + 1
         monkeypatch.setattr(kv_store, "available_memory", lambda memory=memory: memory)
         rooms.append(rank.room())
-    assert rooms == [9, 7]
-    num_blocks = agree_on_blocks(config, choices, rooms)
+    assert rooms == [(9, 18), (7, 14)]
+    agreed = agree_on_blocks(config, choices, rooms)
     for rank in ranks:
-        rank.allocate(num_blocks, silent)
-        assert len(rank.kv.device.tensor) == 7
+        rank.allocate(agreed, silent)
+        assert (len(rank.kv.device.tensor), rank.kv.host.num_blocks) == (7, 14)
         request = Driven(range(5, 25), num_tokens=8)
-        Driver(rank.execute, num_blocks, config.block_size).run(request)
+        Driver(rank.execute, agreed.device, config.block_size).run(request)
         assert request.output == greedy(model, request.ids, 8)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -251,14 +252,14 @@ def test_reading_a_strangers_block_shows(llama):
     first = make_work(num_tokens=11, token_ids=tuple(prompt[:11]), block_ids=(3, 4), sample=False)
     worker.execute(SchedulerOutput(0, (new,), (first,)))
     assert worker.poison is not None
-    worker.poison.spoil(3)
+    worker.poison.spoil([3])
     second = make_work(start=11, token_ids=(prompt[11],))
     with pytest.raises(RuntimeError, match="not numbers"):
         worker.execute(SchedulerOutput(1, (), (second,)))
 
 
 def test_plans_that_break_the_contract_are_refused(llama):
-    """Work of an unknown epoch, with ids missing, or with copies raises instead of guessing."""
+    """Work of an unknown epoch, or with ids missing, raises instead of guessing."""
     path, _ = llama
     worker = open_worker(path)
     new = NewRequest(Handle(0), 2, 4, GREEDY, ())
@@ -268,9 +269,50 @@ def test_plans_that_break_the_contract_are_refused(llama):
     gap = make_work(epoch=2, start=2, num_tokens=2, token_ids=(6, 7), block_ids=(0,))
     with pytest.raises(RuntimeError, match="0 ids known"):
         worker.execute(SchedulerOutput(1, (new,), (gap,)))
-    copy = Copy(0, CopyDirection.SWAP_OUT, (0,), (0,))
-    with pytest.raises(RuntimeError, match="no host tier"):
-        worker.execute(SchedulerOutput(2, (), (), copies=(copy,)))
+
+
+def moved(worker: Worker, direction: CopyDirection, src, dst) -> bool:
+    """Copy blocks and wait for the end; returns whether it was done."""
+    ends: queue.SimpleQueue[tuple[int, bool]] = queue.SimpleQueue()
+    worker.move(Copy(5, direction, src, dst), lambda *end: ends.put(end))
+    copy_id, is_done = ends.get(timeout=30)
+    assert copy_id == 5
+    return is_done
+
+
+def test_a_request_goes_on_from_kv_that_was_on_the_host(llama):
+    """Its blocks come back to other places, its own having been poisoned: the same tokens."""
+    path, _ = llama
+    worker = open_worker(path, preemption_mode="reactive", swap_space=0.001)
+    prompt = random_prompt(21, seed=8)
+    whole = Driven(prompt, num_tokens=8)
+    make_driver(worker).run(whole)
+
+    new = NewRequest(Handle(50), 0, len(prompt), GREEDY, ())
+    first = make_work(handle=50, num_tokens=21, token_ids=tuple(prompt), block_ids=(7, 3, 5))
+    outputs = [worker.execute(SchedulerOutput(0, (new,), (first,))).samples[0].token_id]
+    for round_number, (src, places, dst) in enumerate(
+        [((7, 3, 5), (9, 2, 3), (8, 4, 6)), ((8, 4, 6), (0, 1, 8), (40, 41, 42))]
+    ):
+        assert moved(worker, CopyDirection.SWAP_OUT, src, places)
+        assert worker.poison is not None
+        worker.poison.spoil(src)
+        assert moved(worker, CopyDirection.SWAP_IN, places, dst)
+        position = 21 + round_number
+        work = make_work(handle=50, start=position, token_ids=(outputs[-1],), block_ids=dst)
+        done = worker.execute(SchedulerOutput(position, (), (work,)))
+        outputs.append(done.samples[0].token_id)
+    assert outputs == whole.output[:3]
+    worker.close()
+
+
+def test_a_copy_to_where_there_is_no_host_tier_fails(llama, caplog):
+    """It is no reason to end."""
+    worker = open_worker(llama[0])
+    assert worker.kv.host.num_blocks == 0
+    assert not moved(worker, CopyDirection.SWAP_OUT, (0,), (0,))
+    assert len(caplog.messages) == 1
+    worker.close()
 
 
 def test_plan_without_work_only_forgets(llama):

@@ -115,6 +115,7 @@ def test_resolution_carries_every_shared_setting():
         "mlfq_quantum_ratio": 3.0,
         "priority_aging": 2.5,
         "preemption_mode": "defer",
+        "write_through": False,
         "max_recompute_share": 0.25,
     }
     resolved = resolve(EngineConfig(**given))

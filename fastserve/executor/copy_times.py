@@ -1,0 +1,67 @@
+"""Measures how long real copies between the tiers take.
+
+Rules: a few milliseconds, before the model serves and while no block is in use; what is copied is
+put back where it was. Must not know: what becomes of the times.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from typing import NamedTuple
+
+from fastserve.core.messages import Copy, CopyDirection
+from fastserve.executor.copier import Copier
+from fastserve.executor.kv_store import KVStore
+
+NUM_BYTES = 4 * 2**20
+"""Of the longer of the two copies that are measured, where there is as much of each tier."""
+REPEATS = 5
+
+
+class CopyTimes(NamedTuple):
+    """Seconds of a copy: base_s + block_s · blocks; of the slower direction."""
+
+    base_s: float
+    block_s: float
+
+
+def measure_copies(kv: KVStore, bandwidth: float | None) -> CopyTimes:
+    """Measure copies of one block and of several, in both directions, to the first places.
+
+    With a `bandwidth`, in bytes a second, blocks take at least what that says. Raises RuntimeError
+    where a copy fails.
+    """
+    most = min(len(kv.device.tensor), kv.host.num_blocks)
+    num_blocks = min(max(NUM_BYTES // kv.block_bytes, 2), most)
+    copier = Copier(kv)
+    try:
+        _round_trip_s(copier, num_blocks)  # maps the memory, starts the threads
+        one_s, all_s = (
+            min(_round_trip_s(copier, count) for _ in range(REPEATS)) for count in (1, num_blocks)
+        )
+    finally:
+        copier.close()
+    block_s = max(all_s - one_s, 0.0) / (num_blocks - 1) if num_blocks > 1 else one_s
+    paced_s = 0.0 if bandwidth is None else kv.block_bytes / bandwidth
+    return CopyTimes(max(one_s - block_s, 0.0), max(block_s, paced_s))
+
+
+def _round_trip_s(copier: Copier, num_blocks: int) -> float:
+    """Copy the first blocks out and back; return the seconds of the slower way."""
+    places = tuple(range(num_blocks))
+    return max(
+        _copy_s(copier, Copy(0, direction, places, places))
+        for direction in (CopyDirection.SWAP_OUT, CopyDirection.SWAP_IN)
+    )
+
+
+def _copy_s(copier: Copier, copy: Copy) -> float:
+    ends: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    begun = time.perf_counter()
+    copier.begin(copy, lambda copy_id, is_done: ends.put(is_done))
+    is_done = ends.get()
+    seconds = time.perf_counter() - begun
+    if not is_done:
+        raise RuntimeError("KV cannot be copied to the host and back")
+    return seconds
