@@ -37,11 +37,11 @@ def main() -> int:
         print("gpu_check: not run: Triton is not installed")
         return 2
     allow_absent_safetensors()
-    from benchmarks import gpu_measure, gpu_selfcheck
+    from benchmarks import gpu_measure, gpu_selfcheck, gpu_swap
 
     device = torch.device("cuda", 0)
     tests = run_tests()
-    checks = gpu_selfcheck.run(device)
+    checks = [*gpu_selfcheck.run(device), *gpu_swap.check(device)]
     for check in checks:
         print(f"{'ok  ' if check['ok'] else 'FAIL'} {check['name']}: {check['detail']}", flush=True)
     result = {
@@ -50,6 +50,7 @@ def main() -> int:
         "tests": tests,
         "checks": checks,
         **gpu_measure.run(device),
+        "swap": gpu_swap.run(device),
     }
     output = arguments.output or default_output(str(result["card"]))
     output.parent.mkdir(parents=True, exist_ok=True)

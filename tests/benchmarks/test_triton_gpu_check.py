@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_measure, gpu_selfcheck
+from benchmarks import gpu_measure, gpu_selfcheck, gpu_swap
 from fastserve.model.ops.cuda_ops import CudaOps
 from tests import triton_device
 
@@ -30,7 +30,7 @@ def find_spec(name, package=None):
 importlib.util.find_spec = find_spec
 from benchmarks import gpu_check
 gpu_check.allow_absent_safetensors()
-from benchmarks import gpu_measure, gpu_selfcheck
+from benchmarks import gpu_measure, gpu_selfcheck, gpu_swap
 print(gpu_check.run_tests()["status"])
 """
 
@@ -131,6 +131,44 @@ def test_measurements(is_opt, monkeypatch):
         assert row["gb_per_s"] == pytest.approx(moved / seconds / 1e9)
         assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / roof["copy_gb_per_s"])
         assert row["tflops"] > 0
+
+
+TINY = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 100}
+
+
+def test_copies_keep_their_order():
+    """Both checks pass where copies are right; no kernel spins where there is no device."""
+    wait = gpu_swap.spin if DEVICE.type == "cuda" else lambda seconds: None
+    for check in (gpu_swap.check_beside, gpu_swap.check_behind):
+        is_ok, detail = check(DEVICE, wait)
+        assert is_ok, detail
+
+
+def test_copies_out_of_order_are_found(monkeypatch):
+    """A copier that reports before it has copied fails the check."""
+
+    class Early(gpu_swap.Copier):
+        def begin(self, copy, report):
+            report(copy.copy_id, True)
+
+    monkeypatch.setattr(gpu_swap, "Copier", Early)
+    is_ok, detail = gpu_swap.check_behind(DEVICE, lambda seconds: None)
+    assert not is_ok
+    assert detail.startswith("100 of 100") or detail.startswith("99 of 100")
+
+
+def test_copies_are_measured(monkeypatch):
+    """Every model, each way, in one run and apart, by a plain copy; and a decode beside them."""
+    monkeypatch.setattr(gpu_swap, "REPEATS", 1)
+    monkeypatch.setattr(gpu_measure, "REPEATS", 1)
+    rows = gpu_swap.measure_bandwidth(DEVICE, 2**24)
+    assert len({(row["model"], row["direction"], row["blocks"]) for row in rows}) == 8
+    assert all(row["gb_per_s"] > 0.0 and row["share_of_plain"] > 0.0 for row in rows)
+    values = gpu_measure.LLAMA_3_8B | TINY | {"intermediate_size": 64, "num_key_value_heads": 1}
+    load = gpu_swap.Load("tiny", values, batch_size=2, context=16, num_moving=3)
+    found = gpu_swap.measure_overlap(load, DEVICE, None if DEVICE.type == "cuda" else keep)
+    assert found["ratio"] == pytest.approx(found["step_ms_beside_copies"] / found["step_ms_alone"])
+    assert found["copied_gb_per_s"] > 0.0
 
 
 def test_real_shapes_have_their_size():
