@@ -121,7 +121,11 @@ def open_engine(
             try:
                 journal = opened.enter_context(_open_journal(Path(config.journal)))
                 journal.open(
-                    clock.now(), scheduler_config, cost_model, facts.num_device_blocks, length_model
+                    clock.now(),
+                    scheduler_config,
+                    cost_model,
+                    facts.num_device_blocks,
+                    length_model=length_model,
                 )
             except OSError as error:
                 raise ConfigError(f"--journal {config.journal}: {error.strerror}") from error

@@ -55,12 +55,27 @@ class _Running:
 class _Copying:
     copy: Copy
     finishes_at: float
+    has_failed: bool
+
+    @property
+    def is_out(self) -> bool:
+        """Whether it reads the device."""
+        return self.copy.direction is CopyDirection.SWAP_OUT
 
     @property
     def device_blocks(self) -> tuple[int, ...]:
         """The places on the device that are read or written."""
-        copy = self.copy
-        return copy.src if copy.direction is CopyDirection.SWAP_OUT else copy.dst
+        return self.copy.src if self.is_out else self.copy.dst
+
+    @property
+    def host_blocks(self) -> tuple[int, ...]:
+        """The places on the host that are read or written."""
+        return self.copy.dst if self.is_out else self.copy.src
+
+    def is_disturbed_by(self, run: _Running) -> bool:
+        """Whether a step touches what the copy writes, or writes what it reads."""
+        touched = run.written if self.is_out else run.written | run.read
+        return not touched.isdisjoint(self.device_blocks)
 
 
 def default_token(seed: int, position: int) -> int:
@@ -85,7 +100,9 @@ class FakeExecutor:
         lookahead: int = 0,
         step_s: Callable[[SchedulerOutput], float] = lambda plan: 1.0,
         copy_s: Callable[[Copy], float] = lambda copy: 1.0,
+        copy_fails: Callable[[Copy], bool] = lambda copy: False,
         token: Callable[[int, int], int] = default_token,
+        is_checked: bool = True,  # whether what steps read is what was computed
     ) -> None:
         self.num_slots = num_slots
         self.lookahead = lookahead
@@ -93,6 +110,9 @@ class FakeExecutor:
         self.block_size = block_size
         self.step_s = step_s
         self.copy_s = copy_s
+        self.copy_fails = copy_fails
+        self.is_checked = is_checked
+        self.num_copied = 0  # blocks, both ways
         self.token = token
         self.states: dict[int, _State] = {}
         self.slots: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, offset) → ids so far
@@ -154,21 +174,29 @@ class FakeExecutor:
     def _begin_copy(self, copy: Copy) -> None:
         assert len(copy.src) == len(copy.dst)
         assert all(copy.copy_id != other.copy.copy_id for other in self.copying)
-        copying = _Copying(copy, self.clock.time + self.copy_s(copy))
+        copying = _Copying(copy, self.clock.time + self.copy_s(copy), self.copy_fails(copy))
         for run in self.running:
-            touched = run.written | run.read
-            assert touched.isdisjoint(copying.device_blocks), "a block moves under a step"
+            assert not copying.is_disturbed_by(run), "a block moves under a step"
+        for other in self.copying:
+            for mine, theirs in (
+                (copying.device_blocks, other.device_blocks),
+                (copying.host_blocks, other.host_blocks),
+            ):
+                assert not {*mine} & {*theirs}, "two copies touch one place"
+        source = self.slots if copying.is_out else self.host_slots
+        for place in copy.src:
+            assert (place, 0) in source, "nothing is where the copy reads"
         self.copying.append(copying)
+        self.num_copied += len(copy.src)
 
-    def _end_copy(self, copy: Copy) -> None:
-        is_out = copy.direction is CopyDirection.SWAP_OUT
-        source, target = self.slots, self.host_slots
-        if not is_out:
+    def _end_copy(self, copying: _Copying) -> None:
+        copy, source, target = copying.copy, self.slots, self.host_slots
+        if not copying.is_out:
             source, target = target, source
         for src, dst in zip(copy.src, copy.dst, strict=True):
             for offset in range(self.block_size):
                 target.pop((dst, offset), None)
-                if (src, offset) in source:
+                if (src, offset) in source and not copying.has_failed:
                     target[dst, offset] = source[src, offset]
 
     def _fail(self, run: _Running) -> None:
@@ -201,7 +229,8 @@ class FakeExecutor:
         for position in range(work.start):
             slot = self._slot(state, position)
             expected = tuple(state.token_ids[: position + 1])
-            assert self.slots.get(slot) == expected, f"KV of position {position} is not there"
+            if self.is_checked:
+                assert self.slots.get(slot) == expected, f"KV of position {position} is not there"
             run.read.add(slot[0])
         for position in range(work.start, stop):
             slot = self._slot(state, position)
@@ -226,7 +255,7 @@ class FakeExecutor:
         """
         table = set(self.states[work.handle].table)
         for copying in self.copying:
-            assert (run.written | run.read).isdisjoint(copying.device_blocks), "the block moves"
+            assert not copying.is_disturbed_by(run), "the block moves"
         for other in self.running:
             mine = any(earlier.handle == work.handle for earlier in other.plan.work)
             if not mine:
@@ -252,7 +281,7 @@ class FakeExecutor:
         ended = [copying for copying in self.copying if copying.finishes_at <= self.clock.time]
         for copying in ended:
             self.copying.remove(copying)
-            self._end_copy(copying.copy)
+            self._end_copy(copying)
         steps = []
         while self.running and self.running[0].finishes_at <= self.clock.time:
             run = self.running.pop(0)
@@ -260,7 +289,9 @@ class FakeExecutor:
             steps.append(
                 StepDone(run.plan.step_id, samples, run.device_s, run.scores, error=run.error)
             )
-        return ExecutorOutput(tuple(steps), tuple(copying.copy.copy_id for copying in ended))
+        done = tuple(copying.copy.copy_id for copying in ended if not copying.has_failed)
+        failed = tuple(copying.copy.copy_id for copying in ended if copying.has_failed)
+        return ExecutorOutput(tuple(steps), done, failed)
 
     def wake(self) -> None:
         """End the next wait early."""

@@ -11,7 +11,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fastserve.core.memory.block import BlockPool
+from fastserve.core.memory.pool import BlockPool
+from fastserve.core.memory.swap import Moves
 from fastserve.core.messages import WORK_BOUNDS_S, RequestMetrics, SchedulerStats
 from fastserve.core.policies.protocol import LevelStats, Policy, Predictions
 from fastserve.core.request import Handle, Request
@@ -28,6 +29,8 @@ class Counters:
     num_cached_prompt_tokens: int = 0
     num_dropped_samples: int = 0
     num_stalls: int = 0
+    num_swaps: int = 0
+    copy_wait_s: float = 0.0
 
 
 class Accounts:
@@ -37,10 +40,14 @@ class Accounts:
         self.counters = Counters()
         # Those of the latest plan, and those that could not be in it: in flight, at their limit.
         self._running: dict[Handle, Request] = {}
+        self._waits_since: float | None = None  # when nothing could run but for a copy
 
     def planned(self, chosen: Iterable[tuple[Request, int]], now: float) -> None:
         """Note a plan of these shares; `steps_in_flight` includes the step."""
         self.counters.num_steps += 1
+        if self._waits_since is not None:
+            self.counters.copy_wait_s += now - self._waits_since
+            self._waits_since = None
         planned: dict[Handle, Request] = {}
         for request, _ in chosen:
             planned[request.handle] = request
@@ -56,6 +63,11 @@ class Accounts:
                     request.num_preemptions += 1
                     self.counters.num_preemptions += 1
         self._running = planned
+
+    def waits_for_copies(self, now: float) -> None:
+        """Note that nothing can run before a copy is done."""
+        if self._waits_since is None:
+            self._waits_since = now
 
     def computed(self, request: Request, before: int, end: int) -> bool:
         """Note that positions [before, end) have KV; return whether any never had it before."""
@@ -80,6 +92,7 @@ class Accounts:
     ) -> RequestMetrics:
         """Return what happened to a request that ends, beside what the policy knew of it."""
         self._running.pop(request.handle, None)
+        self.counters.num_swaps += request.num_swaps
         if not request.steps_in_flight:
             request.queue_s += now - request.last_ran_at
         return RequestMetrics(
@@ -89,8 +102,8 @@ class Accounts:
             finished=now,
             queue_s=request.queue_s,
             num_preemptions=request.num_preemptions,
-            num_swaps=0,
-            swap_s=0.0,
+            num_swaps=request.num_swaps,
+            swap_s=request.swap_s,
             recomputed_tokens=request.num_recomputed_tokens,
             cached_tokens=request.num_cached_tokens,
             level=level,
@@ -98,7 +111,11 @@ class Accounts:
         )
 
     def snapshot(
-        self, requests: Mapping[Handle, Request], policy: Policy, pool: BlockPool
+        self,
+        requests: Mapping[Handle, Request],
+        policy: Policy,
+        pool: BlockPool,
+        moves: Moves,
     ) -> SchedulerStats:
         """Return the counters beside what is so now; `requests` are the live ones."""
         levels, counters = _level_stats(policy, len(requests)), self.counters
@@ -112,13 +129,13 @@ class Accounts:
             device_blocks_total=pool.num_device_blocks,
             device_blocks_free=pool.num_free,
             device_blocks_cached=pool.num_cached,
-            device_blocks_moving=0,
+            device_blocks_moving=pool.num_moving,
             device_blocks_used=pool.num_used,
-            host_blocks_total=0,
-            host_blocks_free=0,
-            host_blocks_cached=0,
-            host_blocks_moving=0,
-            host_blocks_used=0,
+            host_blocks_total=pool.num_host_blocks,
+            host_blocks_free=pool.num_host_free,
+            host_blocks_cached=pool.num_host_cached,
+            host_blocks_moving=pool.num_host_moving,
+            host_blocks_used=pool.num_host_used,
             num_steps=counters.num_steps,
             num_preemptions=counters.num_preemptions,
             num_demotions=levels.num_demotions,
@@ -128,14 +145,14 @@ class Accounts:
             num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
             num_dropped_samples=counters.num_dropped_samples,
             num_stalls=counters.num_stalls,
-            num_swaps=0,
-            num_swapped_out_blocks=0,
-            num_swapped_in_blocks=0,
-            num_saved_blocks=0,
-            num_fetched_blocks=0,
-            num_clean_blocks=0,
-            num_failed_copies=0,
-            copy_wait_s=0.0,
+            num_swaps=counters.num_swaps + sum(r.num_swaps for r in requests.values()),
+            num_swapped_out_blocks=moves.num_swapped_out_blocks,
+            num_swapped_in_blocks=moves.num_swapped_in_blocks,
+            num_saved_blocks=moves.num_saved_blocks,
+            num_fetched_blocks=moves.num_fetched_blocks,
+            num_clean_blocks=moves.num_clean_blocks,
+            num_failed_copies=moves.num_failed_copies,
+            copy_wait_s=counters.copy_wait_s,
             forecasts=None if predictions is None else predictions.forecasts(),
             requests_by_work=_count_by_work(predictions, requests.values()),
         )

@@ -8,9 +8,11 @@ from functools import partial
 
 from fastserve.core.cost_model import CostModel
 from fastserve.core.lengths import LengthModel
-from fastserve.core.memory.block import BlockPool
-from fastserve.core.memory.eviction import Defer, Eviction, Recompute, RecomputeBudget
+from fastserve.core.memory.eviction import Defer, Eviction, Recompute, RecomputeBudget, Swap
+from fastserve.core.memory.link import Link
 from fastserve.core.memory.memory import KVCacheManager
+from fastserve.core.memory.pool import BlockPool
+from fastserve.core.memory.swap import Swapper
 from fastserve.core.memory.victims import VictimRanking
 from fastserve.core.outlook import Outlook
 from fastserve.core.policies.artifact_mlfq import (
@@ -25,17 +27,19 @@ from fastserve.core.policies.hrrn import HighestRatioNext
 from fastserve.core.policies.learned import Learned
 from fastserve.core.policies.mlfq import MLFQ
 from fastserve.core.policies.priority_classes import PriorityClasses
-from fastserve.core.policies.protocol import ClassPolicy, Policy
+from fastserve.core.policies.protocol import ClassPolicy, Coldness, Policy
 from fastserve.core.policies.quanta import Quanta, one_level, skip_levels
 from fastserve.core.policies.reservation import WHOLE_IN_ORDER
 from fastserve.core.policies.run_to_completion import RunToCompletion
 from fastserve.core.policies.sjf import MeanAnswer, ShortestJobFirst
 from fastserve.core.policies.srpt import SRPT
 from fastserve.core.policies.static import Static
+from fastserve.core.request import Request
 from fastserve.core.scheduler import Scheduler
 from fastserve.settings.scheduler import SchedulerConfig
 
 NUM_BOUNDLESS_BLOCKS = 2**40
+ONE_TIER_MODES = ("recompute", "defer")
 
 
 def build_policy(
@@ -153,21 +157,73 @@ def build_scheduler(
     if policy is None:
         make_policy = policy_factory(config, cost_model, num_device_blocks, lengths, length_model)
         policy = PriorityClasses(make_policy, config.priority_aging)
+    return Scheduler(
+        config, policy, build_cache(config, cost_model, policy, num_device_blocks, num_host_blocks)
+    )
+
+
+def build_cache(
+    config: SchedulerConfig,
+    cost_model: CostModel,
+    policy: Policy,
+    num_device_blocks: int,
+    num_host_blocks: int,
+) -> KVCacheManager:
+    """Return empty KV memory: of two tiers where the mode swaps and there is a host tier."""
     is_ideal = config.preemption_mode == "ideal"
-    cache = KVCacheManager(
-        BlockPool(NUM_BOUNDLESS_BLOCKS if is_ideal else num_device_blocks),
-        config.block_size,
+    if is_ideal:
+        num_host_blocks = NUM_BOUNDLESS_BLOCKS
+        cost_model = replace(cost_model, copy_base_s=0.0, copy_block_s=0.0)
+    eviction = build_eviction(config, cost_model)
+    chunk, block_size = max_chunk(config), config.block_size
+    swapper = None
+    if config.preemption_mode not in ONE_TIER_MODES and num_host_blocks:
+        pool = BlockPool(num_device_blocks, num_host_blocks, saves_evicted=is_ideal)
+        eviction = Swap(cost_model, block_size, eviction)
+        swapper = build_swapper(config, cost_model, policy, pool)
+    else:
+        pool = BlockPool(num_device_blocks)
+
+    def is_worth_loading(num_blocks: int) -> bool:
+        prefill_s = cost_model.prefill_s(num_blocks * block_size, 0, chunk)
+        return cost_model.copy_s(num_blocks) < prefill_s
+
+    return KVCacheManager(
+        pool,
+        block_size,
         VictimRanking(policy),
-        build_eviction(config, cost_model),
+        eviction,
+        swapper=swapper,
+        min_iteration_s=cost_model.min_iteration_s,
+        is_worth_loading=is_worth_loading,
         max_tables=config.max_live_seqs,
-        num_resident_blocks=num_device_blocks if is_ideal else None,
         enable_prefix_caching=config.enable_prefix_caching,
     )
-    return Scheduler(config, policy, cache)
+
+
+def build_swapper(
+    config: SchedulerConfig, cost_model: CostModel, policy: Policy, pool: BlockPool
+) -> Swapper:
+    """Return what moves KV as the configured mode says."""
+    mode = config.preemption_mode
+
+    def by_level(request: Request, now: float) -> Coldness:
+        level = 0 if policy.levels is None else policy.levels.level(request)
+        return (level, request.last_ran_at)
+
+    return Swapper(
+        pool,
+        Link(cost_model.copy_s),
+        by_level if mode == "proactive-by-level" else policy.coldness,
+        block_size=config.block_size,
+        window_s=cost_model.min_iteration_s,
+        saves_ahead=config.write_through and mode != "reactive",
+        fetches_ahead=mode != "reactive",
+    )
 
 
 def build_eviction(config: SchedulerConfig, cost_model: CostModel) -> Eviction:
-    """Return what the configured mode lets requests take; `ideal` bounds no recomputation."""
+    """Return what becomes of KV that has no place on the host; `ideal` bounds no recomputation."""
     if config.preemption_mode == "defer":
         return Defer()
     is_ideal = config.preemption_mode == "ideal"

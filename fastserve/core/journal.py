@@ -28,7 +28,7 @@ from fastserve.core.messages import (
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.settings.scheduler import SchedulerConfig
 
-FORMAT = 2  # of the lines; another number where a reader of this one would go wrong
+FORMAT = 3  # of the lines; another number where a reader of this one would go wrong
 
 
 def plain(value: Any) -> Any:
@@ -68,6 +68,7 @@ class Journal:
         config: SchedulerConfig,
         cost_model: CostModel,
         num_device_blocks: int,
+        num_host_blocks: int = 0,
         length_model: LengthModel | None = None,
     ) -> None:
         """Write what a scheduler is built from: a replay builds a fresh one here.
@@ -77,7 +78,9 @@ class Journal:
         settings = dataclasses.asdict(config) | {"eos_token_ids": sorted(config.eos_token_ids)}
         costs = dataclasses.asdict(cost_model)
         learned = None if length_model is None else length_model.state()
-        self.write("open", now, FORMAT, settings, costs, num_device_blocks, learned)
+        self.write(
+            "open", now, FORMAT, settings, costs, num_device_blocks, num_host_blocks, learned
+        )
 
     def told(self, fact: Fact, now: float) -> None:
         """Write a fact down."""
@@ -88,8 +91,9 @@ class Journal:
                 self.write("abort", now, handle)
             case Finished(handle, num_output_tokens):
                 self.write("finish", now, handle, num_output_tokens)
-            case ExecutorOutput(steps, copies):
-                self.write("update", now, [_step_fields(done) for done in steps], copies)
+            case ExecutorOutput(steps, copies, failed_copies):
+                done = [_step_fields(step) for step in steps]
+                self.write("update", now, done, copies, failed_copies)
 
     def planned(self, plan: SchedulerOutput | None, can_compute: bool, now: float) -> None:
         """Write a question and its answer down."""
@@ -121,8 +125,10 @@ def read_fact(kind: str, fields: Sequence[Any]) -> Fact:
         case "finish":
             return Finished(*fields)
         case "update":
-            steps, copies = fields
-            return ExecutorOutput([_read_step(*step) for step in steps], tuple(copies))
+            steps, copies, failed_copies = fields
+            return ExecutorOutput(
+                [_read_step(*step) for step in steps], tuple(copies), tuple(failed_copies)
+            )
     raise ValueError(f"no fact is called {kind!r}")
 
 

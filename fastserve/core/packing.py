@@ -50,7 +50,6 @@ class Packing:
         self._num_requests = num_requests
         self._max_in_flight = config.lookahead if slots == 1 else 0
         self._prefill_left = self._max_tokens
-        self._resident_left = cache.num_resident_blocks
         self._scanned: set[int] = set()
         # Those that a request without KV may lack to be tried; None: no such request is admitted.
         self._max_missing_tokens: int | None = sys.maxsize
@@ -82,8 +81,7 @@ class Packing:
 
     @property
     def _is_full(self) -> bool:
-        is_resident_spent = self._resident_left is not None and self._resident_left <= 0
-        return is_resident_spent or len(self.chosen) == self._max_seqs
+        return len(self.chosen) == self._max_seqs
 
     def _unscanned_holders(self, limit: int) -> list[Request]:
         holders = islice(self._cache.holders(), limit)
@@ -92,7 +90,6 @@ class Packing:
     def _scan(self, order: Iterable[Request]) -> None:
         scanned, chosen, block_size = self._scanned, self.chosen, self._block_size
         max_seqs, max_in_flight = self._max_seqs, self._max_in_flight
-        resident_left = self._resident_left
         for request in order:
             table = request.table
             if table is None and (
@@ -110,18 +107,16 @@ class Packing:
                 scheduled = request.num_scheduled_tokens
                 num_tokens -= scheduled
                 # The common case is a decode whose block has room.
-                if num_tokens > 1 or scheduled >= len(table.blocks) * block_size:
+                if (
+                    num_tokens > 1
+                    or not table.is_resident
+                    or scheduled >= len(table.blocks) * block_size
+                ):
                     num_tokens = self._go_on(request, table, num_tokens)
             if not num_tokens:
                 continue
-            if resident_left is not None:
-                assert request.table is not None
-                resident_left -= len(request.table.blocks)
-                self._resident_left = resident_left
-                if resident_left < 0:
-                    break
             chosen.append((request, num_tokens))
-            if len(chosen) == max_seqs or resident_left == 0:
+            if len(chosen) == max_seqs:
                 break
 
     def _go_on(self, request: Request, table: BlockTable, num_unscheduled: int) -> int:
@@ -129,6 +124,8 @@ class Packing:
         scheduled = request.num_scheduled_tokens
         num_tokens = self._share(num_unscheduled)
         claim = self._cache.claim(request, scheduled + num_tokens, self._scanned)
+        if not table.is_resident:
+            return 0
         if claim is not Claim.MET:
             room = len(table.blocks) * self._block_size - scheduled
             num_tokens = min(num_tokens, room) if self._is_chunked else 0

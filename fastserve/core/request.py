@@ -168,6 +168,7 @@ class Request:
         "num_recomputed_tokens",
         "num_scheduled_tokens",
         "num_scored_tokens",
+        "num_swaps",
         "num_tokens",
         "output_token_ids",
         "params",
@@ -177,6 +178,7 @@ class Request:
         "steps_in_flight",
         "stop_reason",
         "stop_token_ids",
+        "swap_s",
         "table",
     )
 
@@ -217,6 +219,8 @@ class Request:
         self.num_scored_tokens = 0
         self.num_lost_tokens = 0  # of the epochs before this one
         self.num_preemptions = 0
+        self.num_swaps = 0
+        self.swap_s = 0.0
         self.num_recomputed_tokens = 0
         self.num_cached_tokens = 0
 

@@ -3,7 +3,7 @@
 The policy orders, the scheduler packs. Each plan is one bounded scan of the policy's order: every
 request in turn claims the blocks its next share needs, and what an earlier one claims, a later one
 cannot have. Where blocks run out they are taken from colder requests further down the order, whose
-KV is then recomputed. To preempt a request is not to put it in the next plan.
+KV moves to the host or is recomputed. To preempt a request is not to put it in the next plan.
 Rules: `now` is an argument; nothing here sleeps, reads a clock or calls out.
 Must not know: tensors, text, how long anything really takes.
 """
@@ -69,6 +69,11 @@ class Scheduler:
         return len(self._in_flight)
 
     @property
+    def num_copies_in_flight(self) -> int:
+        """Copies between the tiers that were planned and have not been reported."""
+        return self.cache.num_copies
+
+    @property
     def handles_in_flight(self) -> set[Handle]:
         """Handles of the requests in these steps, those that have ended included."""
         return {work.handle for flight in self._in_flight.values() for _, _, work in flight}
@@ -123,8 +128,9 @@ class Scheduler:
         self._ordered_at = inf
         if can_compute and self._requests and (chosen := self._pack(now)):
             return self._plan(chosen, now)
-        if self._forget:
-            return SchedulerOutput(NO_STEP, (), (), forget=self._take_forgotten())
+        copies = self.cache.copies(now)
+        if copies or self._forget:
+            return SchedulerOutput(NO_STEP, (), (), copies, self._take_forgotten())
         return None
 
     def _pack(self, now: float) -> list[tuple[Request, int]]:
@@ -139,6 +145,9 @@ class Scheduler:
             packing.scan(self.policy.ordered())
         if packing.chosen or self._in_flight:
             return packing.trimmed()
+        if self.cache.num_copies:
+            self._accounts.waits_for_copies(now)
+            return []
         self._stalls.stalled("nothing can run and nothing is in flight")
         return self._pack(now)
 
@@ -165,7 +174,8 @@ class Scheduler:
         for request, num_tokens in chosen:
             table = request.table
             assert table is not None
-            if not table.num_sent:
+            if not table.is_known:
+                table.is_known = True
                 new_requests.append(self._introduce(request))
             work = work_of(request, table, num_tokens)
             request.num_scheduled_tokens += num_tokens
@@ -179,7 +189,11 @@ class Scheduler:
         self._accounts.planned(chosen, now)
         self._in_flight[step_id] = flight
         return SchedulerOutput(
-            step_id, tuple(new_requests), tuple(works), forget=self._take_forgotten()
+            step_id,
+            tuple(new_requests),
+            tuple(works),
+            self.cache.copies(now),
+            self._take_forgotten(),
         )
 
     def _introduce(self, request: Request) -> NewRequest:
@@ -197,8 +211,10 @@ class Scheduler:
 
         Raises ValueError for a copy that no plan began.
         """
-        if output.copies:
-            raise ValueError(f"copies {[*output.copies]} are done, and no plan began them")
+        for copy_id in output.copies:
+            self.cache.copied(copy_id)
+        for copy_id in output.failed_copies:
+            self.cache.copied(copy_id, has_failed=True)
         updates: list[RequestUpdate] = []
         for done in output.steps:
             flight = self._take_landed(done.step_id, now)
@@ -221,8 +237,9 @@ class Scheduler:
             request.last_ran_at = now
             table.steps_in_flight -= 1
             if table.is_closed:
-                self.cache.landed(table)
                 self._counters.num_dropped_samples += work.sample
+            if table.is_closed or table.is_draining:
+                self.cache.landed(table)
         return flight
 
     def _land(
@@ -292,7 +309,9 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Return a snapshot of counters and sizes."""
-        return self._accounts.snapshot(self._requests, self.policy, self.cache.pool)
+        return self._accounts.snapshot(
+            self._requests, self.policy, self.cache.pool, self.cache.moves
+        )
 
     def check(self) -> None:
         """Assert every invariant of the scheduler, the cache and the pool."""

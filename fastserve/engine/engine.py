@@ -118,7 +118,9 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left to run, and nothing that ended still holds memory."""
-        return not self.num_requests and not self.scheduler.num_steps_in_flight
+        scheduler = self.scheduler
+        in_flight = scheduler.num_steps_in_flight or scheduler.num_copies_in_flight
+        return not self.num_requests and not in_flight
 
     def add(self, arrival: Arrival) -> Handle:
         """Accept a request and return its handle; ValueError if it can never run."""

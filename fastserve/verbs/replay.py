@@ -120,7 +120,7 @@ def _fresh(fields: Sequence[Any]) -> Scheduler:
             f"a journal of another format: {number}, not {FORMAT}; the version of fastserve that "
             "wrote it can replay it"
         )
-    settings, costs, num_device_blocks, learned = fields[1:]
+    settings, costs, num_device_blocks, num_host_blocks, learned = fields[1:]
     settings = settings | {"eos_token_ids": frozenset(settings["eos_token_ids"])}
     length_model = None if learned is None else LengthModel.restored(learned)
     try:
@@ -128,6 +128,7 @@ def _fresh(fields: Sequence[Any]) -> Scheduler:
             SchedulerConfig(**settings),
             CostModel(**costs),
             num_device_blocks,
+            num_host_blocks,
             length_model=length_model,
         )
     except ValueError as error:

@@ -11,7 +11,7 @@ from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
 from fastserve.core.journal import Journal
 from fastserve.core.lengths import LengthModel
-from fastserve.core.messages import RequestUpdate, SchedulerOutput, TokenLogprobs
+from fastserve.core.messages import Copy, RequestUpdate, SchedulerOutput, TokenLogprobs
 from fastserve.core.policies.protocol import Policy
 from fastserve.core.request import Arrival, FinishReason, Handle, Request, SamplingParams
 from fastserve.core.scheduler import Scheduler
@@ -66,6 +66,7 @@ class Harness:
         self,
         config: SchedulerConfig,
         num_device_blocks: int,
+        num_host_blocks: int = 0,
         *,
         seed: int = 0,
         policy: Policy | None = None,
@@ -73,6 +74,9 @@ class Harness:
         length_model: LengthModel | None = None,
         token: Callable[[int, int], int] = default_token,
         step_s: Callable[[SchedulerOutput], float] | None = None,
+        copy_s: Callable[[Copy], float] | None = None,
+        copy_fails: Callable[[Copy], bool] = lambda copy: False,
+        costs: CostModel = UNIT_COST,
         sink: Callable[[str], object] | None = None,
     ) -> None:
         self.rng = random.Random(seed)
@@ -86,12 +90,16 @@ class Harness:
             num_slots=config.num_slots,
             lookahead=config.lookahead,
             step_s=step_s or random_durations(self.rng),
+            copy_s=copy_s or (lambda copy: costs.copy_s(len(copy.src))),
+            copy_fails=copy_fails,
+            is_checked=config.preemption_mode != "ideal",  # whose copies no plan carries
             token=token,
         )
         self.scheduler = build_scheduler(
             config,
-            UNIT_COST,
+            costs,
             num_device_blocks,
+            num_host_blocks,
             policy=policy,
             lengths=lengths,
             length_model=length_model,
@@ -189,7 +197,7 @@ class Harness:
     @property
     def is_busy(self) -> bool:
         """Whether a step would not wait for ever."""
-        return bool(self.executor.running) or self.scheduler.num_requests > 0
+        return not self.engine.is_idle
 
     def request(self, handle: int) -> Request:
         """Return a live request."""
@@ -201,6 +209,18 @@ class Harness:
             self.take(update)
         self.scheduler.check()
         self.check_seats()
+        self.spoil_free_places()
+
+    def spoil_free_places(self) -> None:
+        """Empty what the scheduler holds free on both tiers, so that one who reads it is seen."""
+        pool = self.scheduler.cache.pool
+        for slots, places in (
+            (self.executor.slots, pool._device),
+            (self.executor.host_slots, pool._host),
+        ):
+            for place in places._given_back:
+                for offset in range(self.config.block_size):
+                    slots.pop((place, offset), None)
 
     def check_seats(self) -> None:
         """Assert that no more requests hold KV than may."""
@@ -222,7 +242,15 @@ class Harness:
         assert all(expected.finish_reason is not None for expected in self.expected.values())
         stats = self.scheduler.stats()
         assert stats.device_blocks_used == 0
+        assert stats.device_blocks_moving == 0
         assert stats.device_blocks_free + stats.device_blocks_cached == stats.device_blocks_total
+        assert (stats.host_blocks_used, stats.host_blocks_moving) == (0, 0)
+        assert stats.host_blocks_free + stats.host_blocks_cached == stats.host_blocks_total
+        assert stats.num_swaps >= sum(
+            expected.last.metrics.num_swaps
+            for expected in self.expected.values()
+            if expected.last is not None and expected.last.metrics is not None
+        )
         assert (stats.num_running, stats.num_waiting, stats.num_preempted) == (0, 0, 0)
         assert not stats.requests_by_level
         assert stats.num_stalls == 0
@@ -237,5 +265,8 @@ def check_forgotten(scheduler: Scheduler) -> None:
     assert not scheduler._in_flight
     assert not scheduler._forget
     assert not scheduler.cache._tables
+    assert not scheduler.cache._away
+    assert not scheduler.cache._draining
+    assert scheduler.cache.num_copies == 0
     assert scheduler.cache.num_leaving == 0
     assert scheduler.cache.num_tables == 0

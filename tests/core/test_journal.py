@@ -107,7 +107,7 @@ def test_replay_repeats_every_plan(slots: int, lookahead: int) -> None:
 def opening(length_model: LengthModel) -> Any:
     """Return what the first line of a journal says of a model."""
     lines: list[str] = []
-    Journal(lines.append).open(0.0, small_config(), UNIT_COST, 8, length_model)
+    Journal(lines.append).open(0.0, small_config(), UNIT_COST, 8, 0, length_model)
     return json.loads(lines[0])[-1]
 
 

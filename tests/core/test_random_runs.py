@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from fastserve.core.request import FinishReason
 from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.config import SIMULATED_POLICIES, SIMULATED_PREEMPTION_MODES
-from tests.core.harness import Harness
+from tests.core.harness import UNIT_COST, Harness
 
 POLICIES = SIMULATED_POLICIES
 PIPELINES = ((1, 0), (1, 1), (2, 0), (4, 0))
@@ -41,7 +42,22 @@ def run(seed: int) -> Harness:
     )
     num_blocks = -(-window // block_size) + rng.choice((0, 1, 5, 40))
     lengths: dict[int, int] = {}
-    harness = Harness(config, num_blocks, seed=seed, lengths=lengths)
+    chances = random.Random(seed)
+    share_failing = chances.choice((0.0, 0.0, 0.2))
+    harness = Harness(
+        config,
+        num_blocks,
+        chances.choice((0, 2, 10, 10, 200)),
+        seed=seed,
+        lengths=lengths,
+        costs=replace(
+            UNIT_COST,
+            copy_base_s=chances.choice((0.0, 0.01)),
+            copy_block_s=chances.choice((1e-4, 0.01, 0.2)),
+        ),
+        copy_s=lambda copy: chances.uniform(0.0, 3.0),
+        copy_fails=lambda copy: chances.random() < share_failing,
+    )
     shared = [rng.randrange(100) for _ in range(window)]
     for handle in range(rng.randrange(1, 14)):
         num_prompt = rng.randrange(1, 30)
@@ -66,7 +82,7 @@ def run(seed: int) -> Harness:
 @pytest.mark.parametrize("batch", range(20))
 def test_every_seed_is_exact_and_conserves_blocks(batch: int) -> None:
     """No run leaks a block, loses or repeats a terminal event, or yields a wrong token."""
-    num_preemptions = num_recomputed = num_dropped = 0
+    num_preemptions = num_recomputed = num_dropped = num_swaps = num_failed = 0
     for seed in range(batch * 50, batch * 50 + 50):
         harness = run(seed)
         stats = harness.scheduler.stats()
@@ -74,10 +90,14 @@ def test_every_seed_is_exact_and_conserves_blocks(batch: int) -> None:
         num_preemptions += stats.num_preemptions
         num_recomputed += stats.num_recomputed_tokens
         num_dropped += stats.num_dropped_samples
+        num_swaps += stats.num_swaps
+        num_failed += stats.num_failed_copies
         reasons = {expected.finish_reason for expected in harness.expected.values()}
         assert reasons <= {FinishReason.LENGTH, FinishReason.ABORT, FinishReason.STOP}
     assert num_preemptions > 0
     assert num_recomputed > 0
+    assert num_swaps > 0
+    assert num_failed > 0
 
 
 def test_same_seed_same_journal() -> None:

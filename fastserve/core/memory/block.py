@@ -1,121 +1,137 @@
-"""Blocks of KV and the pool that owns their places.
+"""Block: `block_size` tokens of KV as content, and the life of its copies on the two tiers.
 
 A Block is content, not place: it is append-only, immutable once full, and outlives the request
-that computed it as long as its place is not needed. Rules: a place belongs to exactly one Block or
-to the free list; a Block that no table names and that has a hash stays as prefix cache, least
-recently used first to go. Must not know: requests, policies, tensors.
+that computed it as long as a place of it is not needed. Its copies come and go:
+
+                 ┌──────────── forget_host ────────────┐
+                 ▼                                     │
+     take ──►  DIRTY ── save ──► SAVING ── saved ──► CLEAN ◄── loaded ── LOADING
+                 │                │   ▲                │                   ▲
+               leave            leave stay             drop               load
+                 │                ▼   │                ▼                   │
+                 └───────────► LEAVING ── saved ──►  HOST ─────────────────┘
+
+    and GONE from DIRTY, CLEAN, HOST where nobody needs it, or from LOADING where the copy failed;
+    SAVING and LEAVING whose copy failed are DIRTY again
+
+Rules: STATES and TRANSITIONS are all there is: what is not in the table cannot be done. A copy is
+under way in SAVING, LEAVING and LOADING, one at a time. Must not know: requests, policies, tensors.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from enum import Enum, auto
+
+NO_PLACE = -1
+
+
+class Residence(Enum):
+    """Where one copy of a Block is in its life."""
+
+    ABSENT = auto()
+    ARRIVING = auto()
+    PRESENT = auto()
+    LEAVING = auto()
+
+
+class State(Enum):
+    """Which copies there are; on the device a step may read what is DIRTY, SAVING or CLEAN."""
+
+    DIRTY = auto()  # on the device alone
+    SAVING = auto()  # on the device, and on its way to the host
+    LEAVING = auto()  # the same, and its place on the device is free when it has arrived
+    CLEAN = auto()  # on both: its place on the device can be had for nothing
+    HOST = auto()  # on the host alone
+    LOADING = auto()  # on the host, and on its way to the device
+    GONE = auto()  # nowhere
+
+
+STATES = {
+    State.DIRTY: (Residence.PRESENT, Residence.ABSENT),
+    State.SAVING: (Residence.PRESENT, Residence.ARRIVING),
+    State.LEAVING: (Residence.LEAVING, Residence.ARRIVING),
+    State.CLEAN: (Residence.PRESENT, Residence.PRESENT),
+    State.HOST: (Residence.ABSENT, Residence.PRESENT),
+    State.LOADING: (Residence.ARRIVING, Residence.PRESENT),
+    State.GONE: (Residence.ABSENT, Residence.ABSENT),
+}
+"""The residence of a Block on the device and on the host."""
+
+
+class Event(Enum):
+    """What happens to a Block."""
+
+    SAVE = auto()  # a copy to the host begins, ahead of need
+    LEAVE = auto()  # its place on the device is needed
+    STAY = auto()  # and is needed no more
+    SAVED = auto()
+    SAVE_FAILED = auto()
+    DROP = auto()  # its place on the device is given up
+    LOAD = auto()  # a copy to the device begins
+    LOADED = auto()
+    LOAD_FAILED = auto()
+    FORGET_HOST = auto()  # its place on the host is given up
+    FORGET = auto()  # nobody needs it
+
+
+TRANSITIONS = {
+    (State.DIRTY, Event.SAVE): State.SAVING,
+    (State.DIRTY, Event.LEAVE): State.LEAVING,
+    (State.SAVING, Event.LEAVE): State.LEAVING,
+    (State.LEAVING, Event.STAY): State.SAVING,
+    (State.SAVING, Event.SAVED): State.CLEAN,
+    (State.LEAVING, Event.SAVED): State.HOST,
+    (State.SAVING, Event.SAVE_FAILED): State.DIRTY,
+    (State.LEAVING, Event.SAVE_FAILED): State.DIRTY,
+    (State.CLEAN, Event.DROP): State.HOST,
+    (State.HOST, Event.LOAD): State.LOADING,
+    (State.LOADING, Event.LOADED): State.CLEAN,
+    (State.LOADING, Event.LOAD_FAILED): State.GONE,
+    (State.CLEAN, Event.FORGET_HOST): State.DIRTY,
+    (State.DIRTY, Event.FORGET): State.GONE,
+    (State.CLEAN, Event.FORGET): State.GONE,
+    (State.HOST, Event.FORGET): State.GONE,
+}
 
 
 class Block:
     """`block_size` token positions of KV in every layer.
 
-    `refs` counts the tables that name it. `hash` identifies the ids of this block and of all before
-    it; None until the block is full and its ids are known.
+    `refs` counts the tables that name it, `wanted` those of them that are to run; what is not
+    wanted may be moved. `hash` identifies the ids of this block and of all before it; None until
+    the block is full and its ids are known. A place is NO_PLACE where there is none.
     """
 
-    __slots__ = ("device_id", "hash", "refs")
+    __slots__ = ("device_id", "hash", "host_id", "refs", "state", "wanted")
 
     def __init__(self, device_id: int) -> None:
         self.device_id = device_id
+        self.host_id = NO_PLACE
+        self.state = State.DIRTY
         self.refs = 0
+        self.wanted = 0
         self.hash: bytes | None = None
 
     def __repr__(self) -> str:
-        return f"Block(device_id={self.device_id}, refs={self.refs}, hash={self.hash!r})"
-
-
-class BlockPool:
-    """The device places, and which Block sits in each.
-
-    free + cached + used = total, always.
-    """
-
-    def __init__(self, num_device_blocks: int) -> None:
-        self.num_device_blocks = num_device_blocks
-        self._free: list[int] = []
-        self._num_touched = 0  # places from here on have never been used
-        # Unreferenced, least recently used first; a plain dict is slow to give up its first key.
-        self._cached: OrderedDict[Block, None] = OrderedDict()
-        self._by_hash: dict[bytes, Block] = {}
-        self._used: dict[int, Block] = {}
+        return (
+            f"Block({self.state.name}, device_id={self.device_id}, host_id={self.host_id}, "
+            f"refs={self.refs}, wanted={self.wanted}, hash={self.hash!r})"
+        )
 
     @property
-    def num_free(self) -> int:
-        """Places that hold nothing."""
-        return self.num_device_blocks - self._num_touched + len(self._free)
+    def is_on_device(self) -> bool:
+        """Whether a step may read it."""
+        return self.state in ON_DEVICE
 
     @property
-    def num_cached(self) -> int:
-        """Places that hold a Block which no table names."""
-        return len(self._cached)
+    def is_moving(self) -> bool:
+        """Whether a copy of it is under way."""
+        return self.state in MOVING
 
-    @property
-    def num_available(self) -> int:
-        """Places that `take` can still hand out."""
-        return self.num_free + len(self._cached)
+    def meet(self, event: Event) -> None:
+        """Go to the next state. Raises KeyError where the event cannot happen."""
+        self.state = TRANSITIONS[self.state, event]
 
-    @property
-    def num_used(self) -> int:
-        """Places that hold a Block which some table names."""
-        return len(self._used)
 
-    def find(self, block_hash: bytes) -> Block | None:
-        """Return the Block with this content, if its KV is still there."""
-        return self._by_hash.get(block_hash)
-
-    def take(self) -> Block:
-        """Return a new, empty Block, named once. The caller has seen that one is available."""
-        if self._free:
-            block = Block(self._free.pop())
-        elif self._num_touched < self.num_device_blocks:
-            block = Block(self._num_touched)
-            self._num_touched += 1
-        else:
-            evicted, _ = self._cached.popitem(last=False)
-            assert evicted.hash is not None
-            del self._by_hash[evicted.hash]
-            block = Block(evicted.device_id)
-        block.refs = 1
-        self._used[block.device_id] = block
-        return block
-
-    def retain(self, block: Block) -> None:
-        """Name a Block once more."""
-        if block.refs == 0:
-            del self._cached[block]
-            self._used[block.device_id] = block
-        block.refs += 1
-
-    def release(self, block: Block) -> None:
-        """Name a Block once less; its place becomes available with the last name."""
-        block.refs -= 1
-        if block.refs:
-            return
-        del self._used[block.device_id]
-        if block.hash is None:
-            self._free.append(block.device_id)
-        else:
-            self._cached[block] = None
-
-    def publish(self, block: Block, block_hash: bytes) -> None:
-        """Make a full Block findable, unless a twin with the same content already is."""
-        if block.hash is None and block_hash not in self._by_hash:
-            block.hash = block_hash
-            self._by_hash[block_hash] = block
-
-    def check(self) -> None:
-        """Assert that every place has exactly one owner."""
-        assert self._num_touched <= self.num_device_blocks
-        places = sorted([*self._free, *self._used, *(block.device_id for block in self._cached)])
-        assert places == list(range(self._num_touched)), f"places are not a partition: {places}"
-        assert all(block.refs > 0 for block in self._used.values())
-        assert all(self._used[device_id].device_id == device_id for device_id in self._used)
-        assert all(block.refs == 0 and block.hash is not None for block in self._cached)
-        for block_hash, block in self._by_hash.items():
-            assert block.hash == block_hash
-            assert block in self._cached or self._used.get(block.device_id) is block
+ON_DEVICE = frozenset({State.DIRTY, State.SAVING, State.CLEAN})
+MOVING = frozenset({State.SAVING, State.LEAVING, State.LOADING})

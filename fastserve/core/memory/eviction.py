@@ -1,27 +1,36 @@
-"""Eviction: whether a request may take KV that another one holds, and what that costs.
+"""Eviction: how a request gives way to one that takes its KV, if it does at all.
 
-Rules: a part says whether, never from which request first (victims.py) nor in which order requests
-are served. Must not know: blocks, plans, samples.
+Rules: a part says how, never from which request first (victims.py), nor by how much, nor in which
+order requests are served. Must not know: blocks, plans, samples.
 """
 
 from __future__ import annotations
 
+from enum import Enum, auto
 from typing import Protocol
 
 from fastserve.core.cost_model import CostModel
 from fastserve.core.request import Request
 
 
+class Verdict(Enum):
+    """What becomes of the KV of a victim."""
+
+    KEEP = auto()
+    DROP = auto()  # it is computed again
+    SWAP = auto()  # what of it is in the way goes to the host
+
+
 class Eviction(Protocol):
     """What may be taken from which request."""
 
-    def may_take(self, victim: Request, claimant: Request) -> bool:
-        """Return whether the claimant may take the KV of the victim.
+    def judge(self, victim: Request, claimant: Request, *, can_swap: bool) -> Verdict:
+        """Return what becomes of the victim's KV if the claimant is short of blocks.
 
-        Asked once per claim, for its first victim: a claim that has taken KV takes what it lacks.
+        `can_swap`: there is a host tier, with a place where one is needed.
         """
 
-    def took(self, victim: Request) -> None:
+    def dropped(self, victim: Request) -> None:
         """Note that a victim loses its KV; its counters still say how much."""
 
     def worked(self, device_s: float) -> None:
@@ -31,11 +40,11 @@ class Eviction(Protocol):
 class Defer:
     """Only requests that hold KV take from others (§4.3, "defer"): lost KV stays rare."""
 
-    def may_take(self, victim: Request, claimant: Request) -> bool:
+    def judge(self, victim: Request, claimant: Request, *, can_swap: bool) -> Verdict:
         """Let a request that has begun go on."""
-        return claimant.table is not None
+        return Verdict.KEEP if claimant.table is None else Verdict.DROP
 
-    def took(self, victim: Request) -> None:
+    def dropped(self, victim: Request) -> None:
         """What it costs plays no part."""
 
     def worked(self, device_s: float) -> None:
@@ -77,21 +86,56 @@ class RecomputeBudget:
 class Recompute:
     """A request without KV takes that of others while the budget lasts; it is computed again.
 
-    The budget is checked once per claim, which may overdraw it. A share of infinity is the paper's
-    "recompute" (§4.3).
+    A share of infinity is the paper's "recompute" (§4.3).
     """
 
     def __init__(self, budget: RecomputeBudget) -> None:
         self._budget = budget
 
-    def may_take(self, victim: Request, claimant: Request) -> bool:
+    def judge(self, victim: Request, claimant: Request, *, can_swap: bool) -> Verdict:
         """Let a request that has begun go on, and one that has not if there is credit."""
-        return claimant.table is not None or not self._budget.is_spent
+        is_refused = claimant.table is None and self._budget.is_spent
+        return Verdict.KEEP if is_refused else Verdict.DROP
 
-    def took(self, victim: Request) -> None:
+    def dropped(self, victim: Request) -> None:
         """Pay for what the victim has computed."""
         self._budget.spend(victim.num_computed_tokens)
 
     def worked(self, device_s: float) -> None:
         """Earn the share of a step."""
         self._budget.earn(device_s)
+
+
+class Swap:
+    """KV goes to the host while there is room, unless it is computed again sooner than copied.
+
+    Both ways count, though they run beside compute: while a copy runs nobody has its places.
+    Without room on the host the `fallback` decides.
+    """
+
+    def __init__(self, cost_model: CostModel, block_size: int, fallback: Eviction) -> None:
+        self._cost_model = cost_model
+        self._block_size = block_size
+        self._fallback = fallback
+
+    def judge(self, victim: Request, claimant: Request, *, can_swap: bool) -> Verdict:
+        """Swap a victim that has given way before, or that is sooner copied than computed."""
+        if can_swap and self._is_sooner_copied(victim):
+            return Verdict.SWAP
+        verdict = self._fallback.judge(victim, claimant, can_swap=can_swap)
+        return Verdict.SWAP if can_swap and verdict is Verdict.KEEP else verdict
+
+    def _is_sooner_copied(self, victim: Request) -> bool:
+        if victim.table is not None and not victim.table.is_resident:
+            return True
+        num_tokens = victim.num_computed_tokens
+        copy_s = 2.0 * self._cost_model.copy_s(-(-num_tokens // self._block_size))
+        return copy_s <= self._cost_model.added_prefill_s(num_tokens, 0)
+
+    def dropped(self, victim: Request) -> None:
+        """Tell the fallback."""
+        self._fallback.dropped(victim)
+
+    def worked(self, device_s: float) -> None:
+        """Tell the fallback."""
+        self._fallback.worked(device_s)

@@ -8,6 +8,7 @@ Must not know: why blocks are needed, how many there are.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable
 
 from fastserve.core.policies.protocol import Policy
@@ -22,6 +23,7 @@ class VictimRanking:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._ranked: list[Request] = []
+        self._spared: deque[Request] = deque()  # of the ranked, those that are safe
         self._num_plans_left = 0
         self._is_fresh = False
         self._now = 0.0
@@ -33,6 +35,7 @@ class VictimRanking:
         self._num_plans_left -= 1
         if self._num_plans_left < 0:
             self._ranked.clear()
+            self._spared.clear()
 
     def find(
         self, claimant: Request, scanned: Collection[int], holders: Iterable[Request]
@@ -50,14 +53,27 @@ class VictimRanking:
         is_colder = coldness(victim, self._now) >= coldness(claimant, self._now)
         return victim if is_colder else None
 
+    def pass_over(self, victim: Request) -> None:
+        """Name another than the last one in its place."""
+        ranked = self._ranked if self._ranked and self._ranked[-1] is victim else self._spared
+        assert ranked.pop() is victim
+
     def _coldest(self, excluded: Collection[int], holders: Iterable[Request]) -> Request | None:
-        """Return the coldest holder, the youngest among equals."""
+        """Return the coldest holder, the youngest among equals; those that are safe come last."""
         while True:
             while self._ranked:
                 request = self._ranked[-1]
+                if not self._may_lose(request) or request.handle in excluded:
+                    self._ranked.pop()
+                elif self._is_safe(request):
+                    self._spared.appendleft(self._ranked.pop())
+                else:
+                    return request
+            while self._spared:
+                request = self._spared[-1]
                 if self._may_lose(request) and request.handle not in excluded:
                     return request
-                self._ranked.pop()
+                self._spared.pop()
             if self._is_fresh:
                 return None
             self._rank(excluded, holders)
@@ -74,4 +90,13 @@ class VictimRanking:
     @staticmethod
     def _may_lose(request: Request) -> bool:
         # One that recomputes is exempt: it would lose the same KV again and again.
-        return request.table is not None and not request.is_recomputing
+        table = request.table
+        return not (
+            table is None or table.is_drained or table.is_draining or request.is_recomputing
+        )
+
+    @staticmethod
+    def _is_safe(request: Request) -> bool:
+        return request.table is not None and (
+            request.num_computed_tokens < request.table.safe_until
+        )

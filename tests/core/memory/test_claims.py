@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fastserve.core.memory.block import Block, BlockPool
+from fastserve.core.memory.block import Block
+from fastserve.core.memory.pool import BlockPool
 from fastserve.core.memory.eviction import Defer, Eviction, Recompute, RecomputeBudget
 from fastserve.core.memory.memory import Claim, KVCacheManager
 from fastserve.core.memory.table import BlockTable
@@ -40,10 +41,14 @@ def look(cache: KVCacheManager, requests: list[Request]) -> dict[str, Any]:
     """Return all that memory and requests hold as plain values, the order of cached blocks too."""
     pool = cache.pool
     return {
-        "free": list(pool._free),
-        "touched": pool._num_touched,
+        "free": list(pool._device._given_back),
+        "touched": pool._device._num_touched,
         "cached": [(block.device_id, block.hash) for block in pool._cached],
-        "used": {place: (block.refs, block.hash) for place, block in pool._used.items()},
+        "used": {
+            block.device_id: (block.refs, block.hash)
+            for table in cache._tables
+            for block in table.blocks
+        },
         "findable": {block_hash: block.device_id for block_hash, block in pool._by_hash.items()},
         "tables": [
             ([block.device_id for block in table.blocks], table.is_closed, request.handle)
@@ -171,7 +176,8 @@ class ClaimsInAnyOrder(RuleBasedStateMachine):
         found = self.cache.probe(request)
         assert look(self.cache, self.requests) == before
         size = self.cache.block_size
-        alive = set(self.cache.pool._cached) | set(self.cache.pool._used.values())
+        named = {block for table in self.cache._tables for block in table.blocks}
+        alive = set(self.cache.pool._cached) | named
         contents = {self.contents[block] for block in alive if block in self.contents}
         ids = tuple(request.token_ids(0, request.num_tokens))
         num_blocks = 0

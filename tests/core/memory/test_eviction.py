@@ -108,18 +108,6 @@ def blocks_held(harness: Harness) -> list[int]:
     return held
 
 
-@pytest.mark.parametrize("mode", ["recompute", "defer"])
-def test_what_a_step_may_hold_goes_with_any_mode(mode: str) -> None:
-    """Its limit and what may be taken from which request are parts that know nothing of another."""
-    config = small_config(scheduling_policy="mlfq", preemption_mode=mode, starvation_limit=5.0)
-    harness = Harness(config, 18, step_s=one_second)
-    harness.scheduler.cache.num_resident_blocks = 10
-    for handle in range(6):
-        harness.add(prompt_of(handle, 20), 16)
-    harness.drain()
-    assert 5 < max(blocks_held(harness)) <= 10
-
-
 def test_the_budget_earns_a_share_and_works_off_its_debt() -> None:
     """It starts with a window's prefill, and spends what lost tokens take to compute again."""
     budget = RecomputeBudget(UNIT_COST, share=0.5, max_chunk=16, window=64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.core.memory.block import BlockPool
+from fastserve.core.memory.pool import BlockPool
 from fastserve.core.memory.eviction import Defer
 from fastserve.core.memory.memory import Claim, KVCacheManager
 from fastserve.core.memory.table import BlockTable
