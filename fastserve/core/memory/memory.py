@@ -267,7 +267,7 @@ class KVCacheManager:
             way = self._way_out(victim.table) if has_seat else Way.NO_HOST_PLACE
             if way is Way.LATER:
                 break
-            if way is Way.NONE_LEFT and not victim.table.is_resident:
+            if way is Way.NONE_LEFT and not victim.table.is_wanted:
                 self._victims.pass_over(victim)
                 continue
             can_swap = way is not Way.NO_HOST_PLACE
