@@ -12,7 +12,7 @@ import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from rich.console import Console
 from rich.progress import Progress
@@ -29,6 +29,7 @@ from fastserve.offline.inputs import (
     engine_config,
     prompt_list,
     read_prompt,
+    read_salt,
     refuse_lora,
 )
 from fastserve.offline.output import (
@@ -49,12 +50,19 @@ __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]
 Message = Mapping[str, Any]
 
 
+class _Prompt(NamedTuple):
+    """Ids, the text they come from where there was one, and what their KV is shared by."""
+
+    text: str | None
+    token_ids: list[int]
+    cache_salt: str = ""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Job:
     """One prompt of a call, judged; `choices` are those of its requests that have begun."""
 
-    prompt: str | None
-    prompt_token_ids: list[int]
+    prompt: _Prompt
     params: request.SamplingParams
     priority: int
     choices: list[Choice] = dataclasses.field(default_factory=list)
@@ -125,6 +133,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete prompts: text, ids, or {"prompt_token_ids": ids}; one or a list of them.
 
+        A mapping may have a "cache_salt": only prompts with the same one share KV.
         ValueError names what cannot be run of any of them, and then none of them is.
         """
         refuse_lora(lora_request)
@@ -159,13 +168,18 @@ class LLM:
             if given:
                 raise ValueError(f"{name} is not supported.")
         prompts = [
-            self._require_tokenizer().encode_chat(
-                conversation,
-                template=chat_template,
-                content_format=chat_template_content_format,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                variables={**(chat_template_kwargs or {}), **({"tools": tools} if tools else {})},
+            _Prompt(
+                *self._require_tokenizer().encode_chat(
+                    conversation,
+                    template=chat_template,
+                    content_format=chat_template_content_format,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    variables={
+                        **(chat_template_kwargs or {}),
+                        **({"tools": tools} if tools else {}),
+                    },
+                )
             )
             for conversation in conversation_list(messages)
         ]
@@ -176,13 +190,13 @@ class LLM:
     ) -> Iterator[str]:
         """Yield the answer to a prompt, or to a conversation, piece by piece."""
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            encoded: tuple[str | None, list[int]] = self._require_tokenizer().encode_chat(prompt)
+            encoded = _Prompt(*self._require_tokenizer().encode_chat(prompt))
         else:
             encoded = self._encode(cast("Prompt", prompt))
         params = self._frozen(sampling_params or self.get_default_sampling_params())
         if params.n != 1:
             raise ValueError(f"n must be 1 in a stream, got {params.n}.")
-        job = self._judge(*encoded, params, 0)
+        job = self._judge(encoded, params, 0)
         try:
             self._start(job)
             choice = job.choices[0]
@@ -199,12 +213,12 @@ class LLM:
 
     # ── from prompts to ids ──────────────────────────────────────────────────────────────────
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _encode(self, prompt: Prompt) -> _Prompt:
         text, ids = read_prompt(prompt)
         if ids is None:
             assert text is not None
             ids = self._require_tokenizer().encode(text)
-        return text, ids
+        return _Prompt(text, ids, read_salt(prompt))
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -215,7 +229,7 @@ class LLM:
 
     def _run(
         self,
-        prompts: Sequence[tuple[str | None, list[int]]],
+        prompts: Sequence[_Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
         priority: Sequence[int] | None = None,
@@ -233,8 +247,8 @@ class LLM:
                 f"{len(priorities)} priorities do not match."
             )
         jobs = [
-            self._judge(text, ids, params, integer("priority", rank))
-            for (text, ids), params, rank in zip(prompts, all_params, priorities, strict=True)
+            self._judge(prompt, params, integer("priority", rank))
+            for prompt, params, rank in zip(prompts, all_params, priorities, strict=True)
         ]
         try:
             for job in jobs:
@@ -259,16 +273,14 @@ class LLM:
         check_params(frozen, self.info, has_tokenizer=self._tokenizer is not None)
         return frozen
 
-    def _judge(
-        self, prompt: str | None, ids: list[int], params: request.SamplingParams, priority: int
-    ) -> _Job:
+    def _judge(self, prompt: _Prompt, params: request.SamplingParams, priority: int) -> _Job:
         """Return a job that can run; ValueError naming what cannot."""
-        check_prompt(ids, self.info)
-        return _Job(prompt, ids, fitted(params, len(ids), self.info), priority)
+        check_prompt(prompt.token_ids, self.info)
+        return _Job(prompt, fitted(params, len(prompt.token_ids), self.info), priority)
 
     def _start(self, job: _Job) -> None:
         """Add the n requests of one prompt."""
-        params, ids = job.params, job.prompt_token_ids
+        params, (_, ids, salt) = job.params, job.prompt
         seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
         for index in range(params.n):
             own = dataclasses.replace(
@@ -279,7 +291,7 @@ class LLM:
             )
             text = TextStream(self._tokenizer, ids, own, self.info.eos_token_ids)
             choice = Choice(text, self._token_text)
-            handle = self._engine.add(Arrival(ids, own, priority=job.priority))
+            handle = self._engine.add(Arrival(ids, own, priority=job.priority, cache_salt=salt))
             self._live[handle] = choice
             job.choices.append(choice)
 
@@ -309,17 +321,18 @@ class LLM:
 
     def _output(self, job: _Job) -> RequestOutput:
         self._num_requests += 1
+        text, ids, _ = job.prompt
         has_logprobs = job.params.logprobs is not None
         first = job.choices[0].answer
         prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         if job.params.prompt_logprobs is not None:
-            scored = zip(job.prompt_token_ids[1:], first.prompt_logprobs, strict=False)
+            scored = zip(ids[1:], first.prompt_logprobs, strict=False)
             prompt_logprobs = [None]  # nothing predicts the first id
             prompt_logprobs += [logprob_table(i, entry, self._token_text) for i, entry in scored]
         return RequestOutput(
             request_id=str(self._num_requests - 1),
-            prompt=job.prompt,
-            prompt_token_ids=job.prompt_token_ids,
+            prompt=text,
+            prompt_token_ids=ids,
             prompt_logprobs=prompt_logprobs,
             outputs=[
                 choice.output(index, has_logprobs) for index, choice in enumerate(job.choices)

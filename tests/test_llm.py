@@ -204,7 +204,8 @@ def test_a_stream_that_is_left_ends_its_request(llm: LLM) -> None:
         ("a", {"min_tokens": 4000, "max_tokens": 5000}, "min_tokens is 4000"),
         ({"text": "a"}, {}, "prompt_token_ids"),
         ({"prompt": "a", "multi_modal_data": {"image": 1}}, {}, "multi_modal_data"),
-        ({"prompt": "a", "cache_salt": "b"}, {}, "cache_salt"),
+        ({"prompt": "a", "cache_salt": ""}, {}, "cache_salt"),
+        ({"prompt": "a", "cache_salt": "b" * 1025}, {}, "cache_salt"),
         ({"prompt_token_ids": [5], "mood": "bad"}, {}, "mood"),
         ([["a", 5]], {}, "integers"),
         ([5, "a"], {}, "position 1 holds 'a'"),
@@ -275,6 +276,20 @@ def test_the_cached_part_of_a_prompt_is_counted(llm: LLM) -> None:
     llm.generate(prompt, GREEDY, use_tqdm=False)
     (output,) = llm.generate(prompt, GREEDY, use_tqdm=False)
     assert output.num_cached_tokens == 32
+
+
+def test_prompts_of_different_salts_share_nothing(llm: LLM) -> None:
+    """Each finds what a prompt of its own salt left, and the answer is the same."""
+    salted = [{"prompt_token_ids": [8] * 40, "cache_salt": salt} for salt in ("a", "b", None)]
+    counts, answers = [], []
+    for prompt in [*salted, *salted]:
+        (output,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+        counts.append(output.num_cached_tokens)
+        answers.append(output.outputs[0].token_ids)
+    assert counts == [0, 0, 0, 32, 32, 32]
+    assert all(answer == answers[0] for answer in answers)
+    with pytest.raises(TypeError, match="cache_salt"):
+        llm.generate({"prompt": "a", "cache_salt": 5}, GREEDY, use_tqdm=False)
 
 
 def test_default_params_can_be_changed_and_used(llm: LLM) -> None:

@@ -120,6 +120,7 @@ class Arrival:
     The same value travels from the API over the wire to the scheduler, its journal and a replay.
     `prompt_token_ids` is kept as a tuple or a range, which cannot be changed afterwards. A policy
     learns and decides from what stands here: what it may know of a request is a field here.
+    Requests with different `cache_salt` share no KV, however equal their ids or hashes are.
     """
 
     prompt_token_ids: Sequence[int]
@@ -129,6 +130,7 @@ class Arrival:
     block_hashes: Sequence[bytes] = ()  # of the prompt's full blocks, where ids do not give them
     priority: int = 0
     client: str = ""
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         """Copy what could be changed from outside."""
@@ -151,6 +153,7 @@ class Request:
         "arrived_at",
         "attained_s",
         "block_hashes",
+        "chain_start",
         "client",
         "epoch",
         "first_scheduled_at",
@@ -201,7 +204,8 @@ class Request:
         self.priority = arrival.priority
         self.client = arrival.client
         self.arrived_at = now - arrival.age_s
-        self.block_hashes = list(arrival.block_hashes)
+        self.chain_start = _chain_start(arrival.cache_salt)
+        self.block_hashes = [_salted(self.chain_start, item) for item in arrival.block_hashes]
         self.num_tokens = self.num_prompt_tokens + len(self.output_token_ids)
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0
@@ -274,16 +278,30 @@ class Request:
         self.num_tokens += 1
 
     def block_hash(self, index: int, block_size: int) -> bytes:
-        """Return the chained sha256 over the ids of blocks 0..index, which must all be known."""
+        """Return the chained sha256 over the salt and the ids of blocks 0..index, all known."""
         hashes = self.block_hashes
         if len(hashes) <= index:
             first = len(hashes) * block_size
             ids = memoryview(array("q", self.token_ids(first, (index + 1) * block_size))).cast("B")
             num_bytes = 8 * block_size
-            previous = hashes[-1] if hashes else b""
+            previous = hashes[-1] if hashes else self.chain_start
             for start in range(0, len(ids), num_bytes):
                 digest = hashlib.sha256(previous)
                 digest.update(ids[start : start + num_bytes])
                 previous = digest.digest()
                 hashes.append(previous)
         return hashes[index]
+
+
+def _chain_start(salt: str) -> bytes:
+    """Return what the first block of a chain is hashed behind.
+
+    It comes of another function than the hashes of blocks: a salt that spells the ids of a block
+    would otherwise begin where the chain of that block goes on.
+    """
+    return hashlib.blake2b(salt.encode("utf-8", "surrogatepass")).digest() if salt else b""
+
+
+def _salted(chain_start: bytes, block_hash: bytes) -> bytes:
+    """Return a hash that came with a request, as the chain of its salt has it."""
+    return hashlib.sha256(chain_start + block_hash).digest() if chain_start else block_hash

@@ -18,6 +18,7 @@ MAX_CHOICES = 2048  # of one request
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
+MAX_SALT_CHARS = 1024
 
 
 class RequestError(ValueError):
@@ -71,6 +72,14 @@ def check_stop_strings(stop_strings: Sequence[str], *, has_tokenizer: bool = Tru
         raise RequestError(f"stop strings must have at most {MAX_STOP_CHARS} characters.", "stop")
     if stop_strings and not has_tokenizer:
         raise RequestError("stop strings need a tokenizer, and this model has none.", "stop")
+
+
+def check_cache_salt(salt: str | None) -> None:
+    """Refuse a salt that keeps nothing apart, and one that every choice would carry at a cost."""
+    if salt is not None and not 1 <= len(salt) <= MAX_SALT_CHARS:
+        raise RequestError(
+            f"cache_salt must be a string of 1 to {MAX_SALT_CHARS} characters.", "cache_salt"
+        )
 
 
 def check_params(params: SamplingParams, info: EngineInfo, *, has_tokenizer: bool) -> None:

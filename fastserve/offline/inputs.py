@@ -14,6 +14,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fastserve.frontend.request_checks import check_cache_salt
 from fastserve.offline.sampling_params import is_one_of
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.mapping import from_mapping
@@ -22,6 +23,7 @@ from fastserve.settings.option import ConfigError
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids")
+SALT_KEY = "cache_salt"
 SECRET = ("hf_token",)
 OTHER_NAMES = {"num_gpu_blocks_override": "num_device_blocks"}
 
@@ -132,9 +134,18 @@ def read_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
     if not isinstance(text, str | None):
         raise TypeError(f'The "prompt" of a mapping is text, not {type(text).__name__}.')
     for key, value in prompt.items():
-        if key not in PROMPT_KEYS and value is not None:
+        if key not in (*PROMPT_KEYS, SALT_KEY) and value is not None:
             raise ValueError(f"{key} of a prompt is not supported.")
     return text, None if ids is None else token_ids(ids)
+
+
+def read_salt(prompt: Any) -> str:
+    """Return what a prompt shares its KV by, "" for no salt; ValueError for one that is none."""
+    salt = prompt.get(SALT_KEY) if isinstance(prompt, Mapping) else None
+    if not isinstance(salt, str | None):
+        raise TypeError(f"The {SALT_KEY} of a prompt is text, not {type(salt).__name__}.")
+    check_cache_salt(salt)
+    return salt or ""
 
 
 def token_ids(ids: Any) -> list[int]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from fastserve.core.request import SamplingParams
 from fastserve.frontend.request_checks import (
     RequestError,
+    check_cache_salt,
     check_num_choices,
     check_num_logprobs,
     check_params,
@@ -59,6 +60,7 @@ def check_fields(body: GenerationRequest, num_prompts: int) -> None:
         check_num_choices(n, num_prompts)
         check_logprobs(body)
         check_stop_strings([body.stop] if isinstance(body.stop, str) else body.stop or [])
+        check_cache_salt(body.cache_salt)
 
 
 def check_logprobs(body: GenerationRequest) -> None:
@@ -70,6 +72,12 @@ def check_logprobs(body: GenerationRequest) -> None:
         check_num_logprobs(body.top_logprobs, "top_logprobs")
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
+
+
+def cache_salt(body: GenerationRequest, tenant: str) -> str:
+    """Return what a request shares KV by: its own salt, within those who show the same key."""
+    own = body.cache_salt or ""
+    return f"{tenant}:{own}" if tenant else own
 
 
 def is_echo_alone(body: GenerationRequest) -> bool:

@@ -35,7 +35,7 @@ class Gate:
     ) -> None:
         """Guard `app`; no keys: open to all."""
         self._app = app
-        self._keys = [key.encode() for key in api_keys]
+        self._keys = [key.encode() for key in dict.fromkeys(api_keys)]
         self._max_body_bytes = max_body_bytes
         self._logs_requests = logs_requests
 
@@ -60,7 +60,7 @@ class Gate:
             await send(message)
 
         try:
-            self._check(scope["path"], headers)
+            scope["state"]["tenant"] = self._check(scope["path"], headers)
             await self._app(scope, self._measured(receive), send_named)
         except ApiError as error:
             await error_response(error)(scope, receive, send_named)
@@ -78,8 +78,12 @@ class Gate:
                     scope["method"], shown_path(scope), status, spent_ms, shown_id(request_id),
                 )  # fmt: skip
 
-    def _check(self, path: str, headers: Headers) -> None:
-        """Raise ApiError for a missing or wrong key, or a body announced as too large."""
+    def _check(self, path: str, headers: Headers) -> str:
+        """Return which key was shown, where there are several: its number, for it is a secret.
+
+        Raises ApiError for a missing or wrong key, or a body announced as too large.
+        """
+        tenant = ""
         if self._keys and path not in OPEN_PATHS:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             is_bearer = scheme.lower() == "bearer"
@@ -94,9 +98,12 @@ class Gate:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
+            if len(self._keys) > 1:
+                tenant = str(matches.index(True))
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > self._max_body_bytes:
             raise self._too_large()
+        return tenant
 
     def _measured(self, receive: Receive) -> Receive:
         num_bytes = 0
@@ -144,3 +151,8 @@ def shown_path(scope: Scope) -> str:
 def request_id_of(scope: Scope) -> str:
     """Return the id under which a request is answered."""
     return str(scope["state"]["request_id"])
+
+
+def tenant_of(scope: Scope) -> str:
+    """Return who asks, as far as keys tell: "" where all requests show the same key, or none."""
+    return str(scope["state"]["tenant"])

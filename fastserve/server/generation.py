@@ -80,6 +80,7 @@ def submit(
     n: int,
     priority: int,
     client: str,
+    cache_salt: str,
 ) -> list[Choice]:
     """Hand every choice of every prompt to the engine; choice i of a prompt draws by seed + i."""
     context.require_place()
@@ -90,7 +91,9 @@ def submit(
                 seed = None if first.seed is None else shifted_seed(first.seed, i)
                 own = dataclasses.replace(first, seed=seed)
                 text = TextStream(context.tokenizer, prompt.token_ids, own, info.eos_token_ids)
-                arrival = Arrival(prompt.token_ids, own, priority=priority, client=client)
+                arrival = Arrival(
+                    prompt.token_ids, own, priority=priority, client=client, cache_salt=cache_salt
+                )
                 stream = context.engine.submit(arrival)
                 choices.append(
                     Choice(len(choices), prompt_index, prompt, own, stream, Answer(text))

@@ -18,6 +18,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from fastserve.frontend.request_checks import (
     MAX_CHOICES,
     MAX_LOGPROBS,
+    MAX_SALT_CHARS,
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
 )
@@ -114,6 +115,7 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "min_tokens": {"minimum": 0},
     "messages": {"minItems": 1},
     "stop": {"minLength": 1, "maxLength": MAX_STOP_CHARS, "maxItems": MAX_STOP_STRINGS},
+    "cache_salt": {"minLength": 1, "maxLength": MAX_SALT_CHARS},
     "logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
     "top_logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
     "prompt_logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},

@@ -105,6 +105,7 @@ class GenerationRequest(Body):
     prompt_logprobs: Int64 | None = None
     priority: Int64 | None = None
     user: StrictStr | None = None
+    cache_salt: StrictStr | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None

@@ -15,13 +15,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fastserve.server.admission import check_fields, sampling_params
+from fastserve.server.admission import cache_salt, check_fields, sampling_params
 from fastserve.server.answers import Shape, Tally, joined
 from fastserve.server.chat import ChatShape
 from fastserve.server.completion import CompletionShape
 from fastserve.server.context import ServerContext
 from fastserve.server.errors import ApiError, error_body, from_failure
-from fastserve.server.gate import request_id_of
+from fastserve.server.gate import request_id_of, tenant_of
 from fastserve.server.generation import (
     Choice,
     ClientGoneError,
@@ -53,7 +53,7 @@ async def complete(body: CompletionRequest, context: ServerContext, request: Req
     if body.echo:
         context.require_tokenizer("echo")
     prompts = await completion_prompts(body, context, info)
-    choices, tally = start(body, prompts, context, f"cmpl-{request_id_of(request.scope)}")
+    choices, tally = start(body, prompts, context, request.scope, "cmpl")
     shape = CompletionShape(body, tally, context.tokenizer)
     return await respond(body, choices, shape, request)
 
@@ -72,14 +72,18 @@ async def chat(body: ChatCompletionRequest, context: ServerContext, request: Req
         add_special_tokens=body.add_special_tokens,
         variables=body.chat_template_kwargs,
     )
-    choices, tally = start(body, [prompt], context, f"chatcmpl-{request_id_of(request.scope)}")
+    choices, tally = start(body, [prompt], context, request.scope, "chatcmpl")
     return await respond(body, choices, ChatShape(body, tally), request)
 
 
 def start(
-    body: GenerationRequest, prompts: Sequence[Prompt], context: ServerContext, answer_id: str
+    body: GenerationRequest,
+    prompts: Sequence[Prompt],
+    context: ServerContext,
+    scope: Scope,
+    prefix: str,
 ) -> tuple[list[Choice], Tally]:
-    """Make the parameters, and hand every choice to the engine."""
+    """Make the parameters, and hand every choice to the engine; `prefix` begins the answer's id."""
     info = context.require_engine()  # it may have died while the prompt was read
     params = sampling_params(body, prompts, info, has_tokenizer=context.tokenizer is not None)
     choices = submit(
@@ -90,12 +94,18 @@ def start(
         n=body.n or 1,
         priority=body.priority or 0,
         client=body.user or "",
+        cache_salt=cache_salt(body, tenant_of(scope)),
     )
     for _ in prompts:
         context.engine.metrics.asked(body.n or 1)
     names = TokenNames(context.tokenizer, bool(body.return_tokens_as_token_ids))
     tally = Tally(
-        body, prompts, choices, answer_id=answer_id, model=context.model_name, names=names
+        body,
+        prompts,
+        choices,
+        answer_id=f"{prefix}-{request_id_of(scope)}",
+        model=context.model_name,
+        names=names,
     )
     return choices, tally
 

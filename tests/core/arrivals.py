@@ -28,4 +28,5 @@ def arrivals() -> st.SearchStrategy[Arrival]:
         block_hashes=st.lists(st.binary(max_size=32), max_size=2),
         priority=st.integers(-100, 100),
         client=st.text(max_size=4),
+        cache_salt=st.text(max_size=4),
     )

@@ -108,12 +108,20 @@ class Harness:
         self.expected: dict[int, Expected] = {}
         self.num_errors = 0  # ends of requests whose step failed
 
-    def add(self, prompt: Sequence[int], max_tokens: int, *, priority: int = 0, **kw: Any) -> int:
+    def add(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        **kw: Any,
+    ) -> int:
         """Add a request whose seed, hence output, is its own; `kw` are sampling parameters."""
         seed = kw.pop("seed", None)
         seed = self.rng.randrange(2**31) if seed is None else seed
         params = SamplingParams(max_tokens=max_tokens, seed=seed, **kw)
-        handle = self.engine.add(Arrival(prompt, params, priority=priority))
+        handle = self.engine.add(Arrival(prompt, params, priority=priority, cache_salt=cache_salt))
         owed, reason, stop_reason = self.undisturbed(params, seed, max_tokens)
         scores = [prompt_score(token_id, p) for p, token_id in enumerate(prompt) if p]
         if params.prompt_logprobs is None:

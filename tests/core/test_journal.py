@@ -179,6 +179,16 @@ def test_an_arrival_reads_back_as_it_was_written(arrival: Arrival) -> None:
     assert read_fact(kind, fields) == arrival
 
 
+def test_an_arrival_written_before_there_were_salts_is_read() -> None:
+    """It shares KV as it did then."""
+    lines: list[str] = []
+    Journal(lines.append).told(Arrival((5, 6), SamplingParams()), 1.0)
+    kind, _, fields = json.loads(lines[0])
+    whole = read_fact(kind, [dict(fields)])
+    assert fields.pop("cache_salt") == ""
+    assert read_fact(kind, [fields]) == whole
+
+
 def test_a_stall_can_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the scheduler asks itself again, that is still one question and one plan."""
     monkeypatch.setattr(FCFS, "ordered", lambda self: iter(()))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastserve.core.request import Arrival, Handle, Request, SamplingParams
 
@@ -69,6 +74,54 @@ def test_hashes_of_a_workload_are_believed() -> None:
     """Hashes that come with the request are used as they are."""
     request = make_request(block_hashes=[b"a", b"b"])
     assert request.block_hash(1, 4) == b"b"
+
+
+def chain(ids: Sequence[int], salt: str, block_size: int) -> list[bytes]:
+    """Return the hashes of all full blocks of a prompt."""
+    arrival = Arrival(ids, SamplingParams(), cache_salt=salt)
+    request = Request(Handle(0), arrival, max_output_tokens=1)
+    return [request.block_hash(index, block_size) for index in range(len(ids) // block_size)]
+
+
+def test_without_a_salt_a_chain_begins_with_its_ids() -> None:
+    """Hashes that a length file has learned of go on meaning the same prompts."""
+    first = hashlib.sha256(array("q", range(4)).tobytes()).digest()
+    second = hashlib.sha256(first + array("q", range(4, 8)).tobytes()).digest()
+    assert chain(range(8), "", 4) == [first, second]
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=2, max_size=24),
+    st.lists(st.text("ab\0", max_size=3), min_size=2, max_size=4, unique=True),
+    st.integers(1, 4),
+)
+def test_chains_of_different_salts_never_meet(
+    ids: list[int], salts: list[str], block_size: int
+) -> None:
+    """Equal ids, no equal hash; the same salt, the same hashes."""
+    chains = [chain(ids, salt, block_size) for salt in salts]
+    hashes = [item for one in chains for item in one]
+    assert len(hashes) == len(salts) * (len(ids) // block_size)
+    assert len(set(hashes)) == len(hashes)
+    assert [chain(ids, salt, block_size) for salt in salts] == chains
+
+
+def test_a_salt_that_spells_a_block_is_not_taken_for_it() -> None:
+    """Or its requests would find the KV of what others say behind that block."""
+    spelt = array("q", range(97, 101)).tobytes().decode()
+    plain = chain([*range(97, 101), *range(8)], "", 4)
+    assert not set(plain) & set(chain(range(8), spelt, 4))
+
+
+def test_hashes_of_a_workload_are_salted_too() -> None:
+    """What ids do not tell apart, salts do."""
+    plain, *salted = (
+        make_request(block_hashes=[b"a", b"b"], cache_salt=salt).block_hashes
+        for salt in ("", "x", "y", "x")
+    )
+    assert plain == [b"a", b"b"]
+    assert salted[0] == salted[2]
+    assert len({*plain, *salted[0], *salted[1]}) == 6
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,22 @@ def test_prefix_hits_are_counted_and_spare_work() -> None:
     assert last.metrics.cached_tokens == 12
 
 
+def test_a_prefix_is_found_under_its_own_salt_only() -> None:
+    """Another salt's KV is computed anew, and then found as well."""
+    harness = Harness(small_config(enable_prefix_caching=True), 64, step_s=one_second)
+    cached = []
+    for salt in ("a", "b", "", "a", "b", ""):
+        handle = harness.add(range(16), 2, cache_salt=salt)
+        harness.drain()
+        last = harness.expected[handle].last
+        assert last is not None
+        assert last.metrics is not None
+        cached.append(last.metrics.cached_tokens)
+        first = next(w for plan in harness.executor.plans for w in plan.work if w.handle == handle)
+        assert first.start == cached[-1]
+    assert cached == [0, 0, 0, 12, 12, 12]
+
+
 def test_times_add_up() -> None:
     """Queueing is arrival → plan plus every pause; nothing is counted twice."""
     config = small_config(max_num_seqs=1)

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 API_KEY = "sk-test"
+OTHER_KEY = "sk-other"
 
 
 @contextlib.contextmanager
@@ -49,7 +50,7 @@ def serving(*flags: str, model: str = "demo") -> Iterator[tuple[subprocess.Popen
 @pytest.fixture(scope="session")
 def server_url() -> Iterator[str]:
     """The address of a live server that the tests share."""
-    with serving("--max-body-bytes", "200000") as (_, url):
+    with serving("--max-body-bytes", "200000", "--api-key", API_KEY, OTHER_KEY) as (_, url):
         yield url
 
 

@@ -25,7 +25,7 @@ NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
 TOKENIZER = Tokenizer(tiny_tokenizers.byte_level(), NAMED, tiny_tokenizers.CHAT_TEMPLATE)
 METRICS = RequestMetrics(
     arrival=1.0, first_scheduled=2.0, first_token=3.0, finished=4.0, queue_s=1.0,
-    num_preemptions=0, num_swaps=0, swap_s=0.0, recomputed_tokens=0, cached_tokens=3, level=0,
+    num_preemptions=0, num_swaps=0, swap_s=0.0, recomputed_tokens=0, cached_tokens=1, level=0,
     predicted_output_tokens=None,
 )  # fmt: skip
 
@@ -41,6 +41,7 @@ class ScriptedStream:
         self.params = arrival.params
         self.priority = arrival.priority
         self.client = arrival.client
+        self.cache_salt = arrival.cache_salt
         self.finished_at: int | None = None
         self.is_aborted = False
         self.is_ended = False

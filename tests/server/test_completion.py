@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -54,7 +55,7 @@ def test_the_whole_answer():
         "usage": {
             "prompt_tokens": num_prompt, "completion_tokens": num_output,
             "total_tokens": num_prompt + num_output,
-            "prompt_tokens_details": {"cached_tokens": 3},
+            "prompt_tokens_details": {"cached_tokens": 1},
         },
     }  # fmt: skip
 
@@ -86,7 +87,25 @@ def test_the_four_kinds_of_prompt(prompt, expected):
     assert sent == [ids for ids in expected for _ in range(2)]
     assert [choice["index"] for choice in answer["choices"]] == list(range(2 * len(expected)))
     assert answer["usage"]["prompt_tokens"] == sum(map(len, expected))
-    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 3 * len(expected)
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == len(expected)
+
+
+def test_what_was_cached_of_a_prompt_is_what_its_first_choice_found():
+    """Whichever ends first; the others find what that one computed, and a prompt is all there is.
+
+    A choice that went on in another engine may have found its own output too.
+    """
+    found = iter((2, 5, 99, 7))
+
+    def script(stream):
+        (update,) = says("ok", per_update=9)(stream)
+        assert isinstance(update, RequestUpdate)
+        return [update._replace(metrics=dataclasses.replace(METRICS, cached_tokens=next(found)))]
+
+    answer = post(ScriptedEngine(script), PATH, {"prompt": ["abc", "xyz"], "n": 2}).json()
+    num_last = len(TOKENIZER.encode("xyz"))
+    assert num_last < 99
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 2 + num_last}
 
 
 def test_parameters_reach_the_engine():
@@ -96,6 +115,7 @@ def test_parameters_reach_the_engine():
         "prompt": "x", "n": 2, "seed": 9, "temperature": 0.75, "top_k": 3, "min_p": 0.125,
         "repetition_penalty": 1.5, "ignore_eos": True, "min_tokens": 2, "stop_token_ids": [7],
         "logit_bias": {"5": -1.5}, "priority": -3, "user": "ada", "presence_penalty": None,
+        "cache_salt": "pepper",
     }  # fmt: skip
     assert post(engine, PATH, body).status_code == 200
     first, second = engine.streams
@@ -104,7 +124,7 @@ def test_parameters_reach_the_engine():
     assert (params.repetition_penalty, params.ignore_eos, params.min_tokens) == (1.5, True, 2)
     assert (list(params.stop_token_ids), dict(params.logit_bias)) == ([7], {5: -1.5})
     assert (params.seed, second.params.seed, params.n, params.max_tokens) == (9, 10, 1, 16)
-    assert (first.priority, first.client) == (-3, "ada")
+    assert (first.priority, first.client, first.cache_salt) == (-3, "ada", "pepper")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +199,7 @@ def test_usage_at_the_end_of_a_stream():
     *chunks, last = sse_events(post(ScriptedEngine(says("fox")), PATH, body))
     assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == []
-    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
     options["continuous_usage_stats"] = True
     *chunks, last = sse_events(post(ScriptedEngine(says("fox")), PATH, body))
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]

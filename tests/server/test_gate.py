@@ -38,6 +38,32 @@ def test_any_of_several_keys_will_do(key, status):
     assert call(app, "GET", "/v1/models", headers=headers).status_code == status
 
 
+def salts_of(*keys):
+    """Return what requests share KV by: for each key shown, without a salt and with "0:"."""
+    engine = ScriptedEngine()
+    app = make_app(engine, api_key=keys)
+    for key in keys or ("any",):
+        for extra in ({}, {"cache_salt": "0:"}):
+            headers = {"Authorization": f"Bearer {key}"}
+            body = {**BODY, **extra}
+            assert call(app, "POST", "/v1/completions", json=body, headers=headers).is_success
+    return [stream.cache_salt for stream in engine.streams]
+
+
+@pytest.mark.parametrize("keys", [(), ("key",), ("key", "key")])
+def test_without_several_keys_all_share_kv(keys):
+    """But for those who ask not to."""
+    assert set(salts_of(*keys)) == {"", "0:"}
+
+
+def test_each_of_several_keys_shares_kv_with_itself_alone():
+    """No salt that one sends is another's, and no key is in it: a journal holds it."""
+    salts = salts_of("k1", "k2", "k3")
+    assert len(set(salts)) == 6
+    assert all(salts)
+    assert not any("k" in salt for salt in salts)
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.server.conftest import API_KEY
+from tests.server.conftest import API_KEY, OTHER_KEY
 
 pytestmark = pytest.mark.processes
 
@@ -176,6 +176,49 @@ def test_a_prompt_sent_twice_is_cached(client):
     assert usage.prompt_tokens_details.cached_tokens >= 64
 
 
+def cached_tokens(client, salt=None, **fields):
+    """Return what was cached of a prompt of our own, of ids, as messages or streamed."""
+    extra = {} if salt is None else {"cache_salt": salt}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    if "messages" in fields:
+        answer = client.chat.completions.create(
+            model="demo", max_tokens=1, extra_body=extra, **fields
+        )
+    elif fields.pop("streams", False):
+        *_, answer = client.completions.create(
+            model="demo", max_tokens=1, extra_body=extra, **options, **fields
+        )
+    else:
+        answer = client.completions.create(model="demo", max_tokens=1, extra_body=extra, **fields)
+    return answer.usage.prompt_tokens_details.cached_tokens
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": list(range(400, 480))},
+        {"prompt": list(range(500, 580)), "streams": True},
+        {"messages": [{"role": "user", "content": "salt and pepper " * 40}]},
+    ],
+)
+def test_salts_keep_prompts_apart(client, fields):
+    """The same salt shares; another, and none, does not."""
+    salts = ("a", "b", None)
+    assert [cached_tokens(client, salt, **fields) for salt in salts] == [0, 0, 0]
+    assert all(cached_tokens(client, salt, **fields) >= 64 for salt in salts)
+
+
+@pytest.mark.parametrize("salt", [None, "a"])
+def test_two_api_keys_share_no_prompts(client, server_url, salt):
+    """Or one tenant could tell by time what another asks; a salt of one's own is no way around."""
+    fields = {"prompt": [7 if salt else 8] * 80}
+    with openai.OpenAI(base_url=server_url + "/v1", api_key=OTHER_KEY, max_retries=0) as other:
+        assert cached_tokens(client, salt, **fields) == 0
+        assert cached_tokens(other, salt, **fields) == 0
+        assert cached_tokens(client, salt, **fields) >= 64
+        assert cached_tokens(other, salt, **fields) >= 64
+
+
 def test_metrics_of_a_request(client):
     """What happened to it, on request."""
     answer = client.completions.create(**GREEDY, extra_body={"return_metrics": True})
@@ -198,6 +241,9 @@ def test_metrics_of_a_request(client):
         ({"logit_bias": {"999999": 1}}, openai.BadRequestError, "logit_bias"),
         ({"extra_body": {"top_k": 2**40}}, None, None),
         ({"extra_body": {"priority": 10**9}}, None, None),
+        ({"extra_body": {"cache_salt": ""}}, openai.BadRequestError, "cache_salt"),
+        ({"extra_body": {"cache_salt": 5}}, openai.BadRequestError, "cache_salt"),
+        ({"extra_body": {"cache_salt": "x" * 1025}}, openai.BadRequestError, "cache_salt"),
         ({"extra_body": {"no_such_field": 1}}, None, None),
         ({"seed": -5}, None, None),
         ({"seed": 2**63 - 1, "n": 2}, None, None),

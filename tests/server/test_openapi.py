@@ -129,6 +129,7 @@ BOUNDS: dict[str, tuple[tuple[Any, Any], ...]] = {
     "min_tokens": ((0, -1),),
     "stop": (("x", ""), ("x" * 1024, "x" * 1025), (["x"] * 64, ["x"] * 65), (["x"], [""])),
     "messages": ((CHAT["messages"], []),),
+    "cache_salt": (("x", ""), ("x" * 1024, "x" * 1025)),
     "logprobs": ((0, -1), (20, 21)),
     "top_logprobs": ((0, -1), (20, 21)),
     "prompt_logprobs": ((0, -1), (20, 21)),

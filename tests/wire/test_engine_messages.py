@@ -80,7 +80,7 @@ COMMANDS: list[Command] = [
         RequestNumber(1),
         Arrival(
             [3], SamplingParams(stop_token_ids=[]), output_token_ids=[4, 5],
-            block_hashes=[b"\0\xff"], priority=-3, client="a",
+            block_hashes=[b"\0\xff"], priority=-3, client="a", cache_salt="é",
         ),
     ),
     Abort(RequestNumber(3)),
