@@ -86,17 +86,25 @@ class Tally:
         return chunk
 
     def usage(self) -> Usage:
-        """Count the tokens so far; a prompt counts once however many choices it has."""
+        """Count the tokens so far; a prompt counts once however many choices it has.
+
+        So what of it was cached is what its first choice found, once that has ended: the others
+        find what the first one computed. What a restarted engine had of the answer is no prompt.
+        """
         completion = sum(choice.answer.num_output_tokens for choice in self.choices)
         if not self.counts_output:
             completion = 0
         usage = Usage(self._num_prompt_tokens, completion, self._num_prompt_tokens + completion)
-        cached: dict[int, int] = {}
+        first: dict[int, Choice] = {}
         for choice in self.choices:
-            if choice.metrics is not None:  # later choices of a prompt find what the first computed
-                cached.setdefault(choice.prompt_index, choice.metrics.cached_tokens)
+            first.setdefault(choice.prompt_index, choice)
+        cached = [
+            min(choice.metrics.cached_tokens, len(choice.prompt.token_ids))
+            for choice in first.values()
+            if choice.metrics is not None
+        ]
         if len(cached) == self._num_prompts:
-            usage.prompt_tokens_details = PromptTokensDetails(sum(cached.values()))
+            usage.prompt_tokens_details = PromptTokensDetails(sum(cached))
         return usage
 
     def usage_chunk(self, kind: str) -> Answer | None:

@@ -115,6 +115,7 @@ def _figures(before: Snapshot | None, now: Snapshot, num_columns: int) -> Table:
         ("waiting", f"{now.waiting:,}", "prompt tokens/s", per_s[1]),
         ("demotions", _total(now, "demotions_total"), "preemptions/s", per_s[2]),
         ("promotions", _total(now, "promotions_total"), "ms to decide a step", decision),
+        ("prompts cached", _cached(now), "recomputed", _total(now, "recomputed_tokens_total")),
     ]
     if now.work_s is not None and now.mean_work_s is not None:
         rows += [
@@ -129,6 +130,12 @@ def _figures(before: Snapshot | None, now: Snapshot, num_columns: int) -> Table:
 
 def _total(now: Snapshot, name: str) -> str | None:
     return f"{now.totals[name]:,.0f}" if name in now.totals else None
+
+
+def _cached(now: Snapshot) -> str | None:
+    """Return the share of prompt tokens whose KV was there already."""
+    hits, queries = (now.totals.get(f"prefix_cache_{name}_total") for name in ("hits", "queries"))
+    return f"{hits / queries * 100:.0f} %" if hits is not None and queries else None
 
 
 def _num_answers(now: Snapshot) -> int:

@@ -93,6 +93,15 @@ def test_before_the_first_answer_there_is_no_calibration():
     assert not any("decile" in line for line in words)
 
 
+def test_the_share_of_prompts_that_was_cached():
+    """Of all tokens that were looked up; a dash before the first."""
+    words = [" ".join(line.split()) for line in drawn(100)]
+    assert "prompts cached - recomputed 0" in words
+    changes = {"num_cached_prompt_tokens": 300, "num_computed_prompt_tokens": 100}
+    words = [" ".join(line.split()) for line in drawn(100, num_recomputed_tokens=12, **changes)]
+    assert "prompts cached 75 % recomputed 12" in words
+
+
 def test_picture_names_the_model_and_its_uptime():
     """What is watched, and since when it runs."""
     assert [line.rstrip() for line in drawn(100)[:3]] == [
