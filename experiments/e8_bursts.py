@@ -31,12 +31,8 @@ REAL = tuple(
     for alpha in (0.3, NEVER_S)
     for mode in ("recompute", "reactive", "proactive")
 )
+PEAK = counted("peak_live_blocks")
 VARIANTS = (FIRST, *MLFQS, *REAL, Variant("srpt, ideal", "srpt", "ideal"))
-
-
-def peak_blocks(result: Result) -> float:
-    """Return the most KV blocks alive at once, wherever they are."""
-    return counted("peak_device_blocks")(result) + counted("peak_host_blocks")(result)
 
 
 def live_kv(results: list[Result], load: float) -> dict[str, Any]:
@@ -46,8 +42,8 @@ def live_kv(results: list[Result], load: float) -> dict[str, Any]:
         rows = []
         for cv in sorted({result.labels["cv"] for result in results}, key=float):
             at = {"load": load, "cv": cv}
-            blocks = over_seeds(results, at | {"variant": variant.name}, peak_blocks)
-            base = over_seeds(results, at | {"variant": FIRST.name}, peak_blocks)
+            blocks = over_seeds(results, at | {"variant": variant.name}, PEAK)
+            base = over_seeds(results, at | {"variant": FIRST.name}, PEAK)
             live = over_seeds(
                 results, at | {"variant": variant.name}, counted("peak_live_requests")
             )

@@ -98,7 +98,13 @@ def _open_journal(job: Job, opened: contextlib.ExitStack) -> Journal:
     # The same lines as the core's own writer, ten times as fast.
     journal = Journal(sink, msgspec.json.Encoder(enc_hook=plain).encode)
     machine = job.machine
-    journal.open(0.0, job.config, machine.cost_model, machine.num_device_blocks)
+    journal.open(
+        0.0,
+        job.config,
+        machine.cost_model,
+        machine.num_device_blocks,
+        machine.num_host_blocks,
+    )
     return journal
 
 

@@ -7,6 +7,7 @@ where the report goes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,9 +87,7 @@ def make_report(
         **moved_bytes(outcome.stats, machine.block_bytes),
         "recomputed_tokens": outcome.stats.num_recomputed_tokens,
         "copy_wait_s": outcome.stats.copy_wait_s,
-        "peak_device_blocks": outcome.peak_device_blocks,
-        "peak_host_blocks": outcome.peak_host_blocks,
-        "peak_live_requests": outcome.peak_live_requests,
+        **{f"peak_{name}": count for name, count in dataclasses.asdict(outcome.peaks).items()},
         "busy_s": outcome.busy_s,
         "makespan_s": float(outcome.finished_at.max() - outcome.arrived_at.min()),
         "wall_s": wall_s,

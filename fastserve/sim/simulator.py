@@ -41,6 +41,19 @@ class Machine:
     overhead: StepOverhead = StepOverhead()  # noqa: RUF009 - an immutable tuple
 
 
+@dataclass(slots=True)
+class Peaks:
+    """The most blocks that requests held on a tier and on either one, and the most that held any.
+
+    Blocks on their way out count on neither tier.
+    """
+
+    device_blocks: int = 0
+    host_blocks: int = 0
+    live_blocks: int = 0
+    live_requests: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outcome:
     """What became of each row, in seconds, and of the machine. All rows have ended.
@@ -57,9 +70,7 @@ class Outcome:
     stats: SchedulerStats
     num_steps: int
     busy_s: float
-    peak_device_blocks: int
-    peak_host_blocks: int
-    peak_live_requests: int
+    peaks: Peaks
 
 
 def simulate(
@@ -132,7 +143,6 @@ class _Run:
             policy=policy,
             lengths=self._lengths,
         )
-        self._num_device_blocks = machine.num_device_blocks
         self.engine = Engine(self._scheduler, self._executor, self._clock)
         self._next_turns = workload.next_turns() if is_closed_loop else {}
         later = set(self._next_turns.values())
@@ -145,7 +155,7 @@ class _Run:
         self._max_gap_s = [0.0] * num_rows
         self._metrics: list[RequestMetrics | None] = [None] * num_rows
         self.num_ended = 0
-        self._peak_blocks = self._peak_live = 0
+        self._peaks = Peaks()
 
     def _sampling_params(self) -> list[SamplingParams]:
         """Return what each row asks for; equal ones are one object."""
@@ -167,11 +177,20 @@ class _Run:
             self._add(*heapq.heappop(due))
         for update in self.engine.step(due[0][0] if due else math.inf):
             self._take(update)
-        cache = self._scheduler.cache
-        if cache.pool.num_used > self._peak_blocks:
-            self._peak_blocks = cache.pool.num_used
-        if cache.num_tables > self._peak_live:
-            self._peak_live = cache.num_tables
+        self._note_peaks()
+
+    def _note_peaks(self) -> None:
+        cache, peaks = self._scheduler.cache, self._peaks
+        on_device, on_host = cache.pool.num_used, cache.pool.num_host_used
+        live = on_device + on_host - cache.pool.num_on_both
+        if on_device > peaks.device_blocks:
+            peaks.device_blocks = on_device
+        if on_host > peaks.host_blocks:
+            peaks.host_blocks = on_host
+        if live > peaks.live_blocks:
+            peaks.live_blocks = live
+        if cache.num_tables > peaks.live_requests:
+            peaks.live_requests = cache.num_tables
 
     def _add(self, due: float, row: int) -> None:
         handle, prompt = len(self._rows), self._prompts[row]
@@ -209,7 +228,6 @@ class _Run:
         ended = [metrics for metrics in self._metrics if metrics is not None]
         assert len(ended) == len(self._metrics), "a request has not ended"
         is_one_token = self._workload.output_tokens == 1
-        num_blocks = self._num_device_blocks
         return Outcome(
             arrived_at=np.array([metrics.arrival for metrics in ended]),
             first_token_at=np.array([metrics.first_token for metrics in ended], np.float64),
@@ -220,8 +238,5 @@ class _Run:
             stats=self._scheduler.stats(),
             num_steps=self._executor.num_steps,
             busy_s=self._executor.busy_s,
-            # KV beyond the device is on the host: the ideal link hides where.
-            peak_device_blocks=min(self._peak_blocks, num_blocks),
-            peak_host_blocks=max(self._peak_blocks - num_blocks, 0),
-            peak_live_requests=self._peak_live,
+            peaks=self._peaks,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,13 @@ COSTS = CostModel(
     base_s=0.5, prefill_token_s=0.01, decode_seq_s=0.02, decode_context_s=0.001, floor_s=0.05
 )
 MACHINE = Machine(cost_model=COSTS, num_device_blocks=64)
+SWAPPING = Machine(
+    cost_model=replace(COSTS, copy_base_s=0.02, copy_block_s=0.03),
+    num_device_blocks=64,
+    num_host_blocks=96,
+    block_bytes=1000,
+)
+"""The same with a host tier behind a link on which ten blocks take half as long as a step."""
 
 
 def small_config(**changes: Any) -> SchedulerConfig:

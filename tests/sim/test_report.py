@@ -11,14 +11,15 @@ import pytest
 from fastserve.sim.measures import summary
 from fastserve.sim.report import make_report
 from fastserve.sim.simulator import simulate
-from tests.sim.machines import MACHINE, make_workload, small_config
+from tests.sim.machines import MACHINE, SWAPPING, make_workload, small_config
 
 KEYS = [
     "policy", "config", "requests", "completed", "dropped", "jct_s", "normalized_latency_s",
     "ttft_s", "tpot_s", "max_gap_s", "slowdown", "breakdown_s", "preemptions", "swap_in_bytes",
     "swap_out_bytes", "fetched_bytes", "saved_bytes", "clean_bytes", "wasted_bytes",
     "recomputed_tokens", "copy_wait_s", "peak_device_blocks",
-    "peak_host_blocks", "peak_live_requests", "busy_s", "makespan_s", "wall_s", "journal_sha256",
+    "peak_host_blocks", "peak_live_blocks", "peak_live_requests", "busy_s", "makespan_s", "wall_s",
+    "journal_sha256",
 ]  # fmt: skip
 PARTS = ["mean", "p50", "p95", "p99", "max"]
 
@@ -70,6 +71,29 @@ def test_queue_and_execution_add_up():
     assert parts["queue"] > 0
     assert sum(parts.values()) == pytest.approx(got["jct_s"]["mean"])
     assert got["slowdown"]["max"] == pytest.approx(2.0)
+
+
+def test_moved_kv_is_told_in_bytes_and_seconds():
+    """Both ways, by why; what a request waits for its KV is no part of its queueing."""
+    rows = [(0.3 * index, 20 + 7 * index % 30, 10 + 11 * index % 40) for index in range(20)]
+    config = small_config(
+        scheduling_policy="skip-join-mlfq", preemption_mode="proactive", starvation_limit=5.0
+    )
+    machine = replace(SWAPPING, num_host_blocks=1000)
+    outcome = simulate(config, machine, make_workload(*rows))
+    got = make_report(
+        outcome, make_workload(*rows), config, machine,
+        settings={}, wall_s=1.0, journal_sha256=None,
+    )  # fmt: skip
+    stats, parts = outcome.stats, got["breakdown_s"]
+    assert got["swap_in_bytes"] == 1000 * (stats.num_swapped_in_blocks + stats.num_fetched_blocks)
+    assert got["swap_out_bytes"] == 1000 * (stats.num_swapped_out_blocks + stats.num_saved_blocks)
+    assert got["saved_bytes"] == 1000 * stats.num_saved_blocks > 0
+    assert got["swap_in_bytes"] > 0
+    assert got["copy_wait_s"] == stats.copy_wait_s
+    assert parts["swap"] == pytest.approx(outcome.swap_s.mean()) != 0.0
+    assert sum(parts.values()) == pytest.approx(got["jct_s"]["mean"])
+    assert got["peak_live_blocks"] > got["peak_device_blocks"]
 
 
 def test_sources_are_reported_apart():

@@ -13,8 +13,10 @@ from fastserve.sim import generators
 from fastserve.sim.config import SIMULATED_POLICIES, SIMULATED_PREEMPTION_MODES
 from fastserve.sim.report import alone_s
 from fastserve.sim.sim_executor import StepOverhead
-from fastserve.sim.simulator import simulate
-from tests.sim.machines import COSTS, MACHINE, Checker, make_workload, small_config
+from fastserve.sim.simulator import Peaks, simulate
+from tests.sim.machines import COSTS, MACHINE, SWAPPING, Checker, make_workload, small_config
+
+ONE_TIER = ("recompute", "defer")
 
 
 def random_workload(seed=3, num_requests=60, rate=0.4):
@@ -48,7 +50,8 @@ def test_one_request_by_hand():
     assert outcome.max_gap_s[0] == pytest.approx(0.592)
     assert outcome.queue_s[0] == 0.0
     assert outcome.busy_s == pytest.approx(prefill_s + decodes_s)
-    assert (outcome.num_steps, outcome.peak_live_requests, outcome.peak_device_blocks) == (4, 1, 11)
+    assert outcome.num_steps == 4
+    assert outcome.peaks == Peaks(device_blocks=11, live_blocks=11, live_requests=1)
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 4])
@@ -124,16 +127,75 @@ def test_every_policy_and_mode_ends_every_request(policy, mode):
         scheduling_policy=policy, preemption_mode=mode, max_num_seqs=8, starvation_limit=5.0
     )
     workload = random_workload()
-    outcome, _ = checked(config, MACHINE, workload)
+    outcome, _ = checked(config, SWAPPING, workload)
     jct_s = outcome.finished_at - outcome.arrived_at
-    assert (jct_s >= alone_s(config, MACHINE, workload) - 1e-9).all()
+    assert (jct_s >= alone_s(config, SWAPPING, workload) - 1e-9).all()
     assert (outcome.queue_s <= jct_s + 1e-9).all()
-    assert outcome.stats.device_blocks_used == 0
-    assert outcome.peak_device_blocks <= MACHINE.num_device_blocks
-    if mode == "ideal":
-        assert outcome.stats.num_recomputed_tokens == 0
+    assert (outcome.swap_s <= outcome.queue_s + 1e-9).all()
+    stats, peaks = outcome.stats, outcome.peaks
+    assert stats.device_blocks_used == stats.host_blocks_used == 0
+    assert stats.device_blocks_moving == stats.host_blocks_moving == 0
+    assert peaks.device_blocks <= SWAPPING.num_device_blocks
+    if mode in ONE_TIER:
+        assert peaks.host_blocks == stats.num_swapped_out_blocks == stats.num_saved_blocks == 0
+        assert peaks.live_blocks == peaks.device_blocks
+    elif mode == "ideal":
+        assert stats.num_recomputed_tokens == 0
+        assert peaks.live_blocks <= peaks.device_blocks + peaks.host_blocks
     else:
-        assert outcome.peak_host_blocks == 0
+        assert peaks.host_blocks <= SWAPPING.num_host_blocks
+
+
+@pytest.mark.parametrize("mode", ["reactive", "proactive", "proactive-by-level", "ideal"])
+def test_preempted_kv_moves_and_comes_back(mode):
+    """Under a policy that preempts: out, back, and in only as often as it came out."""
+    config = small_config(
+        scheduling_policy="skip-join-mlfq", preemption_mode=mode, max_num_seqs=8,
+        starvation_limit=5.0,
+    )  # fmt: skip
+    machine = replace(SWAPPING, num_host_blocks=1000)
+    outcome, _ = checked(config, machine, random_workload())
+    stats = outcome.stats
+    assert stats.num_swaps > 0
+    assert stats.num_swapped_out_blocks + stats.num_saved_blocks > 0
+    assert stats.num_swapped_in_blocks + stats.num_fetched_blocks > 0
+    assert outcome.peaks.live_blocks > machine.num_device_blocks
+    assert (outcome.swap_s.sum() > 0) or mode == "ideal"
+    if mode == "ideal":
+        assert stats.copy_wait_s == 0.0
+
+
+def test_a_link_of_zero_seconds_is_the_ideal_one():
+    """`ideal` is no other scheduler: reactive with a free link and room plans the same."""
+    machine = replace(SWAPPING, cost_model=COSTS, num_host_blocks=1000)
+    finished = {}
+    for mode in ("ideal", "reactive"):
+        config = small_config(
+            scheduling_policy="skip-join-mlfq", preemption_mode=mode, max_num_seqs=8,
+            starvation_limit=5.0, enable_prefix_caching=False,
+        )  # fmt: skip
+        outcome, _ = checked(config, machine, random_workload())
+        assert outcome.stats.num_swaps > 0
+        finished[mode] = outcome.finished_at.tolist()
+    assert finished["reactive"] == finished["ideal"]
+
+
+def test_the_slower_the_link_the_later_all_is_done():
+    """Copies are waited for: ten times slower, and the waiting shows where it should."""
+    rows = random_workload()
+    means, waits = [], []
+    for block_s in (0.001, 0.1, 1.0):
+        costs = replace(COSTS, copy_block_s=block_s)
+        machine = replace(SWAPPING, cost_model=costs, num_host_blocks=1000)
+        config = small_config(
+            scheduling_policy="skip-join-mlfq", preemption_mode="reactive", max_num_seqs=8,
+            starvation_limit=5.0,
+        )  # fmt: skip
+        outcome, _ = checked(config, machine, rows)
+        means.append(float((outcome.finished_at - outcome.arrived_at).mean()))
+        waits.append(outcome.stats.copy_wait_s)
+    assert means[0] < means[2]
+    assert waits[0] < waits[2]
 
 
 @pytest.mark.parametrize(("num_slots", "lookahead"), [(1, 0), (1, 1), (2, 0), (4, 0)])
@@ -191,8 +253,8 @@ def test_a_limit_of_its_own_is_what_orca_reserves():
     long, _ = checked(config, machine, make_workload(*rows))
     limit = np.array([8, 8])
     short, _ = checked(config, machine, make_workload(*rows, max_tokens=limit))
-    assert long.peak_live_requests == 1
-    assert short.peak_live_requests == 2
+    assert long.peaks.live_requests == 1
+    assert short.peaks.live_requests == 2
     assert short.finished_at.max() < long.finished_at.max()
 
 

@@ -99,6 +99,11 @@ class BlockPool:
         return self._host.total - cached - self.num_host_moving
 
     @property
+    def num_on_both(self) -> int:
+        """Blocks which some table names that can be read on either tier."""
+        return len(self._twins)
+
+    @property
     def num_host_available(self) -> int:
         """Places on the host that can be had at once."""
         return self._host.num_free + len(self._saved) + len(self._twins)
