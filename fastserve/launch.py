@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -101,7 +102,8 @@ def open_engine(
     )
     with contextlib.ExitStack() as opened:  # closed here if anything below fails
         opened.callback(executor.close)
-        from fastserve.executor.profile_file import load_or_measure  # loads torch
+        from fastserve.executor.copy_times import NO_LINK  # these load torch
+        from fastserve.executor.profile_file import load_or_measure
 
         facts = executor.setup.facts
         scheduler_config = SchedulerConfig.resolve(
@@ -114,7 +116,13 @@ def open_engine(
             lookahead=executor.lookahead,
             eos_token_ids=eos_token_ids,
         )
-        cost_model = load_or_measure(executor.setup, lambda: executor.measure(on_progress))
+        # Of the link as it is now, and as `--swap-bandwidth` has it: no part of a profile.
+        link = executor.measure_copies() if facts.num_host_blocks else NO_LINK
+        cost_model = dataclasses.replace(
+            load_or_measure(executor.setup, lambda: executor.measure(on_progress)),
+            copy_base_s=link.base_s,
+            copy_block_s=link.block_s,
+        )
         clock = MonotonicClock()
         observers = []
         if config.journal is not None:
@@ -125,13 +133,18 @@ def open_engine(
                     scheduler_config,
                     cost_model,
                     facts.num_device_blocks,
-                    length_model=length_model,
+                    facts.num_host_blocks,
+                    length_model,
                 )
             except OSError as error:
                 raise ConfigError(f"--journal {config.journal}: {error.strerror}") from error
             observers.append(journal)
         scheduler = build_scheduler(
-            scheduler_config, cost_model, facts.num_device_blocks, length_model=length_model
+            scheduler_config,
+            cost_model,
+            facts.num_device_blocks,
+            facts.num_host_blocks,
+            length_model=length_model,
         )
         info = EngineInfo(
             model=config.model,
@@ -140,6 +153,8 @@ def open_engine(
             vocab_size=facts.vocab_size,
             block_size=config.block_size,
             num_device_blocks=facts.num_device_blocks,
+            num_host_blocks=facts.num_host_blocks,
+            block_bytes=facts.block_bytes,
             eos_token_ids=eos_token_ids,
             dtype=facts.dtype,
             device=facts.device,

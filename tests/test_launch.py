@@ -152,6 +152,35 @@ def test_a_journal_holds_setting_facts_and_plans(tmp_path: Path) -> None:
     assert kinds.count("update") == 6
 
 
+@pytest.mark.parametrize("swap_space", [0.0, 0.01])
+def test_an_engine_with_a_host_tier_swaps_and_is_replayed(
+    swap_space: float, tmp_path: Path
+) -> None:
+    """Its journal has both tiers and the price of the link; without host memory it recomputes."""
+    path = tmp_path / "journal.jsonl"
+    config = EngineConfig(
+        model="demo", num_device_blocks=16, max_model_len=128, max_num_seqs=3, num_threads=1,
+        scheduling_policy="mlfq", mlfq_quantum=1e-3, preemption_mode="reactive",
+        swap_space=swap_space, swap_bandwidth=0.5, journal=str(path),
+    )  # fmt: skip
+    engine, info = open_engine(config)
+    for seed in range(6):
+        params = SamplingParams(seed=seed, max_tokens=60, ignore_eos=True)
+        engine.add(Arrival(range(10 + seed, 50 + seed), params))
+    while engine.num_requests:
+        engine.step()
+    stats = engine.stats().scheduler
+    engine.close()
+    assert info.block_bytes * info.num_host_blocks <= swap_space * 2**30
+    assert (stats.num_swaps > 0) == (stats.host_blocks_total > 0) == (swap_space > 0.0)
+    assert stats.host_blocks_total == info.num_host_blocks
+    opening = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+    assert opening[5:7] == [16, info.num_host_blocks]
+    costs = opening[4]
+    assert (costs["copy_block_s"] >= info.block_bytes / 0.5e9) == (swap_space > 0.0)
+    assert replay(path) == 0
+
+
 def test_a_journal_that_cannot_be_begun_is_refused() -> None:
     """A full disk is an error of the setting while the engine is loaded."""
     config = EngineConfig(model="demo", num_device_blocks=32, num_threads=1, journal="/dev/full")

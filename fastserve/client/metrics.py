@@ -16,6 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from fastserve.client.exposition import AliasedRegistry, CountedHistogram
 from fastserve.client.forecast_metrics import ForecastMetrics
+from fastserve.client.swap_metrics import SwapMetrics
 from fastserve.core.messages import RequestMetrics
 from fastserve.core.request import FinishReason, SamplingParams
 from fastserve.wire.engine_messages import EngineInfo, EngineStats
@@ -55,6 +56,9 @@ CACHE_LABELS = {
     "block_size": "block_size",
     "num_device_blocks": "num_device_blocks",
     "num_gpu_blocks": "num_device_blocks",
+    "num_host_blocks": "num_host_blocks",
+    "num_cpu_blocks": "num_host_blocks",
+    "block_bytes": "block_bytes",
     "max_model_len": "max_model_len",
     "dtype": "dtype",
     "device": "device",
@@ -111,6 +115,7 @@ class EngineMetrics:
         self._exported.register(AliasedRegistry(self._registry, PREFIX, VLLM_PREFIX, VLLM_ALIASES))
         self._last_counts: dict[str, float] = {}
         self._forecasts: ForecastMetrics | None = None  # until a policy makes some
+        self._swaps: SwapMetrics | None = None  # until there is a host tier
         self._declare_gauges()
         self._declare_counters()
         self._declare_histograms()
@@ -209,6 +214,8 @@ class EngineMetrics:
         labels = {label: str(getattr(info, field)) for label, field in CACHE_LABELS.items()}
         self._cache_config.clear()
         self._cache_config.labels(**self._names, **labels).set(1)
+        if info.num_host_blocks and self._swaps is None:
+            self._swaps = SwapMetrics(self._registry, self._names, info.block_bytes)
 
     def restarted(self) -> None:
         """Count an engine process started after a death; its counters begin at zero."""
@@ -298,6 +305,8 @@ class EngineMetrics:
             self._gained(f"steps_{i}", count) for i, count in enumerate(stats.steps_by_tokens)
         ]
         self._step_tokens.inc(in_buckets, self._gained("step_tokens", stats.step_tokens))
+        if self._swaps is not None:
+            self._swaps.snapshot(now, self._gained)
         if now.forecasts is not None:
             if self._forecasts is None:
                 self._forecasts = ForecastMetrics(self._registry, names)

@@ -26,6 +26,9 @@ class CopyTimes(NamedTuple):
     block_s: float
 
 
+NO_LINK = CopyTimes(0.0, 0.0)
+
+
 def measure_copies(kv: KVStore, bandwidth: float | None) -> CopyTimes:
     """Measure copies of one block and of several, in both directions, to the first places.
 

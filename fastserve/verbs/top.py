@@ -29,6 +29,8 @@ BAR_WIDTH = 40
 BESIDE_BARS = 25  # columns of a bar's name and number
 SIDE_BY_SIDE = 64  # columns that two columns of figures need
 TIMEOUT_S = 5.0
+Row = tuple[str, str | None, str, str | None]
+"""Two names and their figures; None: not known yet."""
 HEIGHTS = " ▁▂▃▄▅▆▇█"  # of a decile; half of it: a tenth of the answers
 
 
@@ -51,10 +53,7 @@ def picture(
         *_deciles(now.by_decile, "answers by predicted decile" if is_wide else "deciles"),
         *_queues(now, width),
         Text("\nKV blocks", style="bold"),
-        _bars(
-            {f"{tier} {state}": count for (tier, state), count in _present(now.blocks).items()},
-            width,
-        ),
+        *(_bars(counts, width) for counts in _by_tier(now.blocks)),
     )
 
 
@@ -90,10 +89,12 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=int(seconds)))
 
 
-def _present(blocks: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
-    """Leave out the tiers that have no blocks at all."""
-    tiers = {tier for (tier, _), count in blocks.items() if count}
-    return {key: count for key, count in blocks.items() if key[0] in tiers}
+def _by_tier(blocks: Mapping[tuple[str, str], int]) -> list[dict[str, int]]:
+    """Return the named counts of each tier that has blocks at all."""
+    tiers: dict[str, dict[str, int]] = {}
+    for (tier, state), count in blocks.items():
+        tiers.setdefault(tier, {})[f"{tier} {state}"] = count
+    return [counts for counts in tiers.values() if any(counts.values())] or [{}]
 
 
 def _figures(before: Snapshot | None, now: Snapshot, num_columns: int) -> Table:
@@ -110,7 +111,7 @@ def _figures(before: Snapshot | None, now: Snapshot, num_columns: int) -> Table:
         rate(before, now, name) for name in ("scheduler_step_seconds_total", "engine_steps_total")
     )
     decision = f"{decided / counted * 1e3:.2f}" if decided is not None and counted else None
-    rows: list[tuple[str, str | None, str, str | None]] = [
+    rows: list[Row] = [
         ("running", f"{now.running:,}", "output tokens/s", per_s[0]),
         ("waiting", f"{now.waiting:,}", "prompt tokens/s", per_s[1]),
         ("demotions", _total(now, "demotions_total"), "preemptions/s", per_s[2]),
@@ -122,10 +123,35 @@ def _figures(before: Snapshot | None, now: Snapshot, num_columns: int) -> Table:
             ("expected work, s", f"{now.work_s:,.1f}", "predicted/answered", _bias(now)),
             ("at arrivals, s", f"{now.mean_work_s:,.1f}", "answers", f"{_num_answers(now):,}"),
         ]
+    if "swaps_total" in now.totals:
+        rows += _link(before, now)
     pairs = [(row[0], row[1]) for row in rows] + [(row[2], row[3]) for row in rows]
     for cells in rows if num_columns == 2 else pairs:
         table.add_row(*("-" if cell is None else cell for cell in cells))
     return table
+
+
+def _link(before: Snapshot | None, now: Snapshot) -> list[Row]:
+    """Return what moves between the tiers, and how much of the time nothing can run but for it."""
+    out, back = (
+        None if (value := rate(before, now, f"swap_{way}_bytes_total")) is None else value / 1e6
+        for way in ("out", "in")
+    )
+    waited = rate(before, now, "copy_wait_seconds_total")
+    return [
+        (
+            "to the host, MB/s",
+            None if out is None else f"{out:,.1f}",
+            "back, MB/s",
+            None if back is None else f"{back:,.1f}",
+        ),
+        (
+            "swaps",
+            _total(now, "swaps_total"),
+            "waits for copies",
+            None if waited is None else f"{waited * 100:.1f} %",
+        ),
+    ]
 
 
 def _total(now: Snapshot, name: str) -> str | None:

@@ -30,6 +30,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     block_size: int
     num_device_blocks: int
+    num_host_blocks: int
+    block_bytes: int  # of KV, on all ranks together
     eos_token_ids: frozenset[int]
     dtype: str
     device: str

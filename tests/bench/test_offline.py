@@ -24,7 +24,8 @@ from tests.fake_executor import FakeExecutor
 
 INFO = EngineInfo(
     model="fake", max_model_len=128, max_request_tokens=128, vocab_size=1000, block_size=4,
-    num_device_blocks=64, eos_token_ids=frozenset(), dtype="float32", device="cpu",
+    num_device_blocks=64, num_host_blocks=0, block_bytes=1000, eos_token_ids=frozenset(),
+    dtype="float32", device="cpu",
 )  # fmt: skip
 
 

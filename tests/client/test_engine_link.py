@@ -26,7 +26,8 @@ from tests.framing import payload_of
 
 INFO = EngineInfo(
     model="m", max_model_len=64, max_request_tokens=64, vocab_size=9, block_size=4,
-    num_device_blocks=16, eos_token_ids=frozenset(), dtype="float32", device="cpu",
+    num_device_blocks=16, num_host_blocks=0, block_bytes=1000, eos_token_ids=frozenset(),
+    dtype="float32", device="cpu",
 )  # fmt: skip
 
 

@@ -137,6 +137,8 @@ def open_engine(config: EngineConfig, on_progress: Callable[[str, float], None])
         vocab_size=60_000,
         block_size=BLOCK_SIZE,
         num_device_blocks=NUM_BLOCKS,
+        num_host_blocks=0,
+        block_bytes=1000,
         eos_token_ids=frozenset(),
         dtype="float32",
         device="cpu",

@@ -79,6 +79,7 @@ class ScriptedEngine:
         facts: dict[str, Any] = {
             "model": "tiny", "max_model_len": 100, "max_request_tokens": 100,
             "vocab_size": TOKENIZER.vocab_size, "block_size": 4, "num_device_blocks": 25,
+            "num_host_blocks": 0, "block_bytes": 1000,
             "eos_token_ids": frozenset({EOS}), "dtype": "float32", "device": "cpu",
         }  # fmt: skip
         self.info: EngineInfo | None = EngineInfo(**{**facts, **info})

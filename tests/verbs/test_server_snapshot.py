@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
+import msgspec
 import pytest
 
 from fastserve.client.forecast_metrics import WORK_RANGES
@@ -67,6 +68,8 @@ INFO = EngineInfo(
     vocab_size=9,
     block_size=16,
     num_device_blocks=100,
+    num_host_blocks=0,
+    block_bytes=1000,
     eos_token_ids=frozenset(),
     dtype="float32",
     device="cpu",
@@ -74,11 +77,14 @@ INFO = EngineInfo(
 )
 
 
-def exposition(num_generated=0, *, is_loaded=True, **changes):
+WITH_HOST = msgspec.structs.replace(INFO, num_host_blocks=400, block_bytes=1_000_000)
+
+
+def exposition(num_generated=0, *, is_loaded=True, info=INFO, **changes):
     """Return what /metrics of an engine in this state says."""
     metrics = EngineMetrics("demo")
     if is_loaded:
-        metrics.loaded(INFO)
+        metrics.loaded(info)
     metrics.snapshot(
         EngineStats(
             scheduler=dataclasses.replace(STATS, **changes),

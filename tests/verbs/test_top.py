@@ -17,7 +17,7 @@ from rich.console import Console
 from fastserve import cli
 from fastserve.verbs.server_snapshot import read_snapshot
 from fastserve.verbs.top import picture
-from tests.verbs.test_server_snapshot import FORECASTS, WORK, exposition
+from tests.verbs.test_server_snapshot import FORECASTS, WITH_HOST, WORK, exposition
 
 
 @contextmanager
@@ -102,6 +102,31 @@ def test_the_share_of_prompts_that_was_cached():
     assert "prompts cached 75 % recomputed 12" in words
 
 
+def test_both_tiers_and_the_link_are_drawn():
+    """Bytes of demand and ahead of it each way, by the second, and the time that copies cost."""
+    counts = {
+        "num_swapped_out_blocks": 3,
+        "num_saved_blocks": 5,
+        "num_swapped_in_blocks": 2,
+        "num_fetched_blocks": 1,
+        "num_swaps": 4,
+        "copy_wait_s": 0.5,
+    }
+    host = {"host_blocks_total": 400, "host_blocks_free": 390, "host_blocks_used": 10}
+    before = read_snapshot(exposition(info=WITH_HOST), at=10.0)
+    now = read_snapshot(exposition(info=WITH_HOST, **counts, **host), at=12.0)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(picture("http://x", before, now, width=80))
+    words = [" ".join(line.split()) for line in capture.get().splitlines()]
+    assert "to the host, MB/s 4.0 back, MB/s 1.5" in words
+    assert "swaps 4 waits for copies 25.0 %" in words
+    bars = {tuple(line.split()[:3]): line.count("█") for line in words if "█" in line}
+    assert bars["device", "used", "50"] == 20
+    assert bars["host", "free", "390"] == 39  # each tier is a whole of its own
+    assert not any("MB/s" in line for line in drawn(80))
+
+
 def test_picture_names_the_model_and_its_uptime():
     """What is watched, and since when it runs."""
     assert [line.rstrip() for line in drawn(100)[:3]] == [
@@ -116,6 +141,7 @@ def test_picture_names_the_model_and_its_uptime():
 def test_picture_fits_the_terminal(width, predicts):
     """Every figure keeps its name and its number in one line, however narrow it is."""
     changes = {"forecasts": FORECASTS, "requests_by_work": WORK} if predicts else {}
+    changes |= {"info": WITH_HOST, "host_blocks_total": 4, "host_blocks_moving": 4}
     lines = [line.rstrip() for line in drawn(width, device_blocks_free=1_000_000, **changes)]
     assert max(map(len, lines)) <= width
     words = " ".join(" ".join(line.split()) for line in lines)
@@ -124,6 +150,8 @@ def test_picture_fits_the_terminal(width, predicts):
         "ms to decide a step -",
         "demotions 7",
         "device free 1,000,000",
+        "host moving 4",
+        "waits for copies -",
         *(["at arrivals, s 8.2", "answers 200", "▄ 10-10 %", "10+ s 1"] if predicts else ()),
     ):
         assert text in words

@@ -65,7 +65,8 @@ STATS = SchedulerStats(
 )  # fmt: skip
 INFO = EngineInfo(
     model="demo", max_model_len=128, max_request_tokens=64, vocab_size=99, block_size=16,
-    num_device_blocks=4, eos_token_ids=frozenset({1, 2}), dtype="float32", device="cpu",
+    num_device_blocks=4, num_host_blocks=6, block_bytes=1000, eos_token_ids=frozenset({1, 2}),
+    dtype="float32", device="cpu",
     sampling_defaults={"temperature": 0.7, "top_k": 20},
 )  # fmt: skip
 PARAMS = SamplingParams(
