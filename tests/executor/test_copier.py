@@ -29,8 +29,6 @@ ROWS = 5  # blocks in a chunk of the host
 PATIENCE_S = 60.0
 ENDLESS = 1e-6  # bytes a second: no copy ends in anybody's lifetime
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 def make_store(
     num_device: int = 16, num_host: int = 13, device: str = "cpu", dtype=torch.float32
@@ -312,7 +310,6 @@ def spin(seconds: float) -> None:
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_copies_run_beside_a_busy_device(make_copier: Callable[..., Copier]) -> None:
     """They are done before a step that began earlier is."""
     kv, ends = make_store(device="cuda"), Ends()
@@ -331,7 +328,6 @@ def test_copies_run_beside_a_busy_device(make_copier: Callable[..., Copier]) -> 
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_a_copy_planned_behind_a_reported_step_has_what_it_wrote(
     make_copier: Callable[..., Copier],
 ) -> None:
@@ -353,7 +349,6 @@ def test_a_copy_planned_behind_a_reported_step_has_what_it_wrote(
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_close_waits_for_what_moves(make_copier: Callable[..., Copier]) -> None:
     """Memory that a copy still writes to must not be given to others."""
     kv = make_store(4000, 4000, device="cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -57,12 +58,16 @@ def test_the_price_of_a_copy_is_told_from_that_of_its_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of two sizes, the slower way; a block is what more blocks take more."""
-    asked: list[int] = []
+    asked: list[range] = []
 
-    def fake(copier: object, num_blocks: int) -> float:
-        asked.append(num_blocks)
+    def fake(copier: object, first: int, num_blocks: int) -> float:
+        asked.append(range(first, first + num_blocks))
         return 0.5 + 0.25 * num_blocks
 
     monkeypatch.setattr(copy_times, "_round_trip_s", fake)
     assert measure_copies(make_store(50, 60), None) == CopyTimes(0.5, 0.25)
-    assert max(asked) == 50
+    assert asked[0] == range(50)
+    assert {len(places) for places in asked[1:]} == {1, 6}
+    assert max(places.stop for places in asked) == 50
+    # What was copied a moment ago may be in a cache still.
+    assert all(a.start != b.start for a, b in itertools.pairwise(asked[1:]))

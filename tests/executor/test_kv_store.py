@@ -148,7 +148,6 @@ def test_what_cannot_be_pinned_is_pageable(num_pinned, monkeypatch, caplog):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_host_memory_beside_a_cuda_device_is_pinned():
     """Copies to it run beside steps only then."""
     device = torch.device("cuda", 0)
