@@ -86,6 +86,7 @@ def make_report(
         "preemptions": outcome.stats.num_preemptions,
         **moved_bytes(outcome.stats, machine.block_bytes),
         "recomputed_tokens": outcome.stats.num_recomputed_tokens,
+        "cached_tokens": outcome.stats.num_cached_prompt_tokens,
         "copy_wait_s": outcome.stats.copy_wait_s,
         **{f"peak_{name}": count for name, count in dataclasses.asdict(outcome.peaks).items()},
         "busy_s": outcome.busy_s,

@@ -17,7 +17,7 @@ KEYS = [
     "policy", "config", "requests", "completed", "dropped", "jct_s", "normalized_latency_s",
     "ttft_s", "tpot_s", "max_gap_s", "slowdown", "breakdown_s", "preemptions", "swap_in_bytes",
     "swap_out_bytes", "fetched_bytes", "saved_bytes", "clean_bytes", "wasted_bytes",
-    "recomputed_tokens", "copy_wait_s", "peak_device_blocks",
+    "recomputed_tokens", "cached_tokens", "copy_wait_s", "peak_device_blocks",
     "peak_host_blocks", "peak_live_blocks", "peak_live_requests", "busy_s", "makespan_s", "wall_s",
     "journal_sha256",
 ]  # fmt: skip
