@@ -91,6 +91,8 @@ class Packing:
         scanned, chosen, block_size = self._scanned, self.chosen, self._block_size
         max_seqs, max_in_flight = self._max_seqs, self._max_in_flight
         for request in order:
+            if request.handle in scanned:
+                continue
             table = request.table
             if table is None and (
                 self._max_missing_tokens is None

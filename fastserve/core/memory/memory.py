@@ -23,8 +23,8 @@ here. A closed table keeps its Blocks while steps that touch it are in flight, a
 gives way, so no place is reused under a running kernel. Only full Blocks are shared; a partial tail
 is recomputed, so nothing is ever copied on write. A claim that is not met and had no victim changes
 nothing but what later claims of the same plan get, and where its own KV is. One that came back from
-the host is the last to give way until it has run for as long as that took. Must not know: the order
-of requests, budgets of tokens, tensors.
+the host is safe for a while: it goes on first, and gives way to the head of the order alone. Must
+not know: the order of requests, budgets of tokens, tensors.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Claim(Enum):
 class KVCacheManager:
     """Tables over one pool; at most `max_tables` requests hold KV at a time.
 
-    Where there is a `swapper` they hold it on two tiers. One that came back is safe for as long as
-    that took, at `min_iteration_s` a token. `is_worth_loading` says whether so many cached Blocks
-    that only the host has are sooner loaded than computed.
+    Where there is a `swapper` they hold it on two tiers. A token is taken for `min_iteration_s`
+    where one that came back is safe for so many seconds. `is_worth_loading` says whether so many
+    cached Blocks that only the host has are sooner loaded than computed.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class KVCacheManager:
         self._enable_prefix_caching = enable_prefix_caching
         self._tables: dict[BlockTable, Request] = {}
         self._away: dict[BlockTable, Request] = {}  # not resident
+        self._safe: dict[BlockTable, Request] = {}  # for those of them that still are
         self._draining: dict[BlockTable, int] = {}  # → places that become free
         self._num_leaving = 0  # of closed and draining tables
         self._num_closed = 0
@@ -125,6 +126,10 @@ class KVCacheManager:
         """Yield the requests that hold KV."""
         return (request for table, request in self._tables.items() if not table.is_closed)
 
+    def safe(self) -> list[Request]:
+        """Return the requests that came back and go on before all others, for a while."""
+        return list(self._safe.values())
+
     def probe(self, request: Request) -> int:
         """Return the tokens whose KV a request without any would find; nothing is touched."""
         return len(self._find_prefix(request)) * self.block_size
@@ -137,7 +142,9 @@ class KVCacheManager:
         self._num_standing = 0
         self._victims.begin_plan(now)
         if self._swapper is not None:
-            self._swapper.begin_plan()
+            self._swapper.begin_plan(now)
+            for table in [t for t, r in self._safe.items() if not (r.table is t and r.is_safe)]:
+                del self._safe[table]
         if self._has_let_go:
             self._has_let_go = False
             for table in self._away:
@@ -237,10 +244,12 @@ class KVCacheManager:
         if table.num_loaded:
             request.num_swaps += 1
             assert self._swapper is not None
-            copy_s = self._swapper.link.copy_s(table.num_loaded)
-            num_tokens = ceil(copy_s / self._min_iteration_s)
+            safe_s = self._swapper.safe_s(table.num_loaded)
+            num_tokens = ceil(safe_s / self._min_iteration_s)
             table.safe_until = request.num_computed_tokens + num_tokens
             table.num_loaded = 0
+            if num_tokens:
+                self._safe[table] = request
         table.is_fetched = False
         for block in tail:
             if block.state is State.CLEAN:
@@ -307,6 +316,7 @@ class KVCacheManager:
         table.is_resident = False
         table.waits_since = None
         table.safe_until = 0
+        self._safe.pop(table, None)
         self._away[table] = victim
         if table.steps_in_flight:
             table.is_draining = True
@@ -408,6 +418,7 @@ class KVCacheManager:
         if table.is_draining:
             self._stop_draining(table)
         self._away.pop(table, None)
+        self._safe.pop(table, None)
         table.is_closed = True
         if table.steps_in_flight:
             self._num_leaving += len(table.blocks)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import islice
+from math import expm1
 
 from fastserve.core.memory.block import Block, State
 from fastserve.core.memory.link import Link
@@ -34,6 +35,7 @@ MIN_BLOCKS = 8  # that a table gives up at a time if they have to be copied
 ARMED_SHARE = 0.2  # of the device: while more of it holds nothing, nothing is saved ahead
 DEMAND_DECAY = 0.9  # of the mean number of places that a plan takes
 PLANS_AHEAD = 4  # whose demand is left alone by what is fetched ahead
+SAFETY = 4.0  # of the exchange of all KV at full load, for which one that came back is safe
 RANKED_PER_CALL = 32  # requests: a ranking of n serves for n / 32 calls
 
 
@@ -90,6 +92,12 @@ class Swapper:
         self._num_calls_left = 0
         self._num_taken = 0
         self._demand = 0.0  # places that a plan takes, a moving mean
+        # Seconds to copy all that the device holds; over about as long the load of the link, which
+        # is seconds of copies back that are begun in a second, is averaged.
+        self._exchange_s = 0.0 if self._is_instant else link.copy_s(pool.num_device_blocks)
+        self._load = 0.0
+        self._copied_in_s = 0.0
+        self._last_plan_at = 0.0
         self.moves = Moves()
 
     def _most_blocks_within(self, seconds: float) -> int:
@@ -165,19 +173,33 @@ class Swapper:
             if block.state is State.LEAVING:
                 self._pool.stay(block)
         if absent:
-            self._load(absent)
+            self._load_blocks(absent)
             table.num_loaded += len(absent)
             self.moves.num_swapped_in_blocks += len(absent)
 
-    def _load(self, blocks: Sequence[Block]) -> None:
+    def safe_s(self, num_blocks: int) -> float:
+        """Return how long a request should run whose Blocks have been brought in.
+
+        For as long as that took; and the more, the busier the link is. If all that the device
+        holds is exchanged in turn, each for SAFETY · load exchanges, the load is 1 / √SAFETY.
+        """
+        return self.link.copy_s(num_blocks) + SAFETY * self._load * self._exchange_s
+
+    def _load_blocks(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
             self._pool.load(block)
+        self._copied_in_s += self.link.copy_s(len(blocks))
         self._begin(IN, blocks)
 
     # ── ahead of need ────────────────────────────────────────────────────────────────────────
 
-    def begin_plan(self) -> None:
-        """Take account of the places that the last plan took."""
+    def begin_plan(self, now: float) -> None:
+        """Take account of the places that the last plan took, and of what it had copied."""
+        elapsed_s = now - self._last_plan_at
+        if elapsed_s > 0.0:
+            fresh = -expm1(-elapsed_s / self._exchange_s) if self._exchange_s else 1.0
+            self._load += fresh * (self._copied_in_s / elapsed_s - self._load)
+            self._copied_in_s, self._last_plan_at = 0.0, now
         self._demand = DEMAND_DECAY * self._demand + (1.0 - DEMAND_DECAY) * self._num_taken
         self._num_taken = 0
 
@@ -239,7 +261,7 @@ class Swapper:
             table.num_loaded += len(blocks)
             table.is_drained = False
             self.moves.num_fetched_blocks += len(blocks)
-            self._load(blocks)
+            self._load_blocks(blocks)
 
     def _rank(self, holders: Iterable[Request], now: float) -> list[Request]:
         """Return the holders of KV, coldest last."""

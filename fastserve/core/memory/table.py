@@ -57,12 +57,12 @@ class BlockTable:
     @property
     def is_on_device(self) -> bool:
         """Whether a step could read all of it."""
-        return all([block.state in ON_DEVICE for block in self.blocks])
+        return all(block.state in ON_DEVICE for block in self.blocks)
 
     @property
     def is_lost(self) -> bool:
         """Whether a copy that failed took some of it."""
-        return any([block.state is State.GONE for block in self.blocks])
+        return any(block.state is State.GONE for block in self.blocks)
 
     def on_host(self) -> list[Block]:
         """Return the Blocks that only the host has."""

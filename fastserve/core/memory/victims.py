@@ -43,11 +43,12 @@ class VictimRanking:
         """Return the coldest of the holders, if it may lose its KV to the claimant.
 
         None of the `scanned` handles is named; the claimant is one of them. If it is the only one,
-        it heads the order and may take from any other; else only from those that are no warmer
-        than itself.
+        it heads the order and may take from any other; else only from those that are not safe, and
+        unless it is itself, that are no warmer than itself.
         """
-        victim = self._coldest(scanned, holders)
-        if victim is None or len(scanned) == 1:
+        is_head = len(scanned) == 1
+        victim = self._coldest(scanned, holders, takes_safe=is_head)
+        if victim is None or is_head or claimant.is_safe:
             return victim
         coldness = self._policy.coldness
         is_colder = coldness(victim, self._now) >= coldness(claimant, self._now)
@@ -58,18 +59,20 @@ class VictimRanking:
         ranked = self._ranked if self._ranked and self._ranked[-1] is victim else self._spared
         assert ranked.pop() is victim
 
-    def _coldest(self, excluded: Collection[int], holders: Iterable[Request]) -> Request | None:
+    def _coldest(
+        self, excluded: Collection[int], holders: Iterable[Request], *, takes_safe: bool
+    ) -> Request | None:
         """Return the coldest holder, the youngest among equals; those that are safe come last."""
         while True:
             while self._ranked:
                 request = self._ranked[-1]
                 if not self._may_lose(request) or request.handle in excluded:
                     self._ranked.pop()
-                elif self._is_safe(request):
+                elif request.is_safe:
                     self._spared.appendleft(self._ranked.pop())
                 else:
                     return request
-            while self._spared:
+            while self._spared and takes_safe:
                 request = self._spared[-1]
                 if self._may_lose(request) and request.handle not in excluded:
                     return request
@@ -93,10 +96,4 @@ class VictimRanking:
         table = request.table
         return not (
             table is None or table.is_drained or table.is_draining or request.is_recomputing
-        )
-
-    @staticmethod
-    def _is_safe(request: Request) -> bool:
-        return request.table is not None and (
-            request.num_computed_tokens < request.table.safe_until
         )

@@ -9,9 +9,9 @@ import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fastserve.core.memory.block import Block
-from fastserve.core.memory.pool import BlockPool
 from fastserve.core.memory.eviction import Defer, Eviction, Recompute, RecomputeBudget
 from fastserve.core.memory.memory import Claim, KVCacheManager
+from fastserve.core.memory.pool import BlockPool
 from fastserve.core.memory.table import BlockTable
 from fastserve.core.memory.victims import VictimRanking
 from fastserve.core.policies.fcfs import FCFS

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.core.memory.pool import BlockPool
 from fastserve.core.memory.eviction import Defer
 from fastserve.core.memory.memory import Claim, KVCacheManager
+from fastserve.core.memory.pool import BlockPool
 from fastserve.core.memory.table import BlockTable
 from fastserve.core.memory.victims import VictimRanking
 from fastserve.core.policies.fcfs import FCFS
