@@ -1,13 +1,14 @@
 """Copier: moves blocks between the tiers beside the steps, each direction on its own.
 
-    submit ──► a lane for each direction: take all that waits ─► begin each ─► finish ─► report
+    submit ──► a lane for each direction: take all that is due ─► begin each ─► finish ─► report
                CPU: one memory copy a run of blocks, on the lane's thread (finish)
                CUDA: copies on the lane's stream (begin), an event behind them (finish)
 
 Rules: a copy begins as soon as its lane comes to it, whatever the compute thread does, and is
 reported once, when the bytes are in their place; one that raises is reported as failed, and the
 next one goes on. Nothing is reported after `close`. `bandwidth` makes a lane as slow as a link that
-carries so much: it is waited for on a condition, which `close` ends.
+carries so much: a copy is due when the last of its bytes would have come, and none of them comes
+sooner, so that who looks too early sees it. That is waited for on a condition, which `close` ends.
 
 Why no order between compute and copies is needed here. The scheduler plans a copy only when every
 step that wrote its `src` was reported, when nothing in flight touches its `dst`, and it plans
@@ -192,7 +193,7 @@ class Copier:
 class _Waiting(NamedTuple):
     copy: Copy
     report: Report
-    due_at: float  # by the steady clock: no sooner may it be done
+    due_at: float  # by the steady clock: no sooner may it begin
 
 
 class Lane:
@@ -235,27 +236,20 @@ class Lane:
                 if self._is_closed:
                     return
                 is_done = _try(finish, waiting.copy)
-                if is_done and not self._reaches(waiting.due_at):
-                    return
                 waiting.report(waiting.copy.copy_id, is_done)
 
     def _take(self) -> list[_Waiting]:
-        """Wait for copies and return all; none once closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_closed)
-            batch = [] if self._is_closed else list(self._waiting)
-            self._waiting.clear()
-            return batch
-
-    def _reaches(self, due_at: float) -> bool:
-        """Wait for a time; False if closed before."""
+        """Wait until copies are due and return them all; none once closed."""
         with self._changed:
             while not self._is_closed:
-                timeout = due_at - time.monotonic()
-                if timeout <= 0.0:
-                    return True
-                self._changed.wait(timeout)
-            return False
+                now = time.monotonic()
+                batch: list[_Waiting] = []
+                while self._waiting and self._waiting[0].due_at <= now:
+                    batch.append(self._waiting.popleft())
+                if batch:
+                    return batch
+                self._changed.wait(self._waiting[0].due_at - now if self._waiting else None)
+            return []
 
     def _try_begin(self, copy: Copy) -> Finish:
         try:
