@@ -210,8 +210,8 @@ class KVCacheManager:
         """Bring back what of a table has gone; places come as they become free."""
         if table.waits_since is not None and self._settle(request, table) is Claim.MET:
             return self.claim(request, end, scanned)
-        if self.num_left < 0:
-            return Claim.STANDS  # behind an earlier claim that waits for places
+        if self._is_behind(table):
+            return Claim.STANDS
         assert self._swapper is not None
         self._want(table)
         absent = table.on_host()
@@ -221,13 +221,20 @@ class KVCacheManager:
         num_in = len(absent)
         if claim is not Claim.MET:
             # It stands for all of them already, and what is there now need not wait.
-            num_in = min(num_in, self.num_left + num_lacking)
+            num_in = max(min(num_in, self.num_left + num_lacking), 0)
             self._num_standing -= num_in
         self._swapper.bring_in(table, absent[:num_in])
         if claim is Claim.MET:
             self._grow(table, num_new)
             return self._settle(request, table)
         return claim
+
+    def _is_behind(self, table: BlockTable) -> bool:
+        """Whether an earlier claim waits for places, and this one would get none or take those."""
+        if self.num_left >= 0:
+            return False
+        is_short = self.num_left + self.num_leaving < 0
+        return is_short or any(block.state is State.LEAVING for block in table.blocks)
 
     def _settle(self, request: Request, table: BlockTable) -> Claim:
         """Let a table run that is all on the device; until then its claim stands."""
