@@ -219,6 +219,8 @@ class KVCacheManager:
         num_lacking = len(absent) + num_new
         claim = self._make_room(request, (), num_lacking, scanned)
         num_in = len(absent)
+        if claim is Claim.DEFERRED:
+            return claim
         if claim is not Claim.MET:
             # It stands for all of them already, and what is there now need not wait.
             num_in = max(min(num_in, self.num_left + num_lacking), 0)
@@ -228,6 +230,10 @@ class KVCacheManager:
             self._grow(table, num_new)
             return self._settle(request, table)
         return claim
+
+    @staticmethod
+    def _is_away(request: Request) -> bool:
+        return request.table is not None and not request.table.is_resident
 
     def _is_behind(self, table: BlockTable) -> bool:
         """Whether an earlier claim waits for places, and this one would get none or take those."""
@@ -278,6 +284,8 @@ class KVCacheManager:
                 break
             victim = self._victims.find(request, scanned, self.holders())
             if victim is None:
+                if self._is_away(request) and self._victims.has_spared:
+                    return Claim.DEFERRED  # until they are safe no more
                 break
             assert victim.table is not None
             way = self._way_out(victim.table) if has_seat else Way.NO_HOST_PLACE

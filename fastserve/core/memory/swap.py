@@ -35,7 +35,7 @@ MIN_BLOCKS = 8  # that a table gives up at a time if they have to be copied
 ARMED_SHARE = 0.2  # of the device: while more of it holds nothing, nothing is saved ahead
 DEMAND_DECAY = 0.9  # of the mean number of places that a plan takes
 PLANS_AHEAD = 4  # whose demand is left alone by what is fetched ahead
-SAFETY = 4.0  # of the exchange of all KV at full load, for which one that came back is safe
+SAFETY = 16.0  # of the exchange of all KV at full load, for which one that came back is safe
 RANKED_PER_CALL = 32  # requests: a ranking of n serves for n / 32 calls
 
 

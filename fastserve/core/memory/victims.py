@@ -47,12 +47,18 @@ class VictimRanking:
         unless it is itself, that are no warmer than itself.
         """
         is_head = len(scanned) == 1
-        victim = self._coldest(scanned, holders, takes_safe=is_head)
+        comes_back = claimant.table is not None and not claimant.table.is_resident
+        victim = self._coldest(scanned, holders, takes_safe=is_head or not comes_back)
         if victim is None or is_head or claimant.is_safe:
             return victim
         coldness = self._policy.coldness
         is_colder = coldness(victim, self._now) >= coldness(claimant, self._now)
         return victim if is_colder else None
+
+    @property
+    def has_spared(self) -> bool:
+        """Whether somebody was not named because it is safe."""
+        return bool(self._spared)
 
     def pass_over(self, victim: Request) -> None:
         """Name another than the last one in its place."""
