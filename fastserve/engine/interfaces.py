@@ -16,8 +16,9 @@ class Executor(Protocol):
 
     A step is a plan with work; as many are in flight at once as the SchedulerConfig was told when
     it was resolved. A plan without work takes no slot, may be submitted at any time and yields no
-    StepDone: what it forgets is gone before the next plan begins, and a copy that it starts is
-    reported by its id, once, when it is done on every rank.
+    StepDone: what it forgets is gone before the next plan begins. The copies of a plan begin when
+    it is submitted, beside whatever runs; each is reported by its id, once, when it is done on
+    every rank or has failed on one.
     """
 
     def can_submit(self) -> bool:

@@ -4,8 +4,9 @@ Rules: a block is blanked as it enters a table behind all that is computed, for 
 use get weight zero, and zero times NaN is NaN. It is poisoned again once the last request that has
 it is forgotten, unless it is full and may live on as prefix cache. A request from which a block was
 taken still names it, and has no say in it; what is copied into a block is nobody's until it enters
-a table. Places on the host are NaN until something is copied to them. The compute thread and the
-one that submits copies use it: under one lock, and what it wrote is in memory before it lets go.
+a table. Places on the host that nothing was copied to are as good as NaN: they become it when they
+are copied from, for most are never touched. The compute thread and the one that submits copies use
+it: under one lock, and what it wrote is in memory before it lets go.
 Must not know: which blocks the scheduler holds free.
 """
 
@@ -22,16 +23,16 @@ from fastserve.executor.kv_store import KVStore
 
 
 class Poison:
-    """Over the KV of one rank, by block; all of it is poisoned at first."""
+    """Over the KV of one rank, by block; all of the device's is poisoned at first."""
 
     def __init__(self, kv: KVStore, block_size: int, *, spares_full_blocks: bool) -> None:
         self._kv = kv
         self._block_size = block_size
         self._spares_full_blocks = spares_full_blocks
         self._owners: dict[int, set[Handle]] = {}
+        self._filled: set[int] = set()  # places on the host that something was copied to
         self._lock = threading.Lock()
-        for tensor in (kv.device.tensor, *kv.host.chunks):
-            tensor.fill_(torch.nan)
+        kv.device.tensor.fill_(torch.nan)
         self._settle()
 
     def enter(self, work: Work) -> None:
@@ -58,10 +59,15 @@ class Poison:
 
     def move(self, copy: Copy) -> None:
         """Let a copy have the blocks that it is to fill, before it begins."""
-        if copy.direction is CopyDirection.SWAP_IN:
-            with self._lock:
-                for block_id in copy.dst:
-                    self._owners.pop(block_id, None)
+        with self._lock:
+            if copy.direction is CopyDirection.SWAP_OUT:
+                self._filled.update(copy.dst)
+                return
+            for block_id in copy.dst:
+                self._owners.pop(block_id, None)
+            for block_id in copy.src:
+                if block_id not in self._filled and block_id < self._kv.host.num_blocks:
+                    self._kv.host[block_id].fill_(torch.nan)
 
     def spoil(self, device_ids: Iterable[int], host_ids: Iterable[int] = ()) -> None:
         """Make blocks that nothing uses unreadable: what reads them computes NaN."""

@@ -7,6 +7,7 @@ Rules: opens the model as a server does, on all cores but the one of the API pro
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 
 from rich.console import Console
@@ -34,7 +35,7 @@ def profile_model(config: EngineConfig, output: str | None) -> int:
             status.update(f"{stage} {fraction:.0%}")
 
         executor = open_executor(
-            config,
+            dataclasses.replace(config, swap_space=0.0),  # no step time depends on it
             directory,
             eos_token_ids=checkpoint.eos_token_ids(directory),
             on_progress=on_progress,

@@ -95,7 +95,9 @@ def test_places_on_the_host_are_poisoned_before_use_and_as_told() -> None:
     kv = make_store()
     poison = Poison(kv, BLOCK_SIZE, spares_full_blocks=False)
     (host,) = kv.host.chunks
-    assert nans(host) == set(range(NUM_HOST_BLOCKS))
+    poison.move(Copy(0, CopyDirection.SWAP_OUT, (0,), (3,)))
+    poison.move(Copy(1, CopyDirection.SWAP_IN, (2, 3), (0, 1)))
+    assert nans(host) == {2}, "of what was copied from, what nothing was copied to"
     host[:] = kv.device.tensor[:] = 2.0
     poison.spoil([7, 2], [4, 1])
     assert nans(host) == {1, 4}

@@ -74,10 +74,16 @@ def test_a_secret_is_not_repeated() -> None:
 def test_settings_in_vllm_s_other_forms() -> None:
     """Paths, torch's dtypes, and the older name of a count of blocks."""
     config = engine_config(
-        Path("/a/b"), {"dtype": torch.bfloat16, "num_gpu_blocks_override": 7, "tokenizer": "x"}
+        Path("/a/b"),
+        {
+            "dtype": torch.bfloat16,
+            "num_gpu_blocks_override": 7,
+            "tokenizer": "x",
+            "swap_space": 2,
+        },
     )
     assert (config.model, config.dtype, config.tokenizer) == ("/a/b", "bfloat16", "x")
-    assert config.num_device_blocks == 7
+    assert (config.num_device_blocks, config.swap_space) == (7, 2.0)
 
 
 def test_a_model_loads_with_vllm_s_arguments(
