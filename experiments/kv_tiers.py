@@ -36,9 +36,10 @@ SETUPS = {
     ),
     "Llama-3-8B, H100": Setup("llama-3-8b", "h100", max_num_seqs=256, scheduler=SCHEDULER),
 }
-"""The last two hold what their batch needs: more memory, or a quarter of the KV and PCIe 5."""
+AMPLE = ("Llama-2-13B, A100-80G", "Llama-3-8B, H100")
+"""Those that hold what their batch needs: more memory, or a quarter of the KV and PCIe 5."""
 
-ROWS = {"sharegpt": 1000, "mix_alpaca90_bwb10": 1000}
+ROWS = {"mix_alpaca90_bwb10": 500, "sharegpt": 500}
 POLICIES = ("fcfs", "skip-join-mlfq", "learned")
 MODES = ("recompute", "defer", "reactive", "proactive", "ideal")
 LOADS = (0.7, 0.9, 1.0)
@@ -74,7 +75,7 @@ def points(lab: Lab, capacity: Mapping[str, Mapping[str, float]]) -> Iterator[Po
     for setup_name, setup in SETUPS.items():
         machine = setup.machine()
         for name, trace in traces_of(lab, setup).items():
-            for load in lab.some(LOADS):
+            for load in LOADS[-1:] if setup_name in AMPLE else lab.some(LOADS):
                 timed = at_load(trace, load, capacity[setup_name][name])
                 for policy in POLICIES:
                     for mode in MODES:
