@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -281,6 +282,27 @@ def test_a_prefix_is_found_under_its_own_salt_only() -> None:
         first = next(w for plan in harness.executor.plans for w in plan.work if w.handle == handle)
         assert first.start == cached[-1]
     assert cached == [0, 0, 0, 12, 12, 12]
+
+
+def test_a_prefix_on_the_host_is_found_under_its_own_salt_only() -> None:
+    """Its places on the device are others' by then; it is brought in, and not for a stranger."""
+    config = small_config(enable_prefix_caching=True, preemption_mode="proactive", max_model_len=32)
+    costs = replace(UNIT_COST, copy_base_s=0.001, copy_block_s=0.001)
+    harness = Harness(config, 8, 64, step_s=one_second, costs=costs)
+    cached = {}
+    for number, salt in enumerate(("a", "b", "a")):
+        handle = harness.add(range(16), 2, cache_salt=salt)
+        harness.drain()
+        last = harness.expected[handle].last
+        assert last is not None
+        assert last.metrics is not None
+        cached[number] = last.metrics.cached_tokens
+        stats = harness.scheduler.stats()
+        harness.add(range(100 * number + 100, 100 * number + 128), 4)
+        harness.drain()
+    assert cached == {0: 0, 1: 0, 2: 12}
+    assert stats.num_swapped_in_blocks == 3
+    assert stats.num_saved_blocks > 3
 
 
 def test_times_add_up() -> None:
