@@ -282,7 +282,7 @@ class Copying:
         if not self._left:
             return plan
         copy_id = self._left.pop(0)
-        copy = Copy(copy_id, CopyDirection.SWAP_OUT, (60,), (copy_id,))
+        copy = Copy(copy_id, CopyDirection.SWAP_OUT, (60 + copy_id,), (copy_id,))
         return (plan or SchedulerOutput(NO_STEP, (), ()))._replace(copies=(copy,))
 
     def update(self, output: ExecutorOutput, now: float) -> list[RequestUpdate]:
