@@ -145,10 +145,7 @@ class KVCacheManager:
             self._swapper.begin_plan(now)
             for table in [t for t, r in self._safe.items() if not (r.table is t and r.is_safe)]:
                 del self._safe[table]
-        if self._has_let_go:
-            self._has_let_go = False
-            for table in self._away:
-                table.is_drained = False
+        self._reconsider()
 
     def claim(self, request: Request, end: int, scanned: Collection[int]) -> Claim:
         """Have a request hold Blocks for its positions below `end`; others may lose theirs.
@@ -261,9 +258,10 @@ class KVCacheManager:
             num_tokens = ceil(safe_s / self._min_iteration_s)
             table.safe_until = request.num_computed_tokens + num_tokens
             table.num_loaded = 0
+            table.is_stuck = False
             if num_tokens:
                 self._safe[table] = request
-        table.is_fetched = False
+        table.num_fetched = 0
         for block in tail:
             if block.state is State.CLEAN:
                 self.pool.forget_host(block)
@@ -282,7 +280,7 @@ class KVCacheManager:
             )
             if has_seat and num_blocks <= self.num_left + self.num_leaving:
                 break
-            victim = self._victims.find(request, scanned, self.holders())
+            victim = self._find_victim(request, scanned)
             if victim is None:
                 if self._is_away(request) and self._victims.has_spared:
                     return Claim.DEFERRED  # until they are safe no more
@@ -310,6 +308,25 @@ class KVCacheManager:
         if has_seat:
             self._num_standing += num_blocks
         return Claim.STANDS
+
+    def _find_victim(self, request: Request, scanned: Collection[int]) -> Request | None:
+        victim = self._victims.find(request, scanned, self.holders())
+        if victim is None and self._reconsider():
+            victim = self._victims.find(request, scanned, self.holders())
+        return victim
+
+    def _reconsider(self) -> bool:
+        """Let tables give way again that had nothing left but what others have let go of since.
+
+        Return whether there may be such a table.
+        """
+        if not self._has_let_go:
+            return False
+        self._has_let_go = False
+        for table in self._away:
+            table.is_drained = False
+        self._victims.reconsider()
+        return True
 
     @property
     def _has_seat(self) -> bool:
@@ -399,13 +416,16 @@ class KVCacheManager:
         """Note that a copy was reported. Raises ValueError where none of that id is under way."""
         if self._swapper is None:
             raise ValueError(f"copy {copy_id} is done, and no plan began it")
-        self._swapper.landed(copy_id, has_failed=has_failed)
+        blocks = self._swapper.landed(copy_id, has_failed=has_failed)
         if has_failed:
             self._has_let_go = True  # what did not leave can be taken again
+            failed = set(blocks)
             for table, request in list(self._away.items()):
                 if table.is_lost:
                     self.release(request)
                     request.restart()
+                elif not failed.isdisjoint(table.blocks):
+                    table.is_stuck = True
 
     # ── facts ────────────────────────────────────────────────────────────────────────────────
 
@@ -424,6 +444,8 @@ class KVCacheManager:
     def worked(self, device_s: float) -> None:
         """Note the device seconds of a step that is done."""
         self._eviction.worked(device_s)
+        if self._swapper is not None:
+            self._swapper.worked()
 
     def release(self, request: Request) -> None:
         """Take its KV from a request, if it holds any; nothing reads it but steps in flight."""

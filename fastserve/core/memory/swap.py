@@ -8,10 +8,10 @@
                               fetch_ahead the warmest table that gave way, into places beyond what
                                           those that begin and grow are about to need
 
-Rules: only full Blocks are saved ahead, for the others change. A table is fetched ahead once after
-it gave way; what was fetched is CLEAN, and goes again for nothing. A link that takes no time has
-done each copy as it begins, and no plan carries it. Must not know: the order of requests beyond
-which is colder, seats and tokens of a step, what a copy is made of.
+Rules: only full Blocks are saved ahead, for the others change. No more Blocks of a table are
+fetched ahead after it gave way than it has; what was fetched is CLEAN, and goes again for nothing.
+A link that takes no time has done each copy as it begins, and no plan carries it. Must not know:
+the order of requests beyond which is colder, seats and tokens of a step, what a copy is made of.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class Swapper:
         self._ranked: list[Request] = []
         self._num_calls_left = 0
         self._num_taken = 0
+        self._has_failed = False  # a copy to the host, since the last step
         self._demand = 0.0  # places that a plan takes, a moving mean
         # Seconds to copy all that the device holds; over about as long the load of the link, which
         # is seconds of copies back that are begun in a second, is averaged.
@@ -118,7 +119,7 @@ class Swapper:
             return Way.AT_ONCE
         if State.DIRTY not in states:
             return Way.NONE_LEFT
-        if not self._pool.num_host_available:
+        if table.is_stuck or not self._pool.num_host_available:
             return Way.NO_HOST_PLACE
         is_busy = self.link.backlog_s(OUT) > self._window_s
         return Way.LATER if is_busy else Way.BY_COPY
@@ -203,6 +204,10 @@ class Swapper:
         self._demand = DEMAND_DECAY * self._demand + (1.0 - DEMAND_DECAY) * self._num_taken
         self._num_taken = 0
 
+    def worked(self) -> None:
+        """Note that a step is done."""
+        self._has_failed = False
+
     def took(self, num_blocks: int) -> None:
         """Note that tables began or grew by so many Blocks."""
         self._num_taken += num_blocks
@@ -211,7 +216,8 @@ class Swapper:
         """Copy to the host what is likely to lose its place first, if the link is idle."""
         pool = self._pool
         is_armed = pool.num_free < ARMED_SHARE * pool.num_device_blocks
-        if not (self._saves_ahead and is_armed and self.link.is_idle(OUT)):
+        # What failed at once would fail again at once, for ever.
+        if self._has_failed or not (self._saves_ahead and is_armed and self.link.is_idle(OUT)):
             return
         blocks: list[Block] = []
         for block in list(islice(pool.unsaved(), self._max_ahead)):
@@ -248,14 +254,20 @@ class Swapper:
         num_blocks = min(num_left - round(PLANS_AHEAD * self._demand), self._max_ahead)
         if num_blocks <= 0:
             return
-        waiting = [r for t, r in away.items() if not (t.is_fetched or t.is_wanted)]
+        waiting = [
+            request
+            for table, request in away.items()
+            if not table.is_wanted and table.num_fetched < len(table.blocks)
+        ]
         if not waiting:
             return
         warmest = min(waiting, key=lambda r: (*self._warmth(r, now), r.handle))
         table = warmest.table
         assert table is not None
         absent = table.on_host()
-        table.is_fetched = len(absent) <= num_blocks
+        num_blocks = min(num_blocks, len(table.blocks) - table.num_fetched)
+        has_all = len(absent) <= num_blocks  # what goes again before it runs is not fetched again
+        table.num_fetched += len(table.blocks) if has_all else num_blocks
         if absent:
             blocks = absent[:num_blocks]
             table.num_loaded += len(blocks)
@@ -283,14 +295,19 @@ class Swapper:
         """Return the copies that no plan has carried yet."""
         return self.link.take()
 
-    def landed(self, copy_id: int, *, has_failed: bool = False) -> None:
-        """Note that a copy was reported. Raises ValueError where none of that id is under way."""
+    def landed(self, copy_id: int, *, has_failed: bool = False) -> Sequence[Block]:
+        """Note that a copy was reported, and return what it was to move.
+
+        Raises ValueError where none of that id is under way.
+        """
         pool = self._pool
         direction, blocks, _ = self.link.landed(copy_id)
         self.moves.num_failed_copies += has_failed
         if direction is OUT:
             end = pool.save_failed if has_failed else pool.saved
+            self._has_failed |= has_failed
         else:
             end = pool.load_failed if has_failed else pool.loaded
         for block in reversed(blocks):
             end(block)
+        return blocks

@@ -24,10 +24,11 @@ class BlockTable:
         "is_closed",
         "is_drained",
         "is_draining",
-        "is_fetched",
         "is_known",
         "is_resident",
+        "is_stuck",
         "is_wanted",
+        "num_fetched",
         "num_loaded",
         "num_published",
         "num_saved",
@@ -48,8 +49,9 @@ class BlockTable:
         self.is_wanted = True
         self.is_draining = False
         self.is_drained = False
-        self.is_fetched = False  # since it last gave way, some of it ahead of need
+        self.is_stuck = False  # a copy to the host has failed: the next time it is dropped
         self.num_saved = 0  # full Blocks that were seen to be on the host
+        self.num_fetched = 0  # Blocks brought in ahead of need since it last gave way
         self.num_loaded = 0  # Blocks brought in since it last gave way
         self.safe_until = 0  # tokens to be computed before it may give way again
         self.waits_since: float | None = None  # when a step was to have it, and it was not there

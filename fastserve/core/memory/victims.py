@@ -65,6 +65,10 @@ class VictimRanking:
         ranked = self._ranked if self._ranked and self._ranked[-1] is victim else self._spared
         assert ranked.pop() is victim
 
+    def reconsider(self) -> None:
+        """Rank anew those who could not give way, or were passed over."""
+        self._is_fresh = False
+
     def _coldest(
         self, excluded: Collection[int], holders: Iterable[Request], *, takes_safe: bool
     ) -> Request | None:

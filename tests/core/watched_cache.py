@@ -1,0 +1,178 @@
+"""KV memory that watches itself: promises which neither plans nor answers show.
+
+A test makes a scheduler's cache one of these. Each promise is asserted as it is kept; what came up
+is counted, so that a test can say that it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from fastserve.core.memory.block import Block, State
+from fastserve.core.memory.memory import Claim, KVCacheManager
+from fastserve.core.memory.swap import Way
+from fastserve.core.memory.table import BlockTable
+from fastserve.core.memory.victims import VictimRanking
+from fastserve.core.messages import Copy
+from fastserve.core.request import Request
+
+
+@dataclass
+class Watch:
+    """What was seen."""
+
+    num_partial_swaps: int = 0  # a request gave way and kept some of its KV on the device
+    num_kept_partly: int = 0  # one came back whose KV had not all gone
+    num_stays: int = 0  # one came back while a copy of it to the host was under way
+    num_shared_loads: int = 0  # one began that waits for a copy another is waiting for
+    num_spared: int = 0  # the coldest kept its KV because it had just come back
+    num_safe_lost: int = 0  # and lost it because all others had, too
+    num_head_stands: int = 0  # claims of the head of the order that had to wait
+    longest_wait: float = 0.0  # of a head, as a share of the bound
+    fetched: dict[BlockTable, int] = field(default_factory=dict)  # since it gave way
+    scanned: Collection[int] = ()
+    claimant: Request | None = None
+    head: Request | None = None
+    num_reports: int = 0  # steps and copies that were done while this head waited
+
+
+class WatchedCache(KVCacheManager):
+    """The cache of a scheduler, with a Watch."""
+
+    watch: Watch
+
+    @classmethod
+    def over(cls, cache: KVCacheManager) -> Watch:
+        """Turn a cache into one that is watched."""
+        cache.__class__ = cls
+        assert isinstance(cache, cls)
+        cache.watch = Watch()
+        return cache.watch
+
+    # ── nobody at the head waits for ever ────────────────────────────────────────────────────
+
+    def claim(self, request: Request, end: int, scanned: Collection[int]) -> Claim:
+        """Note what became of the claim of the head."""
+        watch = self.watch
+        watch.claimant, watch.scanned = request, scanned
+        outcome = super().claim(request, end, scanned)
+        if request is watch.head:
+            watch.num_head_stands += outcome is Claim.STANDS
+            if outcome is Claim.DEFERRED:
+                watch.num_reports = 0  # it may not begin before there is credit
+        return outcome
+
+    @property
+    def max_reports(self) -> int:
+        """Copies, and steps while nothing is copied, within which the policy's first is in a step.
+
+        Each frees a place that it lacks, brings a block of it in, or computes a token of one that
+        may not lose its KV: that has just come back, or is not yet beyond where it was.
+        """
+        num_places = self.pool.num_device_blocks
+        return num_places * (2 + self.block_size)
+
+    def _report(self) -> None:
+        watch = self.watch
+        head = next(self._victims._policy.ordered(), None)
+        is_running = head is not None and (head.steps_in_flight or head.is_at_length_limit)
+        if head is None or is_running or head is not watch.head:
+            watch.num_reports, watch.head = 0, head
+            return
+        watch.num_reports += 1
+        watch.longest_wait = max(watch.longest_wait, watch.num_reports / self.max_reports)
+        assert watch.num_reports <= self.max_reports, "the head of the order waits for ever"
+
+    def worked(self, device_s: float) -> None:
+        """A step is done."""
+        super().worked(device_s)
+        if not self.num_copies:
+            self._report()
+
+    def copied(self, copy_id: int, *, has_failed: bool = False) -> None:
+        """A copy is done; one that fails may undo all that was done for the head."""
+        super().copied(copy_id, has_failed=has_failed)
+        if has_failed:
+            self.watch.num_reports = 0
+        else:
+            self._report()
+
+    # ── who came back is the last to give way ────────────────────────────────────────────────
+
+    def _give_way(self, victim: Request, num_blocks: int) -> None:
+        self._check_victim(victim)
+        table = victim.table
+        assert table is not None
+        super()._give_way(victim, num_blocks)
+        states = {block.state for block in table.blocks}
+        has_left = states & {State.HOST, State.LEAVING}
+        self.watch.num_partial_swaps += bool(has_left and states - {State.HOST, State.LEAVING})
+
+    def _drop(self, victim: Request) -> None:
+        self._check_victim(victim)
+        super()._drop(victim)
+
+    def _check_victim(self, victim: Request) -> None:
+        """One that is safe loses KV where all others are safe, and not to one that comes back.
+
+        One at the head of the order may come back all the same.
+        """
+        others = [
+            other
+            for other in self.holders()
+            if other is not victim
+            and other.handle not in self.watch.scanned
+            and VictimRanking._may_lose(other)
+            and not self._has_nothing_left(other)
+        ]
+        if victim.is_safe:
+            self.watch.num_safe_lost += 1
+            claimant = self.watch.claimant
+            assert claimant is not None
+            assert len(self.watch.scanned) == 1 or not self._is_away(claimant)
+            assert all(other.is_safe for other in others), "it had just come back"
+            return
+        coldness, now = self._victims._policy.coldness, self._now
+        self.watch.num_spared += any(
+            other.is_safe
+            and (coldness(other, now), other.handle) > (coldness(victim, now), victim.handle)
+            for other in others
+        )
+
+    def _has_nothing_left(self, request: Request) -> bool:
+        table = request.table
+        assert table is not None
+        return self._way_out(table) is Way.NONE_LEFT and not table.is_wanted
+
+    # ── what is fetched ahead, and brought in ────────────────────────────────────────────────
+
+    def copies(self, now: float) -> tuple[Copy, ...]:
+        """No table is fetched more than once for each time it gives way."""
+        before = {table: table.num_loaded for table in self._away}
+        planned = super().copies(now)
+        fetched = self.watch.fetched
+        for table, num_loaded in before.items():
+            if table.num_loaded > num_loaded:
+                fetched[table] = fetched.get(table, 0) + table.num_loaded - num_loaded
+                assert fetched[table] <= len(table.blocks), "fetched ahead, lost, fetched again"
+        return planned
+
+    def _want(self, table: BlockTable) -> None:
+        if not table.is_wanted:
+            states = {block.state for block in table.blocks}
+            self.watch.num_stays += State.LEAVING in states
+            self.watch.num_kept_partly += State.HOST in states and len(states) > 1
+        super()._want(table)
+
+    def _begin_away(
+        self, request: Request, table: BlockTable, absent: Sequence[Block], num_new: int
+    ) -> Claim:
+        self.watch.num_shared_loads += any(b.state is State.LOADING for b in table.blocks)
+        return super()._begin_away(request, table, absent, num_new)
+
+    def _settle(self, request: Request, table: BlockTable) -> Claim:
+        outcome = super()._settle(request, table)
+        if outcome is Claim.MET:
+            self.watch.fetched.pop(table, None)
+        return outcome
