@@ -62,6 +62,8 @@ def ideal_table(entries: Sequence[Entry]) -> str:
     rows = []
     for setup in distinct(entries, "setup"):
         for trace in distinct(entries, "trace"):
+            if not select(entries, setup=setup, trace=trace):
+                continue
             for policy in distinct(entries, "policy"):
                 cells = [setup, trace, policy]
                 for mode in SWAPPING:

@@ -37,7 +37,10 @@ SETUPS = {
     "Llama-3-8B, H100": Setup("llama-3-8b", "h100", max_num_seqs=256, scheduler=SCHEDULER),
 }
 AMPLE = ("Llama-2-13B, A100-80G", "Llama-3-8B, H100")
-"""Those that hold what their batch needs: more memory, or a quarter of the KV and PCIe 5."""
+"""Those that hold what their batch needs: more memory, or a quarter of the KV and PCIe 5.
+
+They run at one load, and without the mixture: 500 rows, 50 of them long, do not fill their batch.
+"""
 
 ROWS = {"mix_alpaca90_bwb10": 500, "sharegpt": 500}
 POLICIES = ("fcfs", "skip-join-mlfq", "learned")
@@ -51,17 +54,19 @@ COUNTS = (
 )  # fmt: skip
 
 
-def traces_of(lab: Lab, setup: Setup) -> dict[str, Workload]:
-    """Return the traces, cut where the window of the model ends."""
-    window = setup.config("fcfs").max_model_len
-    return {name: trace.fitted(window, "clip") for name, trace in load_traces(lab, ROWS).items()}
+def traces_of(lab: Lab, setup_name: str) -> dict[str, Workload]:
+    """Return the traces of a machine, cut where the window of the model ends."""
+    window = SETUPS[setup_name].config("fcfs").max_model_len
+    rows = {"sharegpt": ROWS["sharegpt"]} if setup_name in AMPLE else ROWS
+    return {name: trace.fitted(window, "clip") for name, trace in load_traces(lab, rows).items()}
 
 
-def capacities(lab: Lab, setup: Setup) -> dict[str, float]:
+def capacities(lab: Lab, setup_name: str) -> dict[str, float]:
     """Return the saturated throughput of FCFS that recomputes, by trace."""
+    setup = SETUPS[setup_name]
     points = [
         Point({"trace": name}, setup.config("fcfs"), setup.machine(), at_once(trace))
-        for name, trace in traces_of(lab, setup).items()
+        for name, trace in traces_of(lab, setup_name).items()
     ]
     results = lab.run(f"capacity, {setup.model} on {setup.hardware}", points)
     return {
@@ -74,7 +79,7 @@ def points(lab: Lab, capacity: Mapping[str, Mapping[str, float]]) -> Iterator[Po
     """Yield every machine, trace, load, policy and mode."""
     for setup_name, setup in SETUPS.items():
         machine = setup.machine()
-        for name, trace in traces_of(lab, setup).items():
+        for name, trace in traces_of(lab, setup_name).items():
             for load in LOADS[-1:] if setup_name in AMPLE else lab.some(LOADS):
                 timed = at_load(trace, load, capacity[setup_name][name])
                 for policy in POLICIES:
@@ -101,6 +106,9 @@ def draw(entries: Sequence[Mapping[str, Any]], setups: Sequence[str]) -> Figure:
     for row, trace in enumerate(ROWS):
         for column, setup in enumerate(setups):
             axes, mine = panels[row][column], select(entries, setup=setup, trace=trace)
+            if not mine:
+                axes.axis("off")
+                continue
             base = {entry["load"]: entry["jct_s"]["mean"]
                     for entry in select(mine, policy="fcfs", mode="recompute")}  # fmt: skip
             for color, policy in enumerate(POLICIES):
@@ -125,7 +133,7 @@ def run(lab: Lab, document: Path) -> None:
     """Measure, save and write the tables."""
     if not load_traces(lab, ROWS):
         return
-    capacity = {name: capacities(lab, setup) for name, setup in SETUPS.items()}
+    capacity = {name: capacities(lab, name) for name in SETUPS}
     results = lab.run("kv_tiers", list(points(lab, capacity)))
     entries = [{**result.labels, **figures_of(result)} for result in results]
     settings = {
