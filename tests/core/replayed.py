@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 
 from fastserve.core.build import build_scheduler
+from fastserve.core.cost_model import CostModel
 from fastserve.core.journal import Journal, read_fact
 from fastserve.core.lengths import LengthModel
 from fastserve.core.messages import Aborted, ExecutorOutput, Finished
@@ -20,11 +21,16 @@ def replayed(
     config: SchedulerConfig,
     num_device_blocks: int,
     length_model: LengthModel | None = None,
+    *,
+    num_host_blocks: int = 0,
+    costs: CostModel = UNIT_COST,
 ) -> list[str]:
     """Return the lines that a new scheduler gives rise to, told the facts of some lines."""
     written: list[str] = []
     journal = Journal(written.append)
-    scheduler = build_scheduler(config, UNIT_COST, num_device_blocks, length_model=length_model)
+    scheduler = build_scheduler(
+        config, costs, num_device_blocks, num_host_blocks, length_model=length_model
+    )
     for line in lines:
         kind, at, *fields = json.loads(line)
         now = float.fromhex(at)

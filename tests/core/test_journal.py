@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,60 @@ def test_replay_repeats_every_plan(slots: int, lookahead: int) -> None:
     kinds = {json.loads(line)[0] for line in lines}
     assert kinds == {"add", "schedule", "update", "abort", "finish"}
     assert replayed(lines, harness.config, 9) == lines
+
+
+SLOW_LINK = replace(UNIT_COST, prefill_token_s=0.2, copy_base_s=0.01, copy_block_s=0.02)
+
+
+@pytest.mark.parametrize("write_through", [True, False])
+@pytest.mark.parametrize("policy", ["learned", "skip-join-mlfq", "fcfs"])
+@pytest.mark.parametrize(("slots", "lookahead"), [(1, 0), (1, 1), (2, 0)])
+def test_replay_repeats_every_copy(
+    slots: int, lookahead: int, policy: str, write_through: bool
+) -> None:
+    """Those that came late, out of order or failed are facts like any other."""
+    lines: list[str] = []
+    rng = random.Random(3)
+    config = small_config(
+        max_num_seqs=2,
+        max_num_batched_tokens=8,
+        max_model_len=32,
+        scheduling_policy=policy,
+        enable_prefix_caching=True,
+        starvation_limit=2.0,
+        max_pause=2.0,
+        priority_aging=3.0,
+        preemption_mode="proactive",
+        write_through=write_through,
+        num_slots=slots,
+        lookahead=lookahead,
+    )
+    harness = Harness(
+        config,
+        9,
+        20,
+        seed=5,
+        costs=SLOW_LINK,
+        copy_s=lambda copy: rng.uniform(0.0, 4.0),
+        copy_fails=lambda copy: rng.random() < 0.1,
+        sink=lines.append,
+    )
+    for number in range(16):
+        prompt = [*range(8 * (number % 2)), 100 + number, *range(number % 7)]
+        harness.add(prompt, 14, seed=number, priority=number % 3)
+        for _ in range(4 * (number % 3)):
+            harness.step()
+    harness.drain()
+    stats = harness.scheduler.stats()
+    assert stats.num_swaps > 0
+    assert stats.num_swapped_out_blocks > 0
+    assert stats.num_failed_copies > 0
+    assert bool(stats.num_saved_blocks) == write_through
+    reported = [json.loads(line)[3:] for line in lines if json.loads(line)[0] == "update"]
+    assert any(copies for copies, _ in reported)
+    assert any(failed for _, failed in reported)
+    again = replayed(lines, harness.config, 9, num_host_blocks=20, costs=SLOW_LINK)
+    assert again == lines
 
 
 def opening(length_model: LengthModel) -> Any:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from fastserve.core.request import FinishReason
-from tests.core.harness import Harness, small_config
+from tests.core.harness import UNIT_COST, Harness, small_config
 from tests.core.replayed import replayed
 
 WINDOW = 24
 EOS, ANOTHER_EOS, STOP = 0, 1, 2
+LINKED = replace(UNIT_COST, prefill_token_s=0.2, copy_base_s=0.01, copy_block_s=0.01)
 SHARED = list(range(100, 100 + WINDOW))
 
 
@@ -22,13 +25,17 @@ def few_ids(seed: int, position: int) -> int:
 class EventsInAnyOrder(RuleBasedStateMachine):
     """Requests come, run, are cut short and end; the harness holds every step to account."""
 
+    num_swaps = num_failed_copies = 0  # over all runs
+
     def __init__(self) -> None:
         super().__init__()
         self.harness: Harness
         self.lengths: dict[int, int] = {}
         self.lines: list[str] = []
-        self.num_blocks = 0
+        self.num_blocks = self.num_host_blocks = 0
         self.has_failure = False
+        self.copy_s = 1.0
+        self.copies_fail = False
 
     @initialize(
         pipeline=st.sampled_from(((1, 0), (1, 1), (2, 0), (4, 0))),
@@ -40,6 +47,9 @@ class EventsInAnyOrder(RuleBasedStateMachine):
         max_num_seqs=st.sampled_from((1, 2, 5)),
         max_live_seqs=st.sampled_from((None, 1, 2)),
         alpha=st.sampled_from((0.0, 1.0, 4.0, 1e9)),
+        num_host_blocks=st.sampled_from((0, 1, 10, 100)),
+        mode=st.sampled_from(("recompute", "proactive", "proactive-by-level", "reactive")),
+        write_through=st.booleans(),
     )
     def build(
         self,
@@ -52,6 +62,9 @@ class EventsInAnyOrder(RuleBasedStateMachine):
         max_num_seqs: int,
         max_live_seqs: int | None,
         alpha: float,
+        num_host_blocks: int,
+        mode: str,
+        write_through: bool,
     ) -> None:
         """Start with an empty machine of some shape."""
         slots, lookahead = pipeline
@@ -67,15 +80,25 @@ class EventsInAnyOrder(RuleBasedStateMachine):
             starvation_limit=alpha,
             max_pause=alpha,
             priority_aging=5.0,
+            preemption_mode=mode,
+            write_through=write_through,
             num_slots=slots,
             lookahead=lookahead,
             eos_token_ids=frozenset((EOS, ANOTHER_EOS)),
         )
         num_blocks = -(-WINDOW // block_size) + num_spare_blocks
         self.harness = Harness(
-            config, num_blocks, lengths=self.lengths, token=few_ids, sink=self.lines.append
+            config,
+            num_blocks,
+            num_host_blocks,
+            lengths=self.lengths,
+            token=few_ids,
+            costs=LINKED,
+            copy_s=lambda copy: self.copy_s,
+            copy_fails=lambda copy: self.copies_fail,
+            sink=self.lines.append,
         )
-        self.num_blocks = num_blocks
+        self.num_blocks, self.num_host_blocks = num_blocks, num_host_blocks
 
     @rule(
         num_shared=st.integers(0, WINDOW - 1),
@@ -140,6 +163,11 @@ class EventsInAnyOrder(RuleBasedStateMachine):
         """Time passes, perhaps to the middle of a step."""
         self.harness.step(self.harness.clock.now() + seconds)
 
+    @rule(copy_s=st.sampled_from((0.0, 0.3, 1.0, 20.0)), copies_fail=st.sampled_from((0, 0, 1)))
+    def change_link(self, copy_s: float, copies_fail: int) -> None:
+        """Copies that begin from now on are fast or slow, overtake others, or all fail."""
+        self.copy_s, self.copies_fail = copy_s, bool(copies_fail)
+
     @precondition(lambda self: self.harness.live)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -167,11 +195,26 @@ class EventsInAnyOrder(RuleBasedStateMachine):
         for update in self.harness.engine.step(self.harness.clock.now()):
             self.harness.take(update)
         self.harness.drain()
+        stats = self.harness.scheduler.stats()
+        EventsInAnyOrder.num_swaps += stats.num_swaps
+        EventsInAnyOrder.num_failed_copies += stats.num_failed_copies
         if self.harness.config.scheduling_policy != "srpt":  # whose foresight is in no journal
             config = self.harness.config
-            assert replayed(self.lines, config, self.num_blocks) == self.lines
+            again = replayed(
+                self.lines,
+                config,
+                self.num_blocks,
+                num_host_blocks=self.num_host_blocks,
+                costs=LINKED,
+            )
+            assert again == self.lines
         reasons = {expected.finish_reason for expected in self.harness.expected.values()}
         assert self.has_failure or FinishReason.ERROR not in reasons
 
 
-TestEventsInAnyOrder = EventsInAnyOrder.TestCase
+class TestEventsInAnyOrder(EventsInAnyOrder.TestCase):  # type: ignore[misc, valid-type]
+    def runTest(self) -> None:
+        """No sequence breaks a promise, and KV went to the host and back."""
+        super().runTest()
+        assert EventsInAnyOrder.num_swaps > 0
+        assert EventsInAnyOrder.num_failed_copies > 0
