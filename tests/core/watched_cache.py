@@ -34,6 +34,7 @@ class Watch:
     scanned: Collection[int] = ()
     claimant: Request | None = None
     head: Request | None = None
+    ran_s: float = 0.0  # of the head
     num_reports: int = 0  # steps and copies that were done while this head waited
 
 
@@ -59,8 +60,9 @@ class WatchedCache(KVCacheManager):
         outcome = super().claim(request, end, scanned)
         if request is watch.head:
             watch.num_head_stands += outcome is Claim.STANDS
-            if outcome is Claim.DEFERRED:
-                watch.num_reports = 0  # it may not begin before there is credit
+            before = set(scanned) - {request.handle} - {other.handle for other in self.safe()}
+            if before or outcome is Claim.DEFERRED:
+                watch.num_reports = 0  # time put others first, or it has to wait for credit
         return outcome
 
     @property
@@ -76,9 +78,10 @@ class WatchedCache(KVCacheManager):
     def _report(self) -> None:
         watch = self.watch
         head = next(self._victims._policy.ordered(), None)
+        ran_s = 0.0 if head is None else head.attained_s
         is_running = head is not None and (head.steps_in_flight or head.is_at_length_limit)
-        if head is None or is_running or head is not watch.head:
-            watch.num_reports, watch.head = 0, head
+        if is_running or head is not watch.head or ran_s != watch.ran_s:
+            watch.num_reports, watch.head, watch.ran_s = 0, head, ran_s
             return
         watch.num_reports += 1
         watch.longest_wait = max(watch.longest_wait, watch.num_reports / self.max_reports)
