@@ -243,6 +243,7 @@ def test_preempted_tokens_are_the_reference_s(replays, tmp_path, monkeypatch):
         max_num_batched_tokens=8,
         scheduling_policy="skip-join-mlfq",
         starvation_limit=0.5,
+        preemption_mode="recompute",
     ) as llm:
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False

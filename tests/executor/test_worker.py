@@ -308,7 +308,7 @@ def test_a_request_goes_on_from_kv_that_was_on_the_host(llama):
 
 def test_a_copy_to_where_there_is_no_host_tier_fails(llama, caplog):
     """It is no reason to end."""
-    worker = open_worker(llama[0])
+    worker = open_worker(llama[0], swap_space=0.0)
     assert worker.kv.host.num_blocks == 0
     assert not moved(worker, CopyDirection.SWAP_OUT, (0,), (0,))
     assert len(caplog.messages) == 1
