@@ -1,4 +1,8 @@
-"""Any sequence of events over the scheduler: hypothesis looks for the one that breaks a promise."""
+"""Any sequence of events over the scheduler: hypothesis looks for the one that breaks a promise.
+
+What hypothesis draws is not the same twice, so nothing here asks that a thing happened: that swaps
+and failures of copies do is asserted where the seeds are fixed (test_random_runs).
+"""
 
 from __future__ import annotations
 
@@ -24,8 +28,6 @@ def few_ids(seed: int, position: int) -> int:
 
 class EventsInAnyOrder(RuleBasedStateMachine):
     """Requests come, run, are cut short and end; the harness holds every step to account."""
-
-    num_swaps = num_failed_copies = 0  # over all runs
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,9 +197,6 @@ class EventsInAnyOrder(RuleBasedStateMachine):
         for update in self.harness.engine.step(self.harness.clock.now()):
             self.harness.take(update)
         self.harness.drain()
-        stats = self.harness.scheduler.stats()
-        EventsInAnyOrder.num_swaps += stats.num_swaps
-        EventsInAnyOrder.num_failed_copies += stats.num_failed_copies
         if self.harness.config.scheduling_policy != "srpt":  # whose foresight is in no journal
             config = self.harness.config
             again = replayed(
@@ -212,9 +211,4 @@ class EventsInAnyOrder(RuleBasedStateMachine):
         assert self.has_failure or FinishReason.ERROR not in reasons
 
 
-class TestEventsInAnyOrder(EventsInAnyOrder.TestCase):  # type: ignore[misc, valid-type]
-    def runTest(self) -> None:
-        """No sequence breaks a promise, and KV went to the host and back."""
-        super().runTest()
-        assert EventsInAnyOrder.num_swaps > 0
-        assert EventsInAnyOrder.num_failed_copies > 0
+TestEventsInAnyOrder = EventsInAnyOrder.TestCase
