@@ -14,7 +14,7 @@ from fastserve.executor.cuda_graphs import Capture, CudaCapture, DecodeGraphs
 from fastserve.model.attention.interfaces import PagedKV
 from fastserve.model.families.architectures import Network, load_network
 from fastserve.model.input_batch import InputBatch, build_input_batch
-from fastserve.model.loader import DummyWeights, Slice, Weights
+from fastserve.model.loader import DummyWeights, Part, Weights, part_index
 from fastserve.model.ops.interfaces import Ops
 
 __all__ = ["Capture", "build_network", "decode_batch", "make_graphs", "make_kv"]
@@ -34,10 +34,10 @@ class DeviceWeights:
         """Fit `Weights`."""
         return True
 
-    def get(self, name: str, *shape: int, part: Slice | None = None) -> Tensor:
+    def get(self, name: str, *shape: int, part: Part = ()) -> Tensor:
         """Fit `Weights`, but for a part, whose numbers are not those of the whole tensor."""
-        if part is not None:
-            shape = torch.empty(shape, device="meta")[part.index()].shape
+        if index := part_index(part, shape):
+            shape = torch.empty(shape, device="meta")[index].shape
         tensor = torch.empty(shape, dtype=self.dtype, device=self._device)
         self.num_elements += tensor.numel()
         return tensor.normal_(0.0, 0.02)

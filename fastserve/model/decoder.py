@@ -10,7 +10,6 @@ Must not know: families, checkpoints, requests, how hidden state travels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,30 +18,7 @@ from torch import Tensor
 from fastserve.model.attention.interfaces import Attention, LayerAttention, LayerKV, PagedKV
 from fastserve.model.attention.rotary import Rotary
 from fastserve.model.input_batch import InputBatch
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Layers [first, stop) of a network; the embedding and the head come with its ends."""
-
-    first: int
-    stop: int
-    num_layers: int  # of the whole network
-
-    def __post_init__(self) -> None:
-        """Raise ValueError where there are no such layers."""
-        if not 0 <= self.first < self.stop <= self.num_layers:
-            raise ValueError(f"no layers [{self.first}, {self.stop}) among {self.num_layers}")
-
-    @property
-    def is_first(self) -> bool:
-        """Whether it begins with token ids."""
-        return self.first == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether it ends with logits."""
-        return self.stop == self.num_layers
+from fastserve.model.stages import Stage
 
 
 class DecoderLayer(Protocol):
@@ -90,7 +66,8 @@ class Decoder:
         """Run one step over the KV of these layers.
 
         hidden: [num_tokens, hidden], what the stage before this one returned; may be overwritten.
-        Returns float32 logits [num_scored, vocab], or hidden state of the same shape.
+        Returns float32 logits [num_scored, vocab], or hidden state of the same shape. Where several
+        ranks share a stage, all have its hidden state, and of logits only the first has rows.
         """
         if self.embed is not None:
             hidden = self.embed(batch)

@@ -5,34 +5,53 @@ Must not know: families, checkpoints, requests.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastserve.model.attention.interfaces import LayerAttention, LayerKV
 from fastserve.model.input_batch import InputBatch
 from fastserve.model.ops.interfaces import HeadNormOp, LinearOp, MLPOp, NormOp
+from fastserve.model.parallel import ALONE, TensorGroup
 
 
 class Embedding:
     """Token ids as rows of a table, and positions as rows of another where they are learned."""
 
     def __init__(
-        self, tokens: Tensor, positions: Tensor | None = None, project: LinearOp | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        project: LinearOp | None = None,
+        group: TensorGroup = ALONE,
     ) -> None:
-        """Take tables [vocab, width] and [positions, hidden]; `project` widens rows of tokens."""
+        """Take tables [vocab, width] and [positions, hidden]; `project` widens rows of tokens.
+
+        Of several ranks each has as many rows of `tokens`.
+        """
         self.tokens = tokens
         self.positions = positions
         self.project = project
+        self.group = group
 
     def __call__(self, batch: InputBatch) -> Tensor:
         """Return the hidden state [num_tokens, hidden] that the first layer takes."""
-        tokens = F.embedding(batch.token_ids, self.tokens)
+        tokens = self._rows(batch.token_ids)
         if self.positions is None:
             return tokens
         hidden = F.embedding(batch.positions, self.positions)
         if self.project is None:
             return hidden.add_(tokens)
         return self.project.add_to(hidden, tokens)
+
+    def _rows(self, token_ids: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return F.embedding(token_ids, self.tokens)
+        here = token_ids - self.group.rank * len(self.tokens)
+        is_elsewhere = (here < 0) | (here >= len(self.tokens))
+        rows = F.embedding(here.masked_fill_(is_elsewhere, 0), self.tokens)
+        # All ranks but one add zeros: the sum is exact.
+        return self.group.all_reduce(rows.masked_fill_(is_elsewhere.unsqueeze(1), 0.0))
 
 
 class PreNormLayer:
@@ -79,16 +98,31 @@ class Head:
     """Logits: a norm, a projection to the width of the vocabulary's table, and its product."""
 
     def __init__(
-        self, vocabulary: LinearOp, *, norm: NormOp | None, project: LinearOp | None = None
+        self,
+        vocabulary: LinearOp,
+        vocab_size: int,
+        *,
+        norm: NormOp | None,
+        project: LinearOp | None = None,
+        group: TensorGroup = ALONE,
     ) -> None:
+        """Take the product of the whole vocabulary, or of this rank's part, filled up."""
         self.vocabulary = vocabulary
+        self.vocab_size = vocab_size
         self.norm = norm
         self.project = project
+        self.group = group
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits [num_scored, vocab] of `hidden` [num_scored, hidden]."""
+        """Return float32 logits [num_scored, vocab] of `hidden` [num_scored, hidden].
+
+        Of several ranks the first has them, and the others return no rows.
+        """
         if self.norm is not None:
             hidden = self.norm(hidden)
         if self.project is not None:
             hidden = self.project(hidden)
-        return self.vocabulary(hidden).float()
+        logits = self.group.gather(self.vocabulary(hidden))
+        if logits is None:
+            return hidden.new_empty((0, self.vocab_size), dtype=torch.float32)
+        return logits[:, : self.vocab_size].float().contiguous()

@@ -39,9 +39,22 @@ class Slice:
     stop: int
     dim: int = 0
 
-    def index(self) -> tuple[slice, ...]:
-        """Return what selects them of a tensor."""
-        return (*(slice(None) for _ in range(self.dim)), slice(self.start, self.stop))
+    @classmethod
+    def of(cls, indices: range, dim: int = 0) -> Slice:
+        """Return the slice of consecutive indices."""
+        return cls(indices.start, indices.stop, dim)
+
+
+Part = Slice | tuple[Slice, ...]
+"""Of one dimension, or of several; of none: the whole tensor."""
+
+
+def part_index(part: Part, shape: Sequence[int]) -> tuple[slice, ...]:
+    """Return what selects a part of a tensor; nothing where that is all of it."""
+    index = [slice(0, size) for size in shape]
+    for one in (part,) if isinstance(part, Slice) else part:
+        index[one.dim] = slice(one.start, one.stop)
+    return () if index == [slice(0, size) for size in shape] else tuple(index)
 
 
 class Weights(Protocol):
@@ -54,7 +67,7 @@ class Weights(Protocol):
     def has(self, name: str) -> bool:
         """Whether there is a tensor `name`: checkpoints of one architecture differ in names."""
 
-    def get(self, name: str, *shape: int, part: Slice | None = None) -> Tensor:
+    def get(self, name: str, *shape: int, part: Part = ()) -> Tensor:
         """Return the tensor `name`, or a part of it, contiguous, in the dtype and place to run.
 
         `shape` is that of the whole tensor, which must have it.
@@ -85,17 +98,18 @@ class SafetensorsWeights:
     def has(self, name: str) -> bool:
         return name in self._file_of
 
-    def get(self, name: str, *shape: int, part: Slice | None = None) -> Tensor:
+    def get(self, name: str, *shape: int, part: Part = ()) -> Tensor:
         file = self._file_of.get(name)
         if file is None:
             self._refuse_quantized()
             raise ConfigError(f"{self._dir}: the checkpoint has no weights {name!r}")
         stored = file.get_slice(name)
         stored_shape = stored.get_shape()
-        if part is None or stored_shape != list(shape):  # what has another shape is refused below
+        index = part_index(part, shape)
+        if not index or stored_shape != list(shape):  # what has another shape is refused below
             tensor = file.get_tensor(name)
         else:
-            tensor = stored[part.index()]
+            tensor = stored[index]
         if tensor.dtype not in DTYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ConfigError(
@@ -145,15 +159,15 @@ class DummyWeights:
         """Fit `Weights`: whatever is asked for is made."""
         return True
 
-    def get(self, name: str, *shape: int, part: Slice | None = None) -> Tensor:
+    def get(self, name: str, *shape: int, part: Part = ()) -> Tensor:
         """Fit `Weights`: a part holds the numbers that stand there in the whole tensor."""
         if len(shape) == 1 and name.endswith(".weight"):  # a norm's: nothing else has one row
             tensor = torch.ones(shape)
         else:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             tensor = torch.randn(shape, generator=generator) * 0.02
-        if part is not None:
-            tensor = tensor[part.index()].clone(memory_format=torch.contiguous_format)
+        if index := part_index(part, shape):
+            tensor = tensor[index].clone(memory_format=torch.contiguous_format)
         return tensor.to(device=self._device, dtype=self.dtype)
 
     def finish(self, elsewhere: Sequence[str] = ()) -> None:

@@ -7,17 +7,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fastserve.checkpoint.model_config import read_model_config
 from fastserve.model.attention.interfaces import PagedKV
-from fastserve.model.decoder import Decoder, Stage
+from fastserve.model.decoder import Decoder
 from fastserve.model.families.architectures import load_network
 from fastserve.model.input_batch import build_input_batch
 from fastserve.model.loader import open_weights
 from fastserve.model.ops.torch_ops import TorchOps
+from fastserve.model.stages import Stage
 from fastserve.settings.option import ConfigError
 from tests.checkpoints import ARCHITECTURES, make_checkpoint
 from tests.model.families.test_architectures import random_ids
@@ -118,19 +117,6 @@ def test_a_stage_reads_only_its_own_weights(name, tmp_path):
     save_file(tensors | {stray: torch.zeros(1)}, file)
     with pytest.raises(ConfigError, match=r"1 weights do not belong .*\.stray"):
         load()
-
-
-@settings(max_examples=50, deadline=None)
-@given(first=st.integers(-2, 6), stop=st.integers(-2, 6), num_layers=st.integers(1, 4))
-def test_a_stage_has_layers_of_its_network(first, stop, num_layers):
-    """A range that is empty or leaves the network is refused; the ends know that they are."""
-    if not set(range(first, stop)) or not set(range(first, stop)) <= set(range(num_layers)):
-        with pytest.raises(ValueError, match="no layers"):
-            Stage(first, stop, num_layers)
-        return
-    stage = Stage(first, stop, num_layers)
-    assert stage.is_first == (0 in range(first, stop))
-    assert stage.is_last == (num_layers - 1 in range(first, stop))
 
 
 def test_a_stage_without_its_input_says_so(tmp_path):

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from fastserve.checkpoint.config_fields import ModelConfig
+from fastserve.model.parallel import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +27,12 @@ class AttentionShape:
         return cls(num_heads, num_kv_heads, head_dim, 1.0 / math.sqrt(head_dim))
 
     @classmethod
-    def of(cls, config: ModelConfig) -> AttentionShape:
-        """Return what the layers of a network compute."""
-        return cls.scaled_by_dim(config.num_heads, config.num_kv_heads, config.head_dim)
+    def of(cls, config: ModelConfig, num_ranks: int = 1) -> AttentionShape:
+        """Return what each of `num_ranks` computes in the layers of a network."""
+        shard = Shard(0, num_ranks)  # all have as many heads
+        return cls.scaled_by_dim(
+            len(shard.heads(config)), len(shard.kv_heads(config)), config.head_dim
+        )
 
     @property
     def group_size(self) -> int:

@@ -16,7 +16,7 @@ from fastserve.checkpoint.config_llama import LlamaConfig
 from fastserve.checkpoint.config_opt import OPTConfig
 from fastserve.model.attention.interfaces import PagedKV
 from fastserve.model.attention.shape import AttentionShape
-from fastserve.model.decoder import Decoder, Stage
+from fastserve.model.decoder import Decoder
 from fastserve.model.families.gpt2 import GPT2Loader
 from fastserve.model.families.interfaces import FamilyLoader
 from fastserve.model.families.llama import LlamaLoader
@@ -24,6 +24,8 @@ from fastserve.model.families.opt import OPTLoader
 from fastserve.model.input_batch import InputBatch
 from fastserve.model.loader import Weights
 from fastserve.model.ops.interfaces import Ops
+from fastserve.model.parallel import ALONE, TensorGroup, check_division
+from fastserve.model.stages import Stage
 
 
 class Network(Protocol):
@@ -45,14 +47,17 @@ def load_network(
     max_len: int,
     device: torch.device,
     stage: Stage | None = None,
+    group: TensorGroup = ALONE,
 ) -> Decoder:
     """Build the network of a config for contexts up to `max_len`, or one stage of it.
 
-    Raises ConfigError where the checkpoint lacks a weight, has one of another shape, or has one
-    that no stage has a use for.
+    Of a group of several ranks each reads its shard, and all compute a step together. Raises
+    ConfigError where the checkpoint lacks a weight, has one of another shape, or has one that no
+    stage has a use for, and where the network cannot be divided among the group.
     """
+    check_division(config, group.size)
     stage = stage or Stage(0, config.num_layers, config.num_layers)
-    family = _family(config, weights, ops)
+    family = _family(config, weights, ops, group)
     embed = family.embedding() if stage.is_first else None
     layers = [family.layer(index) for index in range(stage.first, stage.stop)]
     head = family.head() if stage.is_last else None
@@ -60,7 +65,7 @@ def load_network(
     return Decoder(
         stage,
         layers,
-        ops.attention(AttentionShape.of(config)),
+        ops.attention(AttentionShape.of(config, group.size)),
         dtype=weights.dtype,
         rotary=family.rotary(max_len, device),
         embed=embed,
@@ -68,12 +73,12 @@ def load_network(
     )
 
 
-def _family(config: ModelConfig, weights: Weights, ops: Ops) -> FamilyLoader:
+def _family(config: ModelConfig, weights: Weights, ops: Ops, group: TensorGroup) -> FamilyLoader:
     match config:
         case LlamaConfig():
-            return LlamaLoader(config, weights, ops)
+            return LlamaLoader(config, weights, ops, group)
         case OPTConfig():
-            return OPTLoader(config, weights, ops)
+            return OPTLoader(config, weights, ops, group)
         case GPT2Config():
-            return GPT2Loader(config, weights, ops)
+            return GPT2Loader(config, weights, ops, group)
     raise TypeError(f"no network for a {type(config).__name__}")

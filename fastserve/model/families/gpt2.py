@@ -13,17 +13,21 @@ from torch import Tensor
 from fastserve.checkpoint.config_gpt2 import GPT2Config
 from fastserve.model.decoder_parts import Embedding, Head, PreNormLayer
 from fastserve.model.families.interfaces import WeightNames
+from fastserve.model.families.projections import Matrix, ProjectionReader, shifted, stack, times
 from fastserve.model.loader import Weights
-from fastserve.model.ops.interfaces import LinearOp, NormOp, Ops
+from fastserve.model.ops.interfaces import MLPOp, NormOp, Ops
+from fastserve.model.parallel import TensorGroup
 
 
 class GPT2Loader:
     """Fits `FamilyLoader`."""
 
-    def __init__(self, config: GPT2Config, weights: Weights, ops: Ops) -> None:
+    def __init__(self, config: GPT2Config, weights: Weights, ops: Ops, group: TensorGroup) -> None:
         self.config = config
         self.weights = weights
         self.ops = ops
+        self.group = group
+        self.matrices = ProjectionReader(weights, ops, group, is_transposed=True)
         # The original checkpoints were saved from the network without its head.
         self.root = "transformer." if weights.has("transformer.wte.weight") else ""
         self.names = WeightNames(
@@ -37,22 +41,21 @@ class GPT2Loader:
         positions = self.weights.get(
             f"{self.root}wpe.weight", config.max_position_embeddings, config.hidden_size
         )
-        return Embedding(self._token_table, positions)
+        return Embedding(self._token_table, positions, group=self.group)
 
     def layer(self, index: int) -> PreNormLayer:
         prefix = f"{self.names.layers}.{index}"
-        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        hidden, head_dim = self.config.hidden_size, self.config.head_dim
+        mixed = times(self.matrices.shard.heads(self.config), head_dim)
         return PreNormLayer(
             attention_norm=self._norm(f"{prefix}.ln_1"),
-            qkv=self._linear(f"{prefix}.attn.c_attn", 3 * hidden, hidden),
-            head_dim=self.config.head_dim,
-            output=self._linear(f"{prefix}.attn.c_proj", hidden, hidden),
-            mlp_norm=self._norm(f"{prefix}.ln_2"),
-            mlp=self.ops.mlp(
-                self._linear(f"{prefix}.mlp.c_fc", inner, hidden),
-                self.config.activation,
-                self._linear(f"{prefix}.mlp.c_proj", hidden, inner),
+            qkv=self.ops.linear(*self._qkv(f"{prefix}.attn.c_attn", mixed)),
+            head_dim=head_dim,
+            output=self.matrices.row_parallel(
+                f"{prefix}.attn.c_proj", hidden, hidden, mixed, has_bias=True
             ),
+            mlp_norm=self._norm(f"{prefix}.ln_2"),
+            mlp=self._mlp(f"{prefix}.mlp"),
         )
 
     def head(self) -> Head:
@@ -60,9 +63,14 @@ class GPT2Loader:
         table = (
             self._token_table
             if config.tie_word_embeddings
-            else self.weights.get("lm_head.weight", config.vocab_size, config.hidden_size)
+            else self.matrices.vocabulary("lm_head.weight", config.vocab_size, config.hidden_size)
         )
-        return Head(self.ops.linear(table), norm=self._norm(f"{self.root}ln_f"))
+        return Head(
+            self.ops.linear(table),
+            config.vocab_size,
+            norm=self._norm(f"{self.root}ln_f"),
+            group=self.group,
+        )
 
     def rotary(self, max_len: int, device: torch.device) -> None:
         """Fit `FamilyLoader`."""
@@ -71,12 +79,26 @@ class GPT2Loader:
     def _token_table(self) -> Tensor:
         """What the embedding reads, and a head tied to it."""
         shape = (self.config.vocab_size, self.config.hidden_size)
-        return self.weights.get(f"{self.root}wte.weight", *shape)
+        return self.matrices.vocabulary(f"{self.root}wte.weight", *shape)
 
-    def _linear(self, name: str, out_width: int, in_width: int) -> LinearOp:
-        weight = self.weights.get(f"{name}.weight", in_width, out_width)
-        bias = self.weights.get(f"{name}.bias", out_width)
-        return self.ops.linear(weight.t().contiguous(), bias)
+    def _qkv(self, name: str, mixed: range) -> Matrix:
+        """Read this rank's heads of queries, keys and values, which lie one after the other."""
+        hidden = self.config.hidden_size
+        return stack(
+            [
+                self.matrices.column_parallel(
+                    name, 3 * hidden, hidden, shifted(mixed, first), has_bias=True
+                )
+                for first in (0, hidden, 2 * hidden)
+            ]
+        )
+
+    def _mlp(self, prefix: str) -> MLPOp:
+        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        part = self.matrices.shard.columns(inner)
+        up = self.matrices.column_parallel(f"{prefix}.c_fc", inner, hidden, part, has_bias=True)
+        down = self.matrices.row_parallel(f"{prefix}.c_proj", hidden, inner, part, has_bias=True)
+        return self.ops.mlp(self.ops.linear(*up), self.config.activation, down)
 
     def _norm(self, name: str) -> NormOp:
         weight = self.weights.get(f"{name}.weight", self.config.hidden_size)

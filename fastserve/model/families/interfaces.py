@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastserve.model.attention.rotary import Rotary
-from fastserve.model.decoder import DecoderLayer, Stage
+from fastserve.model.decoder import DecoderLayer
 from fastserve.model.input_batch import InputBatch
+from fastserve.model.stages import Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class WeightNames:
 
 
 class FamilyLoader(Protocol):
-    """Reads the parts of one checkpoint, each when it is asked for."""
+    """Reads the parts of one checkpoint, or one rank's share of them, each when it is asked for."""
 
     names: WeightNames
 
@@ -45,7 +46,7 @@ class FamilyLoader(Protocol):
         """Make one layer."""
 
     def head(self) -> Callable[[Tensor], Tensor]:
-        """Make what turns hidden state into float32 logits, row by row."""
+        """Make what turns hidden state into float32 logits, row by row, on the first rank."""
 
     def rotary(self, max_len: int, device: torch.device) -> Rotary | None:
         """Make the rotations of `max_len` positions; None where positions are not rotary."""

@@ -17,8 +17,10 @@ from fastserve.model.attention.rotary import Rotary, interleave_pairs
 from fastserve.model.decoder_parts import Embedding, Head, PreNormLayer
 from fastserve.model.families.interfaces import WeightNames
 from fastserve.model.families.mixture import load_mixture
+from fastserve.model.families.projections import Matrix, ProjectionReader, stack, times
 from fastserve.model.loader import Weights
-from fastserve.model.ops.interfaces import HeadNormOp, LinearOp, MLPOp, NormOp, Ops
+from fastserve.model.ops.interfaces import HeadNormOp, MLPOp, NormOp, Ops
+from fastserve.model.parallel import TensorGroup
 
 
 class LlamaLoader:
@@ -30,36 +32,35 @@ class LlamaLoader:
         head=("model.norm.", "lm_head."),
     )
 
-    def __init__(self, config: LlamaConfig, weights: Weights, ops: Ops) -> None:
+    def __init__(self, config: LlamaConfig, weights: Weights, ops: Ops, group: TensorGroup) -> None:
         self.config = config
         self.weights = weights
         self.ops = ops
+        self.group = group
+        self.matrices = ProjectionReader(weights, ops, group)
 
     def embedding(self) -> Embedding:
-        return Embedding(self._token_table)
+        return Embedding(self._token_table, group=self.group)
 
     def layer(self, index: int) -> PreNormLayer:
-        config, weights, ops = self.config, self.weights, self.ops
+        config = self.config
         prefix = f"{self.names.layers}.{index}"
-        width = config.num_heads * config.head_dim
         is_sparse = config.experts is not None and index in config.experts.sparse_layers
         load_mlp = load_mixture if is_sparse else _load_mlp
         return PreNormLayer(
             attention_norm=self._norm(f"{prefix}.input_layernorm"),
-            qkv=_load_qkv(config, weights, ops, f"{prefix}.self_attn"),
-            head_norm=_load_head_norm(config, weights, ops, f"{prefix}.self_attn"),
+            qkv=self.ops.linear(*_read_qkv(config, self.matrices, f"{prefix}.self_attn")),
+            head_norm=self._head_norm(f"{prefix}.self_attn"),
             head_dim=config.head_dim,
-            output=ops.linear(
-                *_load_matrix(
-                    weights,
-                    f"{prefix}.self_attn.o_proj",
-                    config.hidden_size,
-                    width,
-                    config.has_output_bias,
-                )
+            output=self.matrices.row_parallel(
+                f"{prefix}.self_attn.o_proj",
+                config.hidden_size,
+                config.num_heads * config.head_dim,
+                times(self.matrices.shard.heads(config), config.head_dim),
+                has_bias=config.has_output_bias,
             ),
             mlp_norm=self._norm(f"{prefix}.post_attention_layernorm"),
-            mlp=load_mlp(config, weights, ops, prefix),
+            mlp=load_mlp(config, self.matrices, prefix),
         )
 
     def head(self) -> Head:
@@ -67,9 +68,14 @@ class LlamaLoader:
         table = (
             self._token_table
             if config.tie_word_embeddings
-            else self.weights.get("lm_head.weight", config.vocab_size, config.hidden_size)
+            else self.matrices.vocabulary("lm_head.weight", config.vocab_size, config.hidden_size)
         )
-        return Head(self.ops.linear(table), norm=self._norm("model.norm"))
+        return Head(
+            self.ops.linear(table),
+            config.vocab_size,
+            norm=self._norm("model.norm"),
+            group=self.group,
+        )
 
     def rotary(self, max_len: int, device: torch.device) -> Rotary:
         return Rotary(self.config.rope, self.config.head_dim, max_len, device)
@@ -78,57 +84,55 @@ class LlamaLoader:
     def _token_table(self) -> Tensor:
         """What the embedding reads, and a head tied to it."""
         shape = (self.config.vocab_size, self.config.hidden_size)
-        return self.weights.get("model.embed_tokens.weight", *shape)
+        return self.matrices.vocabulary("model.embed_tokens.weight", *shape)
 
     def _norm(self, name: str) -> NormOp:
         weight = self.weights.get(f"{name}.weight", self.config.hidden_size)
         return self.ops.rms_norm(weight, self.config.rms_norm_eps)
 
+    def _head_norm(self, prefix: str) -> HeadNormOp | None:
+        """Return Qwen3's query and key norms as one, with a weight row per head."""
+        config, shard, dim = self.config, self.matrices.shard, self.config.head_dim
+        if not config.has_qk_norm:
+            return None
+        query = interleave_pairs(self.weights.get(f"{prefix}.q_norm.weight", dim), dim)
+        key = interleave_pairs(self.weights.get(f"{prefix}.k_norm.weight", dim), dim)
+        num_heads, num_kv_heads = len(shard.heads(config)), len(shard.kv_heads(config))
+        rows = torch.cat((query.expand(num_heads, dim), key.expand(num_kv_heads, dim)))
+        return self.ops.head_rms_norm(rows, config.rms_norm_eps)
 
-def _load_matrix(
-    weights: Weights, name: str, out_width: int, in_width: int, has_bias: bool
-) -> tuple[Tensor, Tensor | None]:
-    weight = weights.get(f"{name}.weight", out_width, in_width)
-    return weight, weights.get(f"{name}.bias", out_width) if has_bias else None
 
-
-def _load_qkv(config: LlamaConfig, weights: Weights, ops: Ops, prefix: str) -> LinearOp:
+def _read_qkv(config: LlamaConfig, matrices: ProjectionReader, prefix: str) -> Matrix:
     """Stack the three projections; rows of queries and keys become rotary pairs."""
     dim = config.head_dim
-    matrices, biases = [], []
-    for name, heads in (
-        ("q_proj", config.num_heads),
-        ("k_proj", config.num_kv_heads),
-        ("v_proj", config.num_kv_heads),
+    heads, kv_heads = matrices.shard.heads(config), matrices.shard.kv_heads(config)
+    parts = []
+    for name, num_heads, here in (
+        ("q_proj", config.num_heads, heads),
+        ("k_proj", config.num_kv_heads, kv_heads),
+        ("v_proj", config.num_kv_heads, kv_heads),
     ):
-        weight, bias = _load_matrix(
-            weights, f"{prefix}.{name}", heads * dim, config.hidden_size, config.has_qkv_bias
+        weight, bias = matrices.column_parallel(
+            f"{prefix}.{name}",
+            num_heads * dim,
+            config.hidden_size,
+            times(here, dim),
+            has_bias=config.has_qkv_bias,
         )
-        is_rotated = name != "v_proj"
-        matrices.append(interleave_pairs(weight, dim) if is_rotated else weight)
-        if bias is not None:
-            biases.append(interleave_pairs(bias, dim) if is_rotated else bias)
-    return ops.linear(torch.cat(matrices), torch.cat(biases) if biases else None)
+        if name != "v_proj":
+            weight = interleave_pairs(weight, dim)
+            bias = None if bias is None else interleave_pairs(bias, dim)
+        parts.append((weight, bias))
+    return stack(parts)
 
 
-def _load_head_norm(
-    config: LlamaConfig, weights: Weights, ops: Ops, prefix: str
-) -> HeadNormOp | None:
-    """Return Qwen3's query and key norms as one, with a weight row per head."""
-    if not config.has_qk_norm:
-        return None
-    dim = config.head_dim
-    query = interleave_pairs(weights.get(f"{prefix}.q_norm.weight", dim), dim)
-    key = interleave_pairs(weights.get(f"{prefix}.k_norm.weight", dim), dim)
-    rows = torch.cat((query.expand(config.num_heads, dim), key.expand(config.num_kv_heads, dim)))
-    return ops.head_rms_norm(rows, config.rms_norm_eps)
-
-
-def _load_mlp(config: LlamaConfig, weights: Weights, ops: Ops, layer: str) -> MLPOp:
-    prefix = f"{layer}.mlp"
+def _load_mlp(config: LlamaConfig, matrices: ProjectionReader, layer: str) -> MLPOp:
+    prefix, ops = f"{layer}.mlp", matrices.ops
     width, hidden, has_bias = config.intermediate_size, config.hidden_size, config.has_mlp_bias
-    gate, gate_bias = _load_matrix(weights, f"{prefix}.gate_proj", width, hidden, has_bias)
-    up, up_bias = _load_matrix(weights, f"{prefix}.up_proj", width, hidden, has_bias)
-    bias = None if gate_bias is None or up_bias is None else torch.cat((gate_bias, up_bias))
-    down = ops.linear(*_load_matrix(weights, f"{prefix}.down_proj", hidden, width, has_bias))
-    return ops.gated_mlp(ops.linear(torch.cat((gate, up)), bias), down)
+    part = matrices.shard.columns(width)
+    gate_up = [
+        matrices.column_parallel(f"{prefix}.{name}", width, hidden, part, has_bias=has_bias)
+        for name in ("gate_proj", "up_proj")
+    ]
+    down = matrices.row_parallel(f"{prefix}.down_proj", hidden, width, part, has_bias=has_bias)
+    return ops.gated_mlp(ops.linear(*stack(gate_up)), down)

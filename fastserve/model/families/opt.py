@@ -15,8 +15,10 @@ from fastserve.checkpoint.config_opt import OPTConfig
 from fastserve.model.attention.interfaces import LayerAttention, LayerKV
 from fastserve.model.decoder_parts import Embedding, Head, PreNormLayer
 from fastserve.model.families.interfaces import WeightNames
+from fastserve.model.families.projections import Matrix, ProjectionReader, stack, times
 from fastserve.model.loader import Slice, Weights
-from fastserve.model.ops.interfaces import LinearOp, NormOp, Ops
+from fastserve.model.ops.interfaces import LinearOp, MLPOp, NormOp, Ops
+from fastserve.model.parallel import TensorGroup
 
 POSITION_OFFSET = 2
 """Rows of the position table that stand before position 0."""
@@ -46,10 +48,12 @@ class PostNormLayer(PreNormLayer):
 class OPTLoader:
     """Fits `FamilyLoader`."""
 
-    def __init__(self, config: OPTConfig, weights: Weights, ops: Ops) -> None:
+    def __init__(self, config: OPTConfig, weights: Weights, ops: Ops, group: TensorGroup) -> None:
         self.config = config
         self.weights = weights
         self.ops = ops
+        self.group = group
+        self.matrices = ProjectionReader(weights, ops, group)
         # The first OPT checkpoints were saved from the network without its head.
         is_whole = weights.has("model.decoder.embed_tokens.weight")
         self.root = "model.decoder" if is_whole else "decoder"
@@ -74,24 +78,23 @@ class OPTLoader:
             self._token_table,
             positions,
             self._projection("project_in", config.hidden_size, config.embedding_size),
+            self.group,
         )
 
     def layer(self, index: int) -> PreNormLayer:
-        config, ops = self.config, self.ops
+        config, hidden = self.config, self.config.hidden_size
         prefix = f"{self.names.layers}.{index}"
-        hidden, inner = config.hidden_size, config.intermediate_size
+        mixed = times(self.matrices.shard.heads(config), config.head_dim)
         make_layer = PreNormLayer if config.is_norm_first else PostNormLayer
         return make_layer(
             attention_norm=self._norm(f"{prefix}.self_attn_layer_norm"),
-            qkv=self._qkv(f"{prefix}.self_attn"),
+            qkv=self.ops.linear(*self._qkv(f"{prefix}.self_attn", mixed)),
             head_dim=config.head_dim,
-            output=ops.linear(*self._matrix(f"{prefix}.self_attn.out_proj", hidden, hidden)),
-            mlp_norm=self._norm(f"{prefix}.final_layer_norm"),
-            mlp=ops.mlp(
-                ops.linear(*self._matrix(f"{prefix}.fc1", inner, hidden)),
-                config.activation,
-                ops.linear(*self._matrix(f"{prefix}.fc2", hidden, inner)),
+            output=self.matrices.row_parallel(
+                f"{prefix}.self_attn.out_proj", hidden, hidden, mixed, has_bias=config.has_bias
             ),
+            mlp_norm=self._norm(f"{prefix}.final_layer_norm"),
+            mlp=self._mlp(prefix),
         )
 
     def head(self) -> Head:
@@ -99,12 +102,16 @@ class OPTLoader:
         table = (
             self._token_table
             if config.tie_word_embeddings
-            else self.weights.get("lm_head.weight", config.vocab_size, config.embedding_size)
+            else self.matrices.vocabulary(
+                "lm_head.weight", config.vocab_size, config.embedding_size
+            )
         )
         return Head(
             self.ops.linear(table),
+            config.vocab_size,
             norm=self._norm(f"{self.root}.final_layer_norm") if config.has_final_norm else None,
             project=self._projection("project_out", config.embedding_size, config.hidden_size),
+            group=self.group,
         )
 
     def rotary(self, max_len: int, device: torch.device) -> None:
@@ -114,7 +121,7 @@ class OPTLoader:
     def _token_table(self) -> Tensor:
         """What the embedding reads, and a head tied to it."""
         shape = (self.config.vocab_size, self.config.embedding_size)
-        return self.weights.get(f"{self.root}.embed_tokens.weight", *shape)
+        return self.matrices.vocabulary(f"{self.root}.embed_tokens.weight", *shape)
 
     def _projection(self, name: str, out_width: int, in_width: int) -> LinearOp | None:
         """Load what stands between the stream and a narrower table; None: they are as wide."""
@@ -122,19 +129,24 @@ class OPTLoader:
             return None
         return self.ops.linear(self.weights.get(f"{self.root}.{name}.weight", out_width, in_width))
 
-    def _qkv(self, prefix: str) -> LinearOp:
-        hidden = self.config.hidden_size
-        parts = [
-            self._matrix(f"{prefix}.{name}", hidden, hidden)
-            for name in ("q_proj", "k_proj", "v_proj")
-        ]
-        biases = [bias for _, bias in parts if bias is not None]
-        weight = torch.cat([weight for weight, _ in parts])
-        return self.ops.linear(weight, torch.cat(biases) if biases else None)
+    def _qkv(self, prefix: str, mixed: range) -> Matrix:
+        hidden, has_bias = self.config.hidden_size, self.config.has_bias
+        return stack(
+            [
+                self.matrices.column_parallel(
+                    f"{prefix}.{name}", hidden, hidden, mixed, has_bias=has_bias
+                )
+                for name in ("q_proj", "k_proj", "v_proj")
+            ]
+        )
 
-    def _matrix(self, name: str, out_width: int, in_width: int) -> tuple[Tensor, Tensor | None]:
-        weight = self.weights.get(f"{name}.weight", out_width, in_width)
-        return weight, self.weights.get(f"{name}.bias", out_width) if self.config.has_bias else None
+    def _mlp(self, prefix: str) -> MLPOp:
+        config, matrices = self.config, self.matrices
+        hidden, inner, has_bias = config.hidden_size, config.intermediate_size, config.has_bias
+        part = matrices.shard.columns(inner)
+        up = matrices.column_parallel(f"{prefix}.fc1", inner, hidden, part, has_bias=has_bias)
+        down = matrices.row_parallel(f"{prefix}.fc2", hidden, inner, part, has_bias=has_bias)
+        return self.ops.mlp(self.ops.linear(*up), config.activation, down)
 
     def _norm(self, name: str) -> NormOp:
         if not self.config.has_norm_weights:
