@@ -246,3 +246,16 @@ def test_a_slice_of_another_shape_is_refused(checkpoint):
     weights = open_weights(checkpoint, "auto", torch.float32, CPU)
     with pytest.raises(ConfigError, match=r"shape \[48\], config.json asks for \[50\]"):
         weights.get("model.norm.weight", 50, part=Slice(49, 50))
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_part_may_be_cut_along_several_dimensions(load_format, tmp_path):
+    """As a rank reads its rows of one expert; a part that is everything is the whole."""
+    save_file({"a": torch.randn(3, 4, 5)}, tmp_path / "model.safetensors")
+    weights = open_weights(tmp_path, load_format, torch.float32, CPU)
+    whole = weights.get("a", 3, 4, 5)
+    part = weights.get("a", 3, 4, 5, part=(Slice(1, 2), Slice(2, 5, dim=2)))
+    assert torch.equal(part, whole[1:2, :, 2:5])
+    assert part.is_contiguous()
+    assert torch.equal(weights.get("a", 3, 4, 5, part=(Slice(0, 3), Slice.of(range(4), 1))), whole)
+    assert weights.get("a", 3, 4, 5, part=Slice(3, 3)).shape == (0, 4, 5)

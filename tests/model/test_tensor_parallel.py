@@ -2,52 +2,30 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastserve.checkpoint.model_config import read_model_config
 from fastserve.executor.choices import choose_cpu_kernels, choose_ops
-from fastserve.model.attention.interfaces import PagedKV
-from fastserve.model.attention.shape import AttentionShape
-from fastserve.model.decoder import Decoder
 from fastserve.model.families.architectures import load_network
-from fastserve.model.input_batch import build_input_batch
 from fastserve.model.loader import Part, Weights, open_weights
 from fastserve.model.ops.interfaces import Ops
 from fastserve.model.ops.torch_ops import TorchOps
 from fastserve.model.parallel import ALONE, Shard, TensorGroup
-from fastserve.model.stages import split_layers
 from fastserve.settings.option import ConfigError
 from tests.checkpoints import ARCHITECTURES, VOCAB_SIZE, make_checkpoint
-from tests.model.families.test_architectures import random_ids
+from tests.model.sharded import (
+    CPU,
+    NUM_TOKENS,
+    make_wide_checkpoint,
+    run,
+    run_sharded,
+)
 from tests.model.thread_group import ThreadGroup, run_ranks
-
-CPU = torch.device("cpu")
-BLOCK_SIZE = 8
-NUM_TOKENS = 60
-CUTS = (23, 40, *range(41, NUM_TOKENS))  # three chunks of prefill, then decode steps
-
-
-class Run(NamedTuple):
-    """What one rank computed."""
-
-    logits: Tensor  # [num_tokens, vocab]; of other ranks than the first: none
-    kv: Tensor  # [blocks, layers, 2, block_size, kv_heads, head_dim]
-
-
-def make_wide_checkpoint(path, name, **changes) -> None:
-    """Make a checkpoint for up to eight ranks: fewer key-value heads, uneven widths and rows."""
-    heads = {"n_head": 8} if name == "gpt2" else {"num_attention_heads": 8}
-    if name == "llama-mha-biased":
-        heads["num_key_value_heads"] = 8
-    width = {"gpt2": "n_inner"}.get(name, "ffn_dim" if "opt" in name else "intermediate_size")
-    experts = {"moe_intermediate_size": 41} if "moe" in name else {}
-    make_checkpoint(path, name, **heads, **{width: 82}, **experts, **changes)
 
 
 def open_sharded(path) -> Weights:
@@ -55,56 +33,15 @@ def open_sharded(path) -> Weights:
     return open_weights(path, "auto", torch.float32, CPU)
 
 
-@torch.inference_mode()
-def run(path, group: TensorGroup, ops: Ops, *, num_stages=1, cuts=CUTS) -> Run:
-    """Run one sequence in chunks that end at `cuts`, through all stages of this rank."""
-    config, num_blocks = read_model_config(path), -(-NUM_TOKENS // BLOCK_SIZE)
-    stages = [
-        load_network(
-            config, open_sharded(path), ops, max_len=64, device=CPU, stage=stage, group=group
-        )
-        for stage in split_layers(config, num_stages)
-    ]
-    kv_of = [make_kv(stage, config.head_dim, 2 * num_blocks) for stage in stages]
-    table = np.random.default_rng(0).permutation(2 * num_blocks)[:num_blocks]
-    ids, logits = np.array(random_ids(NUM_TOKENS)), []
-    for start, stop in zip((0, *cuts), (*cuts, NUM_TOKENS), strict=True):
-        batch = build_input_batch(
-            token_ids=ids[start:stop],
-            starts=np.array([start]),
-            counts=np.array([stop - start]),
-            tables=table[None, : -(-stop // BLOCK_SIZE)],
-            scored=None,
-            block_size=BLOCK_SIZE,
-            device=CPU,
-        )
-        hidden: Tensor | None = None
-        for stage, kv in zip(stages, kv_of, strict=True):
-            hidden = stage(batch, kv, hidden)
-        assert hidden is not None
-        logits.append(hidden)
-    blocks = torch.from_numpy(table)
-    return Run(torch.cat(logits), torch.cat([kv.tensor[blocks] for kv in kv_of], dim=1))
+def plain() -> Ops:
+    """Make parts of plain torch."""
+    return TorchOps(torch.float32)
 
 
-def run_sharded(size, path, kind="plain", **how) -> list[Run]:
-    """Run it on several ranks; returns what each has."""
-    return run_ranks(size, lambda group: run(path, group, make_ops(kind), **how))
-
-
-def make_kv(stage: Decoder, head_dim: int, num_blocks: int) -> PagedKV:
-    """Make the KV of this rank's layers and heads."""
-    heads: AttentionShape = stage.attention.shape  # type: ignore[attr-defined]
-    shape = (num_blocks, len(stage.layers), 2, BLOCK_SIZE, heads.num_kv_heads, head_dim)
-    return PagedKV(torch.zeros(shape))
-
-
-def make_ops(kind) -> Ops:
-    """Return the parts that the worker would choose."""
-    if kind == "plain":
-        return TorchOps(torch.float32)
-    kernels = choose_cpu_kernels("auto", torch.float32, CPU)
-    return choose_ops(torch.float32, CPU, kernels, is_deterministic=kind == "deterministic")
+def chosen(dtype=torch.float32, *, is_deterministic: bool) -> Ops:
+    """Make the parts that a worker takes on a CPU: packed products, compiled kernels."""
+    kernels = choose_cpu_kernels("auto", dtype, CPU)
+    return choose_ops(dtype, CPU, kernels, is_deterministic)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -112,10 +49,10 @@ def test_logits_and_kv_are_those_of_one_rank(name, tmp_path):
     """In chunks and token by token, on two and on four ranks, which have two key-value heads."""
     make_wide_checkpoint(tmp_path, name)
     config = read_model_config(tmp_path)
-    whole = run(tmp_path, ALONE, make_ops("plain"))
+    whole = run(tmp_path, ALONE, plain())
     assert whole.logits.shape == (NUM_TOKENS, VOCAB_SIZE)
     for size in (2, 4):
-        ranks = run_sharded(size, tmp_path)
+        ranks = run_sharded(size, tmp_path, plain)
         torch.testing.assert_close(ranks[0].logits, whole.logits, atol=1e-4, rtol=0)
         for rank, part in enumerate(ranks):
             heads = Shard(rank, size).kv_heads(config)
@@ -124,41 +61,52 @@ def test_logits_and_kv_are_those_of_one_rank(name, tmp_path):
             assert rank == 0 or part.logits.shape == (0, VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("kind", ["native", "deterministic"])
+@pytest.mark.parametrize("is_deterministic", [False, True], ids=["fastest", "deterministic"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "opt-norm-last", "opt", "gpt2"])
-def test_shards_are_made_of_any_parts(name, kind, tmp_path):
+def test_shards_are_made_of_any_parts(name, is_deterministic, tmp_path):
     """Packed products and compiled kernels, and those of --deterministic, serve a shard as well."""
     make_wide_checkpoint(tmp_path, name)
-    whole = run(tmp_path, ALONE, make_ops("plain"))
-    ranks = run_sharded(2, tmp_path, kind)
+    whole = run(tmp_path, ALONE, plain())
+    ranks = run_sharded(2, tmp_path, partial(chosen, is_deterministic=is_deterministic))
     torch.testing.assert_close(ranks[0].logits, whole.logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "opt", "gpt2"])
+def test_half_types_lose_no_more_than_on_one_rank(name, tmp_path):
+    """In bfloat16 terms are rounded before they are added up: logits are about as far off."""
+    make_wide_checkpoint(tmp_path, name)
+    exact = run(tmp_path, ALONE, plain()).logits
+    make_ops = partial(chosen, torch.bfloat16, is_deterministic=False)
+    one = run(tmp_path, ALONE, make_ops(), dtype=torch.bfloat16).logits
+    four = run_sharded(4, tmp_path, make_ops, dtype=torch.bfloat16)[0].logits
+    assert 0 < (four - exact).square().mean() < 2 * (one - exact).square().mean()
 
 
 @pytest.mark.parametrize("name", ["llama", "opt-norm-last", "gpt2", "mixtral"])
 def test_stages_of_shards(name, tmp_path):
     """Two stages of two shards: the bits of the two shards alone, and one rank's logits."""
     make_wide_checkpoint(tmp_path, name)
-    whole = run(tmp_path, ALONE, make_ops("plain"))
-    one, two = (run_sharded(2, tmp_path, num_stages=num_stages) for num_stages in (1, 2))
+    whole = run(tmp_path, ALONE, plain())
+    one, two = (run_sharded(2, tmp_path, plain, num_stages=num_stages) for num_stages in (1, 2))
     torch.testing.assert_close(two[0].logits, whole.logits, atol=1e-4, rtol=0)
     for staged, unstaged in zip(two, one, strict=True):
         assert torch.equal(staged.logits, unstaged.logits)
         assert torch.equal(staged.kv, unstaged.kv)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "mixtral", "opt", "gpt2"])
-def test_deterministic_bits_do_not_depend_on_the_batch_of_a_shard(name, tmp_path):
-    """On three or more ranks too: one layout has one result, however a prompt is cut."""
+@pytest.mark.parametrize(("name", "size"), [("qwen3", 2), ("mixtral", 4), ("gpt2", 4)])
+def test_deterministic_bits_do_not_depend_on_the_batch_of_a_shard(name, size, tmp_path):
+    """One number of ranks has one result, however a prompt is cut, and layers are."""
     make_wide_checkpoint(tmp_path, name)
-    for size in (2, 4):
-        whole, cut, staged = (
-            run_sharded(size, tmp_path, "deterministic", cuts=cuts, num_stages=num_stages)
-            for cuts, num_stages in (((), 1), (CUTS, 1), (CUTS, 3))
-        )
-        for rank in range(size):
-            for other in (cut[rank], staged[rank]):
-                assert torch.equal(whole[rank].logits, other.logits)
-                assert torch.equal(whole[rank].kv, other.kv)
+    make_ops = partial(chosen, is_deterministic=True)
+    ranks = run_sharded(size, tmp_path, make_ops, cuts=())
+    for other in (
+        run_sharded(size, tmp_path, make_ops),
+        run_sharded(size, tmp_path, make_ops, cuts=(), num_stages=3),
+    ):
+        for found, expected in zip(other, ranks, strict=True):
+            assert torch.equal(found.logits, expected.logits)
+            assert torch.equal(found.kv, expected.kv)
 
 
 class CountedWeights:
@@ -220,8 +168,6 @@ def test_a_rank_reads_only_its_part(name, size, tmp_path):
 
 def make_stacked_checkpoint(path) -> None:
     """Make a Mixtral whose experts lie in one tensor, as transformers 5 keeps them in memory."""
-    from safetensors.torch import save_file
-
     changes = {"num_attention_heads": 8, "intermediate_size": 82}
     model = make_checkpoint(path, "mixtral", **changes)
     tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -233,7 +179,7 @@ def test_stacked_experts_are_divided_alike(tmp_path):
     """The other way to store experts gives the same shards."""
     make_stacked_checkpoint(tmp_path / "stacked")
     make_wide_checkpoint(tmp_path / "single", "mixtral")
-    one, other = (run_sharded(2, tmp_path / folder) for folder in ("stacked", "single"))
+    one, other = (run_sharded(2, tmp_path / folder, plain) for folder in ("stacked", "single"))
     assert torch.equal(one[0].logits, other[0].logits)
 
 
@@ -244,7 +190,7 @@ def test_ranks_meet_as_rarely_as_they_can(tmp_path):
 
     def count(group: TensorGroup) -> int:
         assert isinstance(group, ThreadGroup)
-        run(tmp_path, group, make_ops("plain"), cuts=())
+        run(tmp_path, group, plain(), cuts=())
         return group.num_calls
 
     assert run_ranks(2, count) == [2 * config.num_layers + 2] * 2
