@@ -51,7 +51,7 @@ from fastserve.bench.requests import plan_requests
 from fastserve.bench.serve import Target, send
 from fastserve.bench.serve_config import ServeBenchConfig
 from fastserve.bench.serve_report import Run, Sent, figures
-from fastserve.engine.process import quiet_garbage_collector
+from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.json_file import read_object
 from fastserve.host.provenance import output_path, provenance
 from fastserve.launch import open_engine

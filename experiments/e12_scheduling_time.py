@@ -18,7 +18,7 @@ from experiments.lengths import named_lengths
 from experiments.sweep import saturation
 from fastserve.core.build import build_scheduler
 from fastserve.core.request import Arrival, SamplingParams
-from fastserve.engine.process import quiet_garbage_collector
+from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.sim.clock import VirtualClock
 from fastserve.sim.sim_executor import SimExecutor
 from fastserve.sim.workload import Workload

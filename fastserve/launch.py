@@ -1,6 +1,7 @@
 """The composition root: names the parts, hands them to each other, starts the server.
 
-`python -m fastserve.launch --engine-fd N` is the engine process. Rules: this is where the torch
+`python -m fastserve.launch --engine-fd N` is the engine process, `--rank-fd N` one rank of a
+distributed model. Rules: this is where the torch
 rooms and the core meet; they are imported inside the functions that need them, so that the API
 process loads no torch. Must not know: how any part works.
 """
@@ -31,9 +32,12 @@ from fastserve.settings.option import ConfigError
 from fastserve.settings.scheduler import SchedulerConfig, pool_window
 from fastserve.settings.server import ServerConfig
 from fastserve.text.tokenizer import Tokenizer
+from fastserve.wire.child import be_child
+from fastserve.wire.driver_link import DriverLink
 from fastserve.wire.engine_messages import EngineInfo
 
 if TYPE_CHECKING:
+    from fastserve.executor.distributed import DistributedExecutor
     from fastserve.executor.local import LocalExecutor
 
 # Threads that spin between steps take cores from other processes of this machine; those that
@@ -59,11 +63,20 @@ def open_executor(
     eos_token_ids: frozenset[int],
     on_progress: Callable[[str, float], None],
     reserved_cores: int,
-) -> LocalExecutor:
+) -> LocalExecutor | DistributedExecutor:
     """Load a model; how the threads of torch wait is settled here, unless torch has been loaded."""
     if "OMP_WAIT_POLICY" not in os.environ:
         for name, value in WAITING.items():
             os.environ.setdefault(name, value)  # read once, when torch loads its thread pool
+    backend = config.distributed_executor_backend
+    if config.num_ranks > 1 or backend == "mp":
+        return _open_ranks(
+            config,
+            model_dir,
+            eos_token_ids=eos_token_ids,
+            on_progress=on_progress,
+            reserved_cores=reserved_cores,
+        )
     from fastserve.executor.local import LocalExecutor
 
     return LocalExecutor(
@@ -72,6 +85,26 @@ def open_executor(
         num_threads=count_threads(config, reserved_cores),
         eos_token_ids=eos_token_ids,
         on_progress=on_progress,
+    )
+
+
+def _open_ranks(
+    config: EngineConfig,
+    model_dir: Path,
+    *,
+    eos_token_ids: frozenset[int],
+    on_progress: Callable[[str, float], None],
+    reserved_cores: int,
+) -> DistributedExecutor:
+    """Load a model into several processes of this host."""
+    from fastserve.executor.distributed import DistributedExecutor
+    from fastserve.executor.starting import ChildStarter
+
+    starter = ChildStarter(
+        _command("--rank-fd"), os.environ | _environment(), config.num_ranks, reserved_cores
+    )
+    return DistributedExecutor(
+        config, model_dir, starter, eos_token_ids=eos_token_ids, on_progress=on_progress
     )
 
 
@@ -196,12 +229,22 @@ def _open_journal(path: Path) -> Iterator[Journal]:
 
 def open_async_engine(config: EngineConfig, model_name: str | None = None) -> AsyncEngine:
     """Return an engine that will run in a process of its own; `start` begins to load it."""
+    return AsyncEngine(
+        config, _command("--engine-fd"), environment=_environment(), model_name=model_name
+    )
+
+
+def _command(flag: str) -> tuple[str, ...]:
+    """Return what starts a process of ours; the number of an inherited socket is appended."""
+    # -P: a file in the working directory must not stand in for a module.
+    return sys.executable, "-P", "-m", "fastserve.launch", flag
+
+
+def _environment() -> dict[str, str]:
+    """Return what such a process needs beyond what it inherits."""
     package_root = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH")
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, (package_root, inherited)))}
-    # -P: a file in the working directory must not stand in for a module.
-    command = (sys.executable, "-P", "-m", "fastserve.launch", "--engine-fd")
-    return AsyncEngine(config, command, environment=environment, model_name=model_name)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (package_root, inherited)))}
 
 
 def open_tokenizer(config: EngineConfig, chat_template: str | None = None) -> Tokenizer | None:
@@ -243,14 +286,26 @@ def serve(config: EngineConfig, server_config: ServerConfig) -> int:
         return listen.run(app, engine, listener, refuse_work, server_config)
 
 
+def run_rank(fd: int) -> int:
+    """Be a rank on the inherited socket `fd`; it is heard before torch is loaded."""
+    link = DriverLink(be_child(fd))
+    from fastserve.executor import rank
+
+    return rank.run(link)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Be the engine process."""
+    """Be the engine process, or a rank."""
     parser = argparse.ArgumentParser(prog="python -m fastserve.launch")
-    parser.add_argument("--engine-fd", type=int, required=True, help="inherited socket to serve")
+    end = parser.add_mutually_exclusive_group(required=True)
+    end.add_argument("--engine-fd", type=int, help="inherited socket to be the engine process on")
+    end.add_argument("--rank-fd", type=int, help="inherited socket to be a rank on")
     args = parser.parse_args(argv)
     logging.basicConfig(
         level=logging.WARNING, format=LOG_FORMAT, datefmt=LOG_TIME, stream=sys.stderr
     )
+    if args.rank_fd is not None:
+        return run_rank(args.rank_fd)
     return process.run(args.engine_fd, open_served_engine)
 
 

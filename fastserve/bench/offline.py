@@ -26,7 +26,7 @@ from rich.table import Table
 from fastserve.bench.config import OfflineBenchConfig
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.engine.engine import Engine
-from fastserve.engine.process import quiet_garbage_collector
+from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.provenance import output_path, provenance, write_result
 from fastserve.host.terminal import make_bar, make_table
 from fastserve.launch import count_threads, open_engine

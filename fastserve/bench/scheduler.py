@@ -25,7 +25,7 @@ from fastserve.core.cost_model import CostModel
 from fastserve.core.messages import ExecutorOutput, Sample, SchedulerOutput, StepDone
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.core.scheduler import Scheduler
-from fastserve.engine.process import quiet_garbage_collector
+from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.provenance import output_path, provenance, write_result
 from fastserve.host.terminal import make_bar, make_table
 from fastserve.settings.scheduler import SchedulerConfig, pool_window

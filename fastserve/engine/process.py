@@ -8,7 +8,6 @@ are the parent's to answer: it drains first. Must not know: torch, text, HTTP.
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import os
@@ -22,6 +21,7 @@ from fastserve.core.messages import RequestUpdate
 from fastserve.core.request import Handle
 from fastserve.engine.engine import Engine
 from fastserve.engine.length_file import LengthFile
+from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.wire.child import be_child
@@ -217,17 +217,6 @@ class Loop:
     def _touch(self) -> None:
         if self._stats_due == math.inf:
             self._stats_due = self.engine.clock.now() + STATS_INTERVAL_S
-
-
-def quiet_garbage_collector() -> None:
-    """Keep the cycle collector from pausing every stream.
-
-    What a step allocates are acyclic tuples that reference counting frees; a full collection over
-    the model and ten thousand requests takes tens of milliseconds and finds nothing.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 50, 1000)
 
 
 def run(fd: int, open_engine: OpenEngine) -> int:

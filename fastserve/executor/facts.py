@@ -27,6 +27,7 @@ class RankFacts:
 
     block_bytes: int  # of a KV block: this rank's layers and KV heads
     cpu_kernels: str
+    num_threads: int  # of one CPU operation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ class ExecutorFacts:
     vocab_size: int
     num_device_blocks: int
     num_host_blocks: int
-    block_bytes: int
+    block_bytes: int  # of a KV block, on all ranks together
     dtype: str
     device: str
     cpu_kernels: str

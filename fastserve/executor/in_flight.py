@@ -28,7 +28,7 @@ class InFlight:
         self._copies: list[int] = []
         self._failed_copies: list[int] = []
         self._is_woken = False
-        self._error: BaseException | None = None
+        self._failure: tuple[str, BaseException | None] | None = None
 
     def can_begin(self) -> bool:
         """Whether a compute slot is free."""
@@ -57,22 +57,22 @@ class InFlight:
             (self._copies if is_done else self._failed_copies).append(copy_id)
             self._changed.notify_all()
 
-    def fail(self, error: BaseException) -> None:
-        """Say that nothing more can be carried out, and why; the first reason counts."""
+    def fail(self, reason: str, cause: BaseException | None = None) -> None:
+        """Say that nothing more can be carried out, and why, in one line; the first one counts."""
         with self._changed:
-            if self._error is None:
-                self._error = error
+            if self._failure is None:
+                self._failure = reason, cause
                 self._changed.notify_all()
 
     @property
     def has_failed(self) -> bool:
         """Whether `fail` was called."""
-        return self._error is not None
+        return self._failure is not None
 
     def wait(self, until: float) -> ExecutorOutput | None:
         """Fit `Executor.wait`, by the machine's steady clock."""
         with self._changed:
-            while not (output := self._take()) and not (self._is_woken or self._error):
+            while not (output := self._take()) and not (self._is_woken or self._failure):
                 timeout = until - time.monotonic()
                 if timeout <= 0.0:
                     break
@@ -80,8 +80,9 @@ class InFlight:
             self._is_woken = False
             if output is not None:
                 return output
-            if self._error is not None:
-                raise RuntimeError(f"a step failed: {self._error!r}") from self._error
+            if self._failure is not None:
+                reason, cause = self._failure
+                raise RuntimeError(reason) from cause
             return None
 
     def wake(self) -> None:

@@ -96,12 +96,16 @@ class KVStore:
         self.device.tensor[:num_blocks].zero_()
 
 
-def room_for_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -> BlockCounts:
+def room_for_blocks(
+    config: EngineConfig, block_bytes: int, device: torch.device, *, num_local_ranks: int = 1
+) -> BlockCounts:
     """Return for how many blocks there is room in each tier: as told, else as memory allows.
 
-    Raises ConfigError when not even one fits on the device.
+    Of the host's memory, a rank takes no more than its share. Raises ConfigError when not even one
+    block fits on the device.
     """
-    host = _room_on_host(config, block_bytes)
+    available = available_memory() // num_local_ranks
+    host = _room_on_host(config, block_bytes, available)
     if config.num_device_blocks is not None:
         return BlockCounts(config.num_device_blocks, host)
     if config.kv_cache_memory_bytes is not None:
@@ -111,18 +115,18 @@ def room_for_blocks(config: EngineConfig, block_bytes: int, device: torch.device
         budget = int(total * config.gpu_memory_utilization) - (total - free)
         source = "--gpu-memory-utilization"
     else:
-        budget, source = min(int(available_memory() * CPU_SHARE), CPU_LIMIT), "free memory"
+        budget, source = min(int(available * CPU_SHARE), CPU_LIMIT), "free memory"
     num_blocks = budget // block_bytes
     if num_blocks < 1:
         raise ConfigError(f"{source}: {budget} bytes hold no KV block of {block_bytes} bytes")
     return BlockCounts(num_blocks, host)
 
 
-def _room_on_host(config: EngineConfig, block_bytes: int) -> int:
+def _room_on_host(config: EngineConfig, block_bytes: int, available: int) -> int:
     wanted = config.host_kv_bytes
     if not wanted:
         return 0
-    most = int(available_memory() * HOST_SHARE)
+    most = int(available * HOST_SHARE)
     if wanted > most:
         logger.warning(
             "--swap-space: %.2f GiB for KV in host memory, half of what is available, not %.2f",

@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-import torch
-
 from fastserve.core.messages import ExecutorOutput, SchedulerOutput, StepDone
 from fastserve.executor.block_checks import BlockChecks
 from fastserve.executor.copy_times import CopyTimes
@@ -53,7 +51,6 @@ class LocalExecutor:
     ) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastserve-compute")
         try:
-            self._call(lambda: torch.set_num_threads(num_threads))
             self._worker, self.setup = self._call(
                 lambda: open_worker(
                     config,
@@ -158,7 +155,7 @@ class LocalExecutor:
         try:
             done = finish()
         except BaseException as error:  # raised again by `wait`, on the engine's thread
-            self._in_flight.fail(error)
+            self._in_flight.fail(f"a step failed: {error!r}", error)
             return
         self._in_flight.finish(done)
 

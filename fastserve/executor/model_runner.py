@@ -38,7 +38,10 @@ class ModelRunner:
     def run(
         self, works: Sequence[Work], states: Sequence[RequestState]
     ) -> tuple[list[Sample], dict[Handle, list[TokenLogprobs]]]:
-        """Compute one step; `states` are those of `works`, already advanced."""
+        """Compute one step; `states` are those of `works`, already advanced.
+
+        Without logits there are no samples: another rank has both, or none is asked for.
+        """
         starts = np.array([work.start for work in works], np.int64)
         counts = np.array([work.num_tokens for work in works], np.int64)
         rows = np.array([state.row for state in states], np.int64)
@@ -51,6 +54,8 @@ class ModelRunner:
 
         batch = self._build(works, states, order, starts, counts, rows, scored)
         logits = self.model(batch, self.kv)
+        if not len(logits):
+            return [], {}
         samples = self._sample(
             logits[: len(sampled)] if everything else logits,
             [states[index] for index in sampled],

@@ -2,7 +2,8 @@
 
 Rules: what all ranks must have in common is chosen or agreed here, once: device, dtype, window and
 limits before anything is loaded, the KV blocks of each tier between `room` and `allocate`. Runs on
-the thread that the worker is used from. Must not know: how a worker does its part.
+the thread that the worker is used from. Must not know: how a worker does its part, how ranks are
+started.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastserve.checkpoint.model_config import read_model_config
+import torch
+
+from fastserve.checkpoint.model_config import ModelConfig, read_model_config
 from fastserve.executor.choices import Choices, choose
-from fastserve.executor.facts import BlockCounts, ExecutorFacts, Setup
+from fastserve.executor.facts import BlockCounts, ExecutorFacts, RankFacts, Setup
 from fastserve.executor.worker import Worker
+from fastserve.model.decoder import Stage
 from fastserve.settings.engine import EngineConfig
 
 WINDOWS_PER_SEQ = 64
@@ -51,22 +55,50 @@ def open_worker(
         is_checked=is_checked,
         is_async=is_async,
     )
+    torch.set_num_threads(num_threads)
     rank = worker.load(model_dir, on_progress)
     blocks = agree_on_blocks(config, choices, [worker.room()])
     worker.allocate(blocks, on_progress)
+    return Opened(worker, describe(config, model_config, choices, blocks, [rank]))
+
+
+def describe(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    choices: Choices,
+    blocks: BlockCounts,
+    ranks: Sequence[RankFacts],
+) -> Setup:
+    """Return what was found out on the way, of all ranks together."""
     facts = ExecutorFacts(
         max_model_len=choices.max_model_len,
         limits=choices.limits,
         vocab_size=model_config.vocab_size,
         num_device_blocks=blocks.device,
         num_host_blocks=blocks.host,
-        block_bytes=rank.block_bytes,
+        block_bytes=sum(rank.block_bytes for rank in ranks),
         dtype=str(choices.dtype).removeprefix("torch."),
         device=str(choices.device),
-        cpu_kernels=rank.cpu_kernels,
+        cpu_kernels=ranks[0].cpu_kernels,
     )
-    setup = Setup(config=config, model_config=model_config, facts=facts, num_threads=num_threads)
-    return Opened(worker, setup)
+    num_threads = min(rank.num_threads for rank in ranks)
+    return Setup(config=config, model_config=model_config, facts=facts, num_threads=num_threads)
+
+
+def split_layers(config: EngineConfig, model_config: ModelConfig) -> list[Stage]:
+    """Return the stages of the layers. Raises ConfigError where they cannot be had."""
+    num_layers, num_stages = model_config.num_layers, config.pipeline_parallel_size
+    counts = config.layers_by_stage
+    if counts is None:
+        counts = tuple(
+            num_layers * (index + 1) // num_stages - num_layers * index // num_stages
+            for index in range(num_stages)
+        )
+    stages, first = [], 0
+    for count in counts:
+        stages.append(Stage(first, first + count, num_layers))
+        first += count
+    return stages
 
 
 def agree_on_blocks(

@@ -23,14 +23,17 @@ from fastserve.core.request import Handle
 from fastserve.executor.async_runner import AsyncModelRunner, PendingStep, make_async_runner
 from fastserve.executor.block_checks import BlockChecks
 from fastserve.executor.choices import Choices, choose_capture, choose_cpu_kernels, choose_ops
+from fastserve.executor.collectives import ALONE, Peers
 from fastserve.executor.copier import Copier, Report
 from fastserve.executor.copy_times import CopyTimes, measure_copies
 from fastserve.executor.cuda_graphs import CudaCapture
 from fastserve.executor.facts import BlockCounts, RankFacts
 from fastserve.executor.kv_store import KVShape, KVStore, room_for_blocks
 from fastserve.executor.model_runner import ModelRunner
+from fastserve.executor.pipelined_network import PipelinedNetwork
 from fastserve.executor.poison import Poison
 from fastserve.executor.request_table import RequestTable
+from fastserve.model.decoder import Stage
 from fastserve.model.families.architectures import Network, load_network
 from fastserve.model.loader import open_weights
 from fastserve.model.ops.interfaces import Ops
@@ -52,6 +55,9 @@ class Worker:
         choices: Choices,
         *,
         eos_token_ids: frozenset[int],
+        stage: Stage | None = None,  # of the layers; None: all of them
+        peers: Peers = ALONE,
+        num_local_ranks: int = 1,  # that share the memory of this host
         is_poisoned: bool = False,
         is_checked: bool = False,  # whether blocks that move are held against what they were
         is_async: bool | None = None,  # whether `launch` returns before the end; None: on CUDA
@@ -60,13 +66,16 @@ class Worker:
         self.model_config = model_config
         self.choices = choices
         self.device = choices.device
+        self.stage = stage or Stage(0, model_config.num_layers, model_config.num_layers)
+        self.peers = peers
+        self.num_local_ranks = num_local_ranks
         self.is_poisoned = is_poisoned
         self.poison: Poison | None = None
         self.is_checked = is_checked
         self.checks: BlockChecks | None = None
         self.is_async = self.device.type == "cuda" if is_async is None else is_async
         self.kv_shape = KVShape(
-            model_config.num_layers, model_config.num_kv_heads, model_config.head_dim
+            self.stage.stop - self.stage.first, model_config.num_kv_heads, model_config.head_dim
         )
         self.block_bytes = self.kv_shape.block_bytes(config.block_size, choices.dtype)
         vocab_size = model_config.vocab_size
@@ -84,19 +93,29 @@ class Worker:
         return RankFacts(
             block_bytes=self.block_bytes,
             cpu_kernels="torch" if kernels is None else kernels.name,
+            num_threads=torch.get_num_threads(),
         )
 
     @torch.inference_mode()
     def _load_network(self, model_dir: Path, ops: Ops) -> Network:
         choices = self.choices
         weights = open_weights(model_dir, self.config.load_format, choices.dtype, self.device)
-        return load_network(
-            self.model_config, weights, ops, max_len=choices.max_model_len, device=self.device
+        decoder = load_network(
+            self.model_config,
+            weights,
+            ops,
+            max_len=choices.max_model_len,
+            device=self.device,
+            stage=self.stage,
         )
+        is_whole = self.stage.is_first and self.stage.is_last
+        return decoder if is_whole else PipelinedNetwork(decoder, self.peers)
 
     def room(self) -> BlockCounts:
         """Return for how many KV blocks there is room; ConfigError when not one on the device."""
-        return room_for_blocks(self.config, self.block_bytes, self.device)
+        return room_for_blocks(
+            self.config, self.block_bytes, self.device, num_local_ranks=self.num_local_ranks
+        )
 
     def allocate(self, blocks: BlockCounts, on_progress: Callable[[str, float], None]) -> None:
         """Make the KV of both tiers and all else that plans need."""
@@ -159,6 +178,14 @@ class Worker:
         """Stop what copies blocks."""
         self.copier.close()
 
+    def expect(self, plan: SchedulerOutput) -> None:
+        """Begin to receive what an earlier stage will hand over for a plan to come.
+
+        Plans are launched in the order in which they are expected. Callable from any thread.
+        """
+        if plan.work and self.peers.upstream is not None:
+            self.peers.upstream.expect(plan.num_tokens)
+
     def execute(self, plan: SchedulerOutput) -> StepDone:
         """Carry out the steps and the state of one plan, and wait for its end."""
         return self.launch(plan)()
@@ -182,7 +209,7 @@ class Worker:
             torch.cuda.synchronize(self.device)
 
     def _launch(self, plan: SchedulerOutput) -> Callable[[], StepDone]:
-        started = time.perf_counter()
+        started, waited_s = time.perf_counter(), self.peers.waited_s
         for handle in plan.forget:
             self._forget(handle)
             self._lost.pop(handle, None)
@@ -202,9 +229,16 @@ class Worker:
         prompt_logprobs: Mapping[Handle, Sequence[TokenLogprobs]] = {}
         if works:
             samples, prompt_logprobs = self.runner.run(works, states)
-        seconds = time.perf_counter() - started
+            self._finish_stream()
+        # Waiting for an earlier stage is no work of this one.
+        seconds = time.perf_counter() - started - (self.peers.waited_s - waited_s)
         done = StepDone(plan.step_id, _placed(plan, works, samples), seconds, prompt_logprobs)
         return lambda: done
+
+    def _finish_stream(self) -> None:
+        """Wait for what was launched: a stage without samples has not waited for anything."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _forget(self, handle: Handle) -> None:
         if self.poison is not None:

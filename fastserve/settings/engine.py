@@ -121,7 +121,7 @@ class EngineConfig:
     )
     swap_space: float = option(
         4.0,
-        "GiB of host memory for KV, in modes that swap; 0: none, and KV is recomputed",
+        "GiB of host memory for KV per rank, in modes that swap; 0: none, and KV is recomputed",
         minimum=0.0,
         maximum=1e6,
     )
@@ -135,12 +135,27 @@ class EngineConfig:
         minimum=0.0,
     )
 
-    tensor_parallel_size: int = option(1, "devices per layer", choices=(1,), aliases=("-tp",))
-    pipeline_parallel_size: int = option(1, "stages of layers", choices=(1,), aliases=("-pp",))
+    tensor_parallel_size: int = option(
+        1, "ranks that share each layer", minimum=1, maximum=1024, aliases=("-tp",)
+    )
+    pipeline_parallel_size: int = option(
+        1, "stages of layers", minimum=1, maximum=1024, aliases=("-pp",)
+    )
+    pipeline_layers: str | None = option(
+        None, "layers of each stage, as N,N,... (by what they cost)"
+    )
     data_parallel_size: int = option(1, "copies of the model", choices=(1,), aliases=("-dp",))
-    distributed_executor_backend: str = option("uni", "how workers are started", choices=("uni",))
+    distributed_executor_backend: str | None = option(
+        None,
+        "where ranks run: uni: in the engine's process; mp: in processes of this host (uni for "
+        "one rank, mp for several)",
+        choices=("uni", "mp"),
+    )
     num_threads: int | None = option(
-        None, "threads of one CPU operation (cores - 1 beside a server)", minimum=1, maximum=4096
+        None,
+        "threads of one CPU operation (cores - 1 beside a server, divided among ranks)",
+        minimum=1,
+        maximum=4096,
     )
     cpu_kernels: str = option(
         "auto",
@@ -157,6 +172,23 @@ class EngineConfig:
     journal: str | None = option(None, "file to write every fact and plan to, for replay")
 
     @property
+    def num_ranks(self) -> int:
+        """Processes or threads that share one copy of the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def layers_by_stage(self) -> tuple[int, ...] | None:
+        """The layers asked for in each stage; None where they are split by cost."""
+        if self.pipeline_layers is None:
+            return None
+        try:
+            return tuple(int(word) for word in self.pipeline_layers.split(","))
+        except ValueError:
+            raise ConfigError(
+                f"--pipeline-layers {self.pipeline_layers}: N,N,... is expected"
+            ) from None
+
+    @property
     def host_kv_bytes(self) -> int:
         """Bytes of host memory asked for KV: none in modes that do not swap."""
         is_swapping = self.preemption_mode in SWAPPING_MODES
@@ -165,6 +197,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
         check_ranges(self)
+        self._check_layout()
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
         if seqs is not None and tokens is not None and tokens < seqs:
             raise ConfigError(
@@ -180,4 +213,16 @@ class EngineConfig:
             raise ConfigError(
                 f"--max-num-batched-tokens: {tokens} is below --max-model-len "
                 f"{self.max_model_len}, and without chunked prefill a prompt runs in one step"
+            )
+
+    def _check_layout(self) -> None:
+        counts, num_stages = self.layers_by_stage, self.pipeline_parallel_size
+        if counts is not None and len(counts) != num_stages:
+            raise ConfigError(
+                f"--pipeline-layers {self.pipeline_layers}: {len(counts)} counts for "
+                f"--pipeline-parallel-size {num_stages}"
+            )
+        if self.distributed_executor_backend == "uni" and self.num_ranks > 1:
+            raise ConfigError(
+                f"--distributed-executor-backend uni: one process cannot be {self.num_ranks} ranks"
             )

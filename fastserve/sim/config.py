@@ -35,8 +35,6 @@ class SimulateConfig(EngineConfig):
     step_overhead: str | None = option(
         None, "FIXED_S,PER_SEQ_S: seconds each step costs beyond the device (0,0)"
     )
-    tensor_parallel_size: int = option(1, "devices per layer", minimum=1, aliases=("-tp",))
-    pipeline_parallel_size: int = option(1, "stages of layers", minimum=1, aliases=("-pp",))
     lookahead: int = option(0, "steps submitted behind an unfinished one", choices=(0, 1))
 
     trace: str | None = option(
@@ -93,7 +91,7 @@ class SimulateConfig(EngineConfig):
         shaping = {spec.name for spec in dataclasses.fields(SchedulerConfig)}
         machine = {
             "model", "dtype", "num_device_blocks", "gpu_memory_utilization",
-            "kv_cache_memory_bytes", "journal",
+            "kv_cache_memory_bytes", "journal", "tensor_parallel_size", "pipeline_parallel_size",
         }  # fmt: skip
         inherited = {spec.name for spec in dataclasses.fields(EngineConfig)}
         return frozenset(own | ((shaping | machine) & inherited))

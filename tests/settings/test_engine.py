@@ -54,7 +54,16 @@ def test_every_flag_says_what_it_is(owner):
         ({"scheduling_policy": "lifo"}, "--scheduling-policy: 'lifo' is not one of: learned"),
         ({"gpu_memory_utilization": 0.0}, "--gpu-memory-utilization"),
         ({"starvation_limit": float("nan")}, "--starvation-limit"),
-        ({"tensor_parallel_size": 2}, "--tensor-parallel-size"),
+        ({"tensor_parallel_size": 0}, "--tensor-parallel-size"),
+        ({"pipeline_layers": "3,x"}, "--pipeline-layers 3,x: N,N,... is expected"),
+        (
+            {"pipeline_layers": "3,4", "pipeline_parallel_size": 3},
+            "--pipeline-layers 3,4: 2 counts for --pipeline-parallel-size 3",
+        ),
+        (
+            {"distributed_executor_backend": "uni", "tensor_parallel_size": 2},
+            "--distributed-executor-backend uni: one process cannot be 2 ranks",
+        ),
         ({"max_num_seqs": 8, "max_num_batched_tokens": 7}, "below --max-num-seqs 8"),
         (
             {

@@ -1,0 +1,143 @@
+"""What ranks exchange while they compute: hidden state from stage to stage.
+
+Rules: torch.distributed carries it: gloo between CPUs, NCCL between CUDA devices, by the same
+lines. All ranks of one model meet once, before they load. Hidden state goes from a rank to the one
+of the same shard in the next stage, in the order of the steps, which is the same on both sides: so
+it is received ahead of need, from the moment a step is known, and sent without waiting. A rank that
+finds another one gone raises PeerLostError: that one's own end says more.
+Must not know: layers, what is in a step, who started the ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastserve.executor.layout import Layout
+
+# A peer that is silent is found by its heartbeats: here nothing is timed out.
+FOREVER = timedelta(days=365)
+
+
+class PeerLostError(RuntimeError):
+    """Another rank can no longer be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Hidden state on its way."""
+
+    hidden: Tensor
+    work: dist.Work
+
+
+class Upstream:
+    """Hidden state from the stage before this one."""
+
+    def __init__(self, rank: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        """`rank` is where it comes from, `width` that of a token's hidden state."""
+        self.waited_s = 0.0  # for hidden state, in all
+        self._rank = rank
+        self._width = width
+        self._dtype = dtype
+        self._device = device
+        self._expected: deque[Received] = deque()
+
+    @torch.inference_mode()
+    def expect(self, num_tokens: int) -> None:
+        """Begin to receive that of one more step; callable from another thread than `take`."""
+        hidden = torch.empty(num_tokens, self._width, dtype=self._dtype, device=self._device)
+        with _peers():
+            work = dist.irecv(hidden, self._rank)
+        assert work is not None
+        self._expected.append(Received(hidden, work))
+
+    def take(self) -> Tensor:
+        """Wait for that of the oldest step expected, [num_tokens, width]."""
+        received = self._expected.popleft()
+        begun = time.perf_counter()
+        with _peers():
+            received.work.wait()
+            if self._device.type == "cuda":  # where only the stream has waited
+                torch.cuda.current_stream(self._device).synchronize()
+        self.waited_s += time.perf_counter() - begun
+        return received.hidden
+
+
+class Downstream:
+    """Hidden state to the stage behind this one."""
+
+    def __init__(self, rank: int, max_in_flight: int) -> None:
+        """Of `max_in_flight` steps none before them has been received when the next is sent."""
+        self._rank = rank
+        self._max_in_flight = max_in_flight
+        self._sent: deque[tuple[Tensor, dist.Work]] = deque()
+
+    def send(self, hidden: Tensor) -> None:
+        """Begin to send that of a step, and return at once."""
+        with _peers():
+            if len(self._sent) == self._max_in_flight:
+                self._sent.popleft()[1].wait()  # over by now: its step has ended
+            work = dist.isend(hidden, self._rank)
+        assert work is not None
+        self._sent.append((hidden, work))
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """A rank's ways to the others."""
+
+    upstream: Upstream | None = None
+    downstream: Downstream | None = None
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for an earlier stage, in all."""
+        return 0.0 if self.upstream is None else self.upstream.waited_s
+
+
+ALONE = Peers()
+
+
+def meet(
+    rank: int,
+    layout: Layout,
+    rendezvous: str,
+    *,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Peers:
+    """Wait for all other ranks, and return the ways to those that this one exchanges with."""
+    if layout.num_ranks == 1:
+        return ALONE
+    with _peers():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=rendezvous,
+            rank=rank,
+            world_size=layout.num_ranks,
+            timeout=FOREVER,
+        )
+    before, behind = layout.before(rank), layout.behind(rank)
+    return Peers(
+        upstream=None if before is None else Upstream(before, hidden_size, dtype, device),
+        downstream=None if behind is None else Downstream(behind, layout.pipeline_parallel_size),
+    )
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """Say of what fails here that it is another rank's doing."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(" ".join(str(error).split())) from error
