@@ -1,4 +1,4 @@
-"""What ranks exchange while they compute: hidden state from stage to stage.
+"""What ranks exchange while they compute: sums within a stage, hidden state from stage to stage.
 
 Rules: torch.distributed carries it: gloo between CPUs, NCCL between CUDA devices, by the same
 lines. All ranks of one model meet once, before they load. Hidden state goes from a rank to the one
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastserve.executor.layout import Layout
+from fastserve.model.parallel import ALONE, TensorGroup
 
 # A peer that is silent is found by its heartbeats: here nothing is timed out.
 FOREVER = timedelta(days=365)
@@ -37,6 +38,46 @@ class Received:
 
     hidden: Tensor
     work: dist.Work
+
+
+class Shards:
+    """Fits `TensorGroup`: the ranks of one stage."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, rank: int, leader: int, *, is_ordered: bool
+    ) -> None:
+        """`rank` is counted within the group, whose first one is `leader` among all ranks.
+
+        With `is_ordered` terms are added in the order of ranks, wherever in a tensor they stand.
+        """
+        self.rank = rank
+        self.size = group.size()
+        self._group = group
+        self._leader = leader
+        self._is_ordered = is_ordered
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Fit `TensorGroup`."""
+        if not x.numel():
+            return x
+        with _peers():
+            if not self._is_ordered:
+                dist.all_reduce(x, group=self._group)
+                return x
+            parts = [torch.empty_like(x) for _ in range(self.size)]
+            dist.all_gather(parts, x, group=self._group)
+        total = parts[0]
+        for part in parts[1:]:
+            total.add_(part)
+        return x.copy_(total)
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        """Fit `TensorGroup`."""
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
+        if x.numel():
+            with _peers():
+                dist.gather(x, parts, self._leader, group=self._group)
+        return None if parts is None else torch.cat(parts, dim=1)
 
 
 class Upstream:
@@ -93,8 +134,9 @@ class Downstream:
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """A rank's ways to the others."""
+    """A rank's ways to the others: those of its stage, and its neighbours."""
 
+    group: TensorGroup = ALONE
     upstream: Upstream | None = None
     downstream: Downstream | None = None
 
@@ -104,7 +146,7 @@ class Peers:
         return 0.0 if self.upstream is None else self.upstream.waited_s
 
 
-ALONE = Peers()
+NO_PEERS = Peers()
 
 
 def meet(
@@ -115,10 +157,11 @@ def meet(
     hidden_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    is_deterministic: bool,
 ) -> Peers:
     """Wait for all other ranks, and return the ways to those that this one exchanges with."""
     if layout.num_ranks == 1:
-        return ALONE
+        return NO_PEERS
     with _peers():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -127,8 +170,19 @@ def meet(
             world_size=layout.num_ranks,
             timeout=FOREVER,
         )
+        # Every rank takes part in making every group.
+        groups = [
+            dist.new_group(list(layout.shards_of(stage)), timeout=FOREVER)
+            for stage in range(layout.pipeline_parallel_size)
+        ]
+    stage, shard = layout.stage_of(rank), layout.shard_of(rank)
+    group: TensorGroup = ALONE
+    if layout.tensor_parallel_size > 1:
+        leader = layout.rank_at(stage, 0)
+        group = Shards(groups[stage], shard, leader, is_ordered=is_deterministic)
     before, behind = layout.before(rank), layout.behind(rank)
     return Peers(
+        group=group,
         upstream=None if before is None else Upstream(before, hidden_size, dtype, device),
         downstream=None if behind is None else Downstream(behind, layout.pipeline_parallel_size),
     )

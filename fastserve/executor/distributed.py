@@ -25,11 +25,13 @@ from fastserve.executor.facts import BlockCounts, RankFacts
 from fastserve.executor.fitting import Measurement
 from fastserve.executor.in_flight import InFlight
 from fastserve.executor.layout import Layout
-from fastserve.executor.opening import agree_on_blocks, describe, split_layers
+from fastserve.executor.opening import agree_on_blocks, describe
 from fastserve.executor.profiler import measure, num_profiled_blocks
 from fastserve.executor.rank_link import RankLink
 from fastserve.executor.starting import Starter
 from fastserve.executor.tally import Tally
+from fastserve.model.parallel import check_division
+from fastserve.model.stages import split_layers
 from fastserve.settings.engine import EngineConfig
 from fastserve.wire.engine_messages import Progress
 from fastserve.wire.frames import encode_frame
@@ -80,7 +82,9 @@ class DistributedExecutor:
         self._starter = starter
         model_config = read_model_config(model_dir)
         choices = choose(config, model_config)
-        split_layers(config, model_config)  # what cannot be had is refused before ranks start
+        # What cannot be had is refused before ranks start.
+        check_division(model_config, layout.tensor_parallel_size)
+        split_layers(model_config, layout.pipeline_parallel_size, config.layers_by_stage)
 
         def greet(rank: int, place: Place) -> Load:
             return Load(

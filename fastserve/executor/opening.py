@@ -18,7 +18,6 @@ from fastserve.checkpoint.model_config import ModelConfig, read_model_config
 from fastserve.executor.choices import Choices, choose
 from fastserve.executor.facts import BlockCounts, ExecutorFacts, RankFacts, Setup
 from fastserve.executor.worker import Worker
-from fastserve.model.decoder import Stage
 from fastserve.settings.engine import EngineConfig
 
 WINDOWS_PER_SEQ = 64
@@ -83,22 +82,6 @@ def describe(
     )
     num_threads = min(rank.num_threads for rank in ranks)
     return Setup(config=config, model_config=model_config, facts=facts, num_threads=num_threads)
-
-
-def split_layers(config: EngineConfig, model_config: ModelConfig) -> list[Stage]:
-    """Return the stages of the layers. Raises ConfigError where they cannot be had."""
-    num_layers, num_stages = model_config.num_layers, config.pipeline_parallel_size
-    counts = config.layers_by_stage
-    if counts is None:
-        counts = tuple(
-            num_layers * (index + 1) // num_stages - num_layers * index // num_stages
-            for index in range(num_stages)
-        )
-    stages, first = [], 0
-    for count in counts:
-        stages.append(Stage(first, first + count, num_layers))
-        first += count
-    return stages
 
 
 def agree_on_blocks(

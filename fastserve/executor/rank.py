@@ -24,10 +24,10 @@ from fastserve.executor.choices import Choices
 from fastserve.executor.collectives import PeerLostError, meet
 from fastserve.executor.facts import BlockCounts
 from fastserve.executor.layout import Layout
-from fastserve.executor.opening import split_layers
 from fastserve.executor.worker import Worker
 from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.machine import num_cores
+from fastserve.model.stages import split_layers
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.wire.driver_link import DriverLink
@@ -88,13 +88,17 @@ class Rank:
             hidden_size=model_config.hidden_size,
             dtype=choices.dtype,
             device=choices.device,
+            is_deterministic=load.config.deterministic,
+        )
+        stages = split_layers(
+            model_config, layout.pipeline_parallel_size, load.config.layers_by_stage
         )
         self._worker = Worker(
             load.config,
             model_config,
             choices,
             eos_token_ids=load.eos_token_ids,
-            stage=split_layers(load.config, model_config)[layout.stage_of(load.rank)],
+            stage=stages[layout.stage_of(load.rank)],
             peers=peers,
             num_local_ranks=load.place.num_local_ranks,
             is_poisoned=load.is_poisoned,

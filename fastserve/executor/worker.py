@@ -23,7 +23,7 @@ from fastserve.core.request import Handle
 from fastserve.executor.async_runner import AsyncModelRunner, PendingStep, make_async_runner
 from fastserve.executor.block_checks import BlockChecks
 from fastserve.executor.choices import Choices, choose_capture, choose_cpu_kernels, choose_ops
-from fastserve.executor.collectives import ALONE, Peers
+from fastserve.executor.collectives import NO_PEERS, Peers
 from fastserve.executor.copier import Copier, Report
 from fastserve.executor.copy_times import CopyTimes, measure_copies
 from fastserve.executor.cuda_graphs import CudaCapture
@@ -33,10 +33,11 @@ from fastserve.executor.model_runner import ModelRunner
 from fastserve.executor.pipelined_network import PipelinedNetwork
 from fastserve.executor.poison import Poison
 from fastserve.executor.request_table import RequestTable
-from fastserve.model.decoder import Stage
 from fastserve.model.families.architectures import Network, load_network
 from fastserve.model.loader import open_weights
 from fastserve.model.ops.interfaces import Ops
+from fastserve.model.parallel import Shard
+from fastserve.model.stages import Stage
 from fastserve.settings.engine import EngineConfig
 
 
@@ -56,7 +57,7 @@ class Worker:
         *,
         eos_token_ids: frozenset[int],
         stage: Stage | None = None,  # of the layers; None: all of them
-        peers: Peers = ALONE,
+        peers: Peers = NO_PEERS,
         num_local_ranks: int = 1,  # that share the memory of this host
         is_poisoned: bool = False,
         is_checked: bool = False,  # whether blocks that move are held against what they were
@@ -75,7 +76,9 @@ class Worker:
         self.checks: BlockChecks | None = None
         self.is_async = self.device.type == "cuda" if is_async is None else is_async
         self.kv_shape = KVShape(
-            self.stage.stop - self.stage.first, model_config.num_kv_heads, model_config.head_dim
+            self.stage.stop - self.stage.first,
+            len(Shard.of(peers.group).kv_heads(model_config)),
+            model_config.head_dim,
         )
         self.block_bytes = self.kv_shape.block_bytes(config.block_size, choices.dtype)
         vocab_size = model_config.vocab_size
@@ -107,6 +110,7 @@ class Worker:
             max_len=choices.max_model_len,
             device=self.device,
             stage=self.stage,
+            group=self.peers.group,
         )
         is_whole = self.stage.is_first and self.stage.is_last
         return decoder if is_whole else PipelinedNetwork(decoder, self.peers)

@@ -84,17 +84,17 @@ def open_local(path: Path, **settings: Any) -> LocalExecutor:
     )
 
 
-def arrivals(num_requests: int = 12) -> list[Arrival]:
+def arrivals(num_requests: int = 9) -> list[Arrival]:
     """Return requests of several lengths, some with a common beginning."""
     rng = random.Random(11)
     shared = [rng.randrange(2, VOCAB_SIZE) for _ in range(12)]
     found = []
     for index in range(num_requests):
-        own = [rng.randrange(2, VOCAB_SIZE) for _ in range(rng.randrange(1, 50))]
+        own = [rng.randrange(2, VOCAB_SIZE) for _ in range(rng.randrange(1, 40))]
         params = SamplingParams(
             temperature=0.0,
             seed=index,
-            max_tokens=rng.randrange(16, 40),
+            max_tokens=rng.randrange(12, 28),
             ignore_eos=True,
             logprobs=3,
             prompt_logprobs=2 if index % 4 == 1 else None,

@@ -14,7 +14,7 @@ from tests.executor.ranks import Run, arrivals, open_local, open_ranks, run
 pytestmark = pytest.mark.processes
 
 Reference = Callable[[str], tuple[Path, Run]]
-FEW = [("llama", 1, 2)]
+FEW = [("opt", 1, 2), ("mixtral", 2, 1), ("llama", 2, 2)]
 
 
 @pytest.fixture(scope="module")
