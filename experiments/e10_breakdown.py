@@ -15,10 +15,7 @@ from experiments.harness import Lab, Result, Setup
 from experiments.lengths import named_lengths
 from experiments.sweep import (
     FCFS,
-    NEVER,
     NEVER_S,
-    PAPER,
-    TODAY,
     mlfq,
     settings,
     sweep_points,
@@ -28,11 +25,12 @@ NAME = "e10_breakdown"
 NUM_REQUESTS = 500
 LENGTHS = "sharegpt"
 SETUP = Setup("opt-13b", "a100-40g")
-REACTIVE, PROACTIVE, NEVER_PROACTIVE = (
-    mlfq("skip-join-mlfq", mode, limit_s)
-    for mode, limit_s in (("reactive", 0.3), ("proactive", 0.3), ("proactive", NEVER_S))
+MODES = ("defer", "recompute", "reactive", "write-through", "prefetch", "proactive", "ideal")
+VARIANTS = (
+    FCFS,
+    *(mlfq("skip-join-mlfq", mode, 0.3) for mode in MODES),
+    *(mlfq("skip-join-mlfq", mode, NEVER_S) for mode in ("recompute", "proactive")),
 )
-VARIANTS = (FCFS, PAPER, TODAY, REACTIVE, PROACTIVE, NEVER, NEVER_PROACTIVE)
 PARTS = ("execute", "queue", "swap")
 LOADS = (0.5, 0.8, 1.0, 1.25, 1.5, 2.0)
 

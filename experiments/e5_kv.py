@@ -31,7 +31,16 @@ from experiments.sweep import (
 NAME = "e5_kv"
 LENGTHS = "sharegpt"
 LOADS = (0.8, 1.0, 1.25, 1.5, 2.0)
-MODES = ("defer", "recompute", "recompute ∞", "reactive", "prefetch", "proactive", "ideal")
+MODES = (
+    "defer",
+    "recompute",
+    "recompute ∞",
+    "reactive",
+    "write-through",
+    "prefetch",
+    "proactive",
+    "ideal",
+)
 VARIANTS = (
     FCFS,
     *(mlfq("skip-join-mlfq", mode, limit_s) for limit_s in (0.3, NEVER_S) for mode in MODES),

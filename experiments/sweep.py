@@ -37,9 +37,10 @@ class Variant:
 
 FORMS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "recompute ∞": ("recompute", {"max_recompute_share": math.inf}),
+    "write-through": ("reactive", {"write_through": True}),
     "prefetch": ("proactive", {"write_through": False}),
 }
-"""Forms of a mode: recomputation without a budget; swapped in ahead of need, out when needed."""
+"""Forms of a mode: recomputation without a budget; only one half of proactive, out or in."""
 
 
 def mlfq(policy: str, mode: str, starvation_limit_s: float) -> Variant:

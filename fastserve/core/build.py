@@ -206,6 +206,7 @@ def build_swapper(
 ) -> Swapper:
     """Return what moves KV as the configured mode says."""
     mode = config.preemption_mode
+    is_proactive = mode != "reactive"
 
     def by_level(request: Request, now: float) -> Coldness:
         level = 0 if policy.levels is None else policy.levels.level(request)
@@ -217,8 +218,8 @@ def build_swapper(
         by_level if mode == "proactive-by-level" else policy.coldness,
         block_size=config.block_size,
         window_s=cost_model.min_iteration_s,
-        saves_ahead=config.write_through and mode != "reactive",
-        fetches_ahead=mode != "reactive",
+        saves_ahead=is_proactive if config.write_through is None else config.write_through,
+        fetches_ahead=is_proactive,
     )
 
 

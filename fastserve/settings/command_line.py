@@ -41,7 +41,7 @@ def add_arguments(
             continue
         meta, kind = spec.metadata, field_type(owner, spec.name)
         text = meta["help"].replace("%", "%%")
-        if spec.default not in (None, ()) and kind is not bool:
+        if spec.default not in (None, ()):
             text += f" (default: {spec.default})"
         names = ["--" + spec.name.replace("_", "-"), *meta["aliases"]]
         if meta["positional"] and has_positional:
@@ -64,7 +64,7 @@ def add_arguments(
                 dest=spec.name,
                 action=argparse.BooleanOptionalAction,
                 default=argparse.SUPPRESS,
-                help=f"{text} (default: {spec.default})",
+                help=text,
             )
         else:
             many: dict[str, Any] = {"nargs": "+", "action": "extend"}

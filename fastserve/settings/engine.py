@@ -128,7 +128,9 @@ class EngineConfig:
     swap_bandwidth: float | None = option(
         None, "GB/s at most to copy KV at, each way (as fast as it goes)", minimum=1e-6
     )
-    write_through: bool = option(True, "copy KV to the host ahead of need, in proactive modes")
+    write_through: bool | None = option(
+        None, "copy KV to the host ahead of need (proactive modes do, reactive does not)"
+    )
     max_recompute_share: float = option(
         0.1,
         "share of device time to recompute KV taken by requests without any; inf: no limit (paper)",

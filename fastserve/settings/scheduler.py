@@ -73,7 +73,7 @@ class SchedulerConfig:
     mlfq_quantum_ratio: float = _DEFAULTS["mlfq_quantum_ratio"]
     priority_aging: float = _DEFAULTS["priority_aging"]
     preemption_mode: str = _DEFAULTS["preemption_mode"]
-    write_through: bool = _DEFAULTS["write_through"]
+    write_through: bool | None = _DEFAULTS["write_through"]
     max_recompute_share: float = _DEFAULTS["max_recompute_share"]
     num_slots: int = 1
     lookahead: int = 0
