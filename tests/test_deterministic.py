@@ -133,6 +133,7 @@ def test_preempted_requests_keep_tokens_and_logprobs(name: str, dtype: str, tmp_
         tmp_path,
         dtype,
         num_device_blocks=48,  # one request may need 30
+        preemption_mode="recompute",
         max_num_seqs=3,
         max_num_batched_tokens=16,
         scheduling_policy="skip-join-mlfq",

@@ -97,6 +97,7 @@ def test_preempted_tokens_are_the_reference_s(
         num_threads=1,
         block_size=4,
         num_device_blocks=48,  # one request may need 32
+        preemption_mode="recompute",
         max_num_seqs=3,
         max_num_batched_tokens=16,  # the longest prompt takes at least four chunks
         scheduling_policy=policy,
@@ -130,6 +131,7 @@ def test_demo_text_does_not_depend_on_the_company(temperature: float) -> None:
         "demo",
         num_threads=1,
         num_device_blocks=12,
+        preemption_mode="recompute",
         max_model_len=128,
         max_num_seqs=2,
         max_num_batched_tokens=8,

@@ -115,7 +115,7 @@ class EngineConfig:
         10.0, "seconds without running that raise a request by one priority class", minimum=1e-3
     )
     preemption_mode: str = option(
-        "recompute",
+        "proactive",
         "what becomes of the KV of a request that loses its place",
         choices=PREEMPTION_MODES,
     )

@@ -74,7 +74,8 @@ def test_disturbed_answers_are_the_undisturbed_ones(server_url: str) -> None:
     """Over HTTP, in a pool too small for all, with the engine killed in mid-stream."""
     undisturbed = asyncio.run(answers(server_url, lambda count: None))
     assert total(server_url, "recomputed_tokens") == 0
-    with serving("--num-device-blocks", "30", "--max-num-batched-tokens", "64") as (process, url):
+    pressed = ("--num-device-blocks", "30", "--max-num-batched-tokens", "64")
+    with serving(*pressed, "--preemption-mode", "recompute") as (process, url):
 
         def kill_engine(count: int) -> None:
             if count == KILL_AFTER:

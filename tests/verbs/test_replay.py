@@ -24,6 +24,7 @@ def live_journal(tmp_path_factory):
             EngineConfig(
                 model="demo",
                 num_device_blocks=12,
+                preemption_mode="recompute",
                 num_threads=1,
                 max_num_seqs=4,
                 scheduling_policy="skip-join-mlfq",
