@@ -119,16 +119,9 @@ def choose_ops(
     return DeterministicOps(parts) if is_deterministic else parts
 
 
-def choose_capture(
-    enforce_eager: bool, config: ModelConfig, device: torch.device, num_ranks: int = 1
-) -> bool:
-    """Whether decodes become CUDA graphs: plain attention and routing to experts ask the host.
-
-    Nor is captured what ranks of one network say to each other.
-    """
+def choose_capture(enforce_eager: bool, config: ModelConfig, device: torch.device) -> bool:
+    """Whether decodes become CUDA graphs: plain attention and routing to experts ask the host."""
     if device.type != "cuda" or not has_triton() or config.has_experts or enforce_eager:
-        return False
-    if num_ranks > 1:
         return False
     from fastserve.model.attention.triton import TritonAttention
 

@@ -79,7 +79,6 @@ def test_what_asks_the_host_is_not_captured(tmp_path):
     assert choose_capture(False, config, CUDA)
     assert not choose_capture(False, read_model_config(tmp_path / "mixtral"), CUDA)
     assert not choose_capture(False, dataclasses.replace(config, head_dim=512), CUDA)
-    assert not choose_capture(False, config, CUDA, num_ranks=2)
 
 
 def test_a_sliding_window_bounds_the_context_and_says_so(tmp_path, caplog):
