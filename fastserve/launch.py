@@ -191,6 +191,8 @@ def open_engine(
             eos_token_ids=eos_token_ids,
             dtype=facts.dtype,
             device=facts.device,
+            tensor_parallel_size=config.tensor_parallel_size,
+            pipeline_parallel_size=config.pipeline_parallel_size,
             sampling_defaults=sampling_defaults,
         )
         return Engine(scheduler, executor, clock, observers, opened.pop_all().close), info

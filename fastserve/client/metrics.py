@@ -62,6 +62,8 @@ CACHE_LABELS = {
     "max_model_len": "max_model_len",
     "dtype": "dtype",
     "device": "device",
+    "tensor_parallel_size": "tensor_parallel_size",
+    "pipeline_parallel_size": "pipeline_parallel_size",
 }
 
 

@@ -117,7 +117,7 @@ class Downstream:
     """Hidden state to the stage behind this one."""
 
     def __init__(self, rank: int, max_in_flight: int) -> None:
-        """Of `max_in_flight` steps none before them has been received when the next is sent."""
+        """When one more step is sent, all but the last `max_in_flight` have been received."""
         self._rank = rank
         self._max_in_flight = max_in_flight
         self._sent: deque[tuple[Tensor, dist.Work]] = deque()
@@ -170,22 +170,30 @@ def meet(
             world_size=layout.num_ranks,
             timeout=FOREVER,
         )
-        # Every rank takes part in making every group.
-        groups = [
-            dist.new_group(list(layout.shards_of(stage)), timeout=FOREVER)
-            for stage in range(layout.pipeline_parallel_size)
-        ]
-    stage, shard = layout.stage_of(rank), layout.shard_of(rank)
     group: TensorGroup = ALONE
     if layout.tensor_parallel_size > 1:
-        leader = layout.rank_at(stage, 0)
-        group = Shards(groups[stage], shard, leader, is_ordered=is_deterministic)
+        group = _meet_shards(rank, layout, is_ordered=is_deterministic)
     before, behind = layout.before(rank), layout.behind(rank)
     return Peers(
         group=group,
         upstream=None if before is None else Upstream(before, hidden_size, dtype, device),
         downstream=None if behind is None else Downstream(behind, layout.pipeline_parallel_size),
     )
+
+
+def _meet_shards(rank: int, layout: Layout, *, is_ordered: bool) -> Shards:
+    """Return the ranks of this one's stage; all ranks take part in making the groups of all."""
+    stage, groups = layout.stage_of(rank), [dist.group.WORLD]
+    if layout.pipeline_parallel_size > 1:
+        with _peers():
+            groups = [
+                dist.new_group(list(layout.shards_of(stage)), timeout=FOREVER)
+                for stage in range(layout.pipeline_parallel_size)
+            ]
+    group = groups[stage]
+    assert group is not None, "there is a default group by now"
+    leader = layout.rank_at(stage, 0)
+    return Shards(group, layout.shard_of(rank), leader, is_ordered=is_ordered)
 
 
 @contextmanager

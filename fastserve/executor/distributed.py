@@ -21,7 +21,7 @@ from fastserve.checkpoint.model_config import read_model_config
 from fastserve.core.messages import ExecutorOutput, SchedulerOutput, StepDone
 from fastserve.executor.choices import choose
 from fastserve.executor.copy_times import CopyTimes
-from fastserve.executor.facts import BlockCounts, RankFacts
+from fastserve.executor.facts import BlockCounts, RankFacts, Setup
 from fastserve.executor.fitting import Measurement
 from fastserve.executor.in_flight import InFlight
 from fastserve.executor.layout import Layout
@@ -73,13 +73,30 @@ class DistributedExecutor:
         is_checked: bool = False,
     ) -> None:
         """Start the ranks and let them load; raises ConfigError or RuntimeError as one did."""
-        self.layout = layout = Layout.of(config)
-        self.num_slots = layout.pipeline_parallel_size
+        self.layout = Layout.of(config)
+        self.num_slots = self.layout.pipeline_parallel_size
         self._on_progress = on_progress
         self._replies: queue.SimpleQueue[tuple[int, Report] | Exception] = queue.SimpleQueue()
         self._in_flight = InFlight(self.num_slots, self.lookahead)
-        self._tally = Tally(layout, self._in_flight)
+        self._tally = Tally(self.layout, self._in_flight)
         self._starter = starter
+        self._links: list[RankLink] = []
+        try:
+            self.setup = self._open(config, model_dir, eos_token_ids, is_poisoned, is_checked)
+        except BaseException:
+            self._in_flight.fail("it was not opened")  # what has been started is of no use
+            self.close()
+            raise
+
+    def _open(
+        self,
+        config: EngineConfig,
+        model_dir: Path,
+        eos_token_ids: frozenset[int],
+        is_poisoned: bool,
+        is_checked: bool,
+    ) -> Setup:
+        layout, starter = self.layout, self._starter
         model_config = read_model_config(model_dir)
         choices = choose(config, model_config)
         # What cannot be had is refused before ranks start.
@@ -102,19 +119,13 @@ class DistributedExecutor:
                 is_checked=is_checked,
             )
 
-        self._links = [
-            RankLink(rank, layout.describe(rank), starter.start, greet, self)
-            for rank in range(layout.num_ranks)
-        ]
-        try:
-            loaded = self._all(Loaded)
-            rooms = [BlockCounts(rank.num_device_blocks, rank.num_host_blocks) for rank in loaded]
-            blocks = agree_on_blocks(config, choices, rooms)
-            self._order(Allocate(*blocks))
-            self._all(Allocated)
-        except BaseException:
-            self.close()
-            raise
+        for rank in range(layout.num_ranks):
+            self._links.append(RankLink(rank, layout.describe(rank), starter.start, greet, self))
+        loaded = self._all(Loaded)
+        rooms = [BlockCounts(rank.num_device_blocks, rank.num_host_blocks) for rank in loaded]
+        blocks = agree_on_blocks(config, choices, rooms)
+        self._order(Allocate(*blocks))
+        self._all(Allocated)
         ranks = [
             RankFacts(
                 block_bytes=rank.block_bytes,
@@ -123,7 +134,7 @@ class DistributedExecutor:
             )
             for rank in loaded
         ]
-        self.setup = describe(config, model_config, choices, blocks, ranks)
+        return describe(config, model_config, choices, blocks, ranks)
 
     # ── what the engine asks ─────────────────────────────────────────────────────────────────
 

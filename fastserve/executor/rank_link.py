@@ -142,21 +142,21 @@ class RankLink:
     def _hear_reports(self, connection: socket.socket, place: Place) -> RankFailed | None:
         """Greet the rank and pass on what it reports until it fails, or has no more to say."""
         connection.settimeout(LOADING_SILENCE_S)
-        stream = connection.makefile("rb")
         connection.sendall(encode_frame(self._greeting(self._rank, place)))
-        while (payload := read_frame(stream)) is not None:
-            self._heard_at = time.monotonic()
-            match decode_report(payload):
-                case Beat(step_id):
-                    self._step_id = step_id
-                case RankFailed() as failed:
-                    return failed
-                case report:
-                    if isinstance(report, Loaded):
-                        connection.settimeout(SILENCE_S)
-                    elif isinstance(report, StepEnded):
-                        self._step_id = max(self._step_id, report.step.step_id)
-                    self._listener.heard(self._rank, report)
+        with connection.makefile("rb") as stream:
+            while (payload := read_frame(stream)) is not None:
+                self._heard_at = time.monotonic()
+                match decode_report(payload):
+                    case Beat(step_id):
+                        self._step_id = step_id
+                    case RankFailed() as failed:
+                        return failed
+                    case report:
+                        if isinstance(report, Loaded):
+                            connection.settimeout(SILENCE_S)
+                        elif isinstance(report, StepEnded):
+                            self._step_id = max(self._step_id, report.step.step_id)
+                        self._listener.heard(self._rank, report)
         return None
 
     def _fail(self, failed: RankFailed) -> None:

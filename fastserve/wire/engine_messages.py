@@ -35,6 +35,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: frozenset[int]
     dtype: str
     device: str
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     sampling_defaults: dict[str, Any] = {}
 
 

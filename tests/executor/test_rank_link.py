@@ -87,8 +87,8 @@ def test_the_greeting_comes_first_and_orders_follow(
     """In the order in which they were sent; reports come back, heartbeats do not."""
     link, started, heard = opened
     link.send(encode_frame(Touch(8)))
-    stream = started.theirs.makefile("rb")
-    orders = [decode_order(read_frame(stream) or b"") for _ in range(2)]
+    with started.theirs.makefile("rb") as stream:
+        orders = [decode_order(read_frame(stream) or b"") for _ in range(2)]
     assert orders == [Touch(7), Touch(8)]
     started.say(Beat(3), Allocated())
     assert heard.reports.get(timeout=10) == (5, Allocated())
