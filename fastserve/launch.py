@@ -69,7 +69,7 @@ def open_executor(
         for name, value in WAITING.items():
             os.environ.setdefault(name, value)  # read once, when torch loads its thread pool
     backend = config.distributed_executor_backend
-    if config.num_ranks > 1 or backend == "mp":
+    if config.num_ranks > 1 or backend in ("mp", "ray"):
         return _open_ranks(
             config,
             model_dir,
@@ -96,13 +96,11 @@ def _open_ranks(
     on_progress: Callable[[str, float], None],
     reserved_cores: int,
 ) -> DistributedExecutor:
-    """Load a model into several processes of this host."""
+    """Load a model into several processes."""
     from fastserve.executor.distributed import DistributedExecutor
-    from fastserve.executor.starting import ChildStarter
+    from fastserve.executor.starters import open_starter
 
-    starter = ChildStarter(
-        _command("--rank-fd"), os.environ | _environment(), config.num_ranks, reserved_cores
-    )
+    starter = open_starter(config, model_dir, _command("--rank-fd"), _environment(), reserved_cores)
     return DistributedExecutor(
         config, model_dir, starter, eos_token_ids=eos_token_ids, on_progress=on_progress
     )
@@ -270,7 +268,12 @@ def log_from(level: str) -> None:
 
 
 def serve(config: EngineConfig, server_config: ServerConfig) -> int:
-    """Serve over HTTP until a signal; return the exit status."""
+    """Serve over HTTP until a signal; return the exit status.
+
+    A host other than the first only runs its ranks.
+    """
+    if config.node_rank > 0:
+        return run_host(config, server_config.log_level)
     from fastserve.server import listen
     from fastserve.server.app import create_app
 
@@ -286,6 +289,21 @@ def serve(config: EngineConfig, server_config: ServerConfig) -> int:
             app.state.context.is_draining = True
 
         return listen.run(app, engine, listener, refuse_work, server_config)
+
+
+def run_host(config: EngineConfig, log_level: str) -> int:
+    """Run the ranks of a host that does not serve; return the exit status."""
+    from fastserve.executor.host import open_host
+    from fastserve.wire.joining import JoinError
+
+    log_from(log_level.upper())
+    model_dir = checkpoint.locate(config.model, config.revision)
+    host, ranks = open_host(config, model_dir, _command("--rank-fd"), _environment())
+    try:
+        return host.serve(ranks)
+    except JoinError as error:
+        sys.stderr.write(f"fastserve: error: {error}\n")
+        return 1
 
 
 def run_rank(fd: int) -> int:

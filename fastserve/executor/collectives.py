@@ -16,16 +16,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
 from fastserve.executor.layout import Layout
 from fastserve.model.parallel import ALONE, TensorGroup
+from fastserve.wire.links import listen
 
 # A peer that is silent is found by its heartbeats: here nothing is timed out.
 FOREVER = timedelta(days=365)
+MEETING_TIMEOUT = timedelta(seconds=60)  # between the first rank and the last to import torch
 
 
 class PeerLostError(RuntimeError):
@@ -165,7 +169,7 @@ def meet(
     with _peers():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=rendezvous,
+            store=open_store(rendezvous, rank, layout.num_ranks),
             rank=rank,
             world_size=layout.num_ranks,
             timeout=FOREVER,
@@ -194,6 +198,26 @@ def _meet_shards(rank: int, layout: Layout, *, is_ordered: bool) -> Shards:
     assert group is not None, "there is a default group by now"
     leader = layout.rank_at(stage, 0)
     return Shards(group, layout.shard_of(rank), leader, is_ordered=is_ordered)
+
+
+def open_store(rendezvous: str, rank: int, num_ranks: int) -> Store:
+    """Return what ranks find each other by: file:///PATH, or tcp://HOST:PORT of the first one."""
+    url = urlsplit(rendezvous)
+    if url.scheme == "file":
+        return FileStore(url.path, num_ranks)
+    assert url.hostname is not None
+    assert url.port is not None
+    # A store that opens its port itself listens on all addresses of its host.
+    listening = listen(url.hostname, url.port).detach() if rank == 0 else None
+    return TCPStore(
+        url.hostname,
+        url.port,
+        num_ranks,
+        is_master=rank == 0,
+        timeout=MEETING_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=listening,
+    )
 
 
 @contextmanager

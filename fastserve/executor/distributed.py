@@ -159,9 +159,9 @@ class DistributedExecutor:
         """End all ranks; those of a model of which one is lost are killed, wherever they wait."""
         for link in self._links:
             link.hang_up(is_killed=self._in_flight.has_failed)
+        self._starter.close()  # which waits for no more ranks
         for link in self._links:
             link.join()
-        self._starter.close()
 
     # ── before there are requests ────────────────────────────────────────────────────────────
 

@@ -39,6 +39,7 @@ from fastserve.wire.rank_messages import (
     CopiesMeasured,
     CopyEnded,
     CountMoves,
+    Leave,
     Load,
     Loaded,
     MeasureCopies,
@@ -79,7 +80,8 @@ class Rank:
         self._layout = layout = Layout.of(load.config)
         self._rank = load.rank
         torch.set_num_threads(count_threads(load.config, load.place))
-        model_config = read_model_config(Path(load.model_dir))
+        model_dir = Path(load.place.model_dir or load.model_dir)
+        model_config = read_model_config(model_dir)
         choices = _choices(load)
         peers = meet(
             load.rank,
@@ -105,7 +107,7 @@ class Rank:
             is_checked=load.is_checked,
             is_async=False,
         )
-        facts = self._worker.load(Path(load.model_dir), self._on_progress)
+        facts = self._worker.load(model_dir, self._on_progress)
         room = self._worker.room()
         link.report(
             Loaded(
@@ -140,8 +142,8 @@ class Rank:
                 checks = self._worker.checks
                 assert checks is not None, "what is not checked cannot be counted"
                 self._link.report(MovesCounted(checks.num_moves, checks.num_mismatches))
-            case Load():
-                raise ValueError("a second load order")
+            case Load() | Leave():
+                raise ValueError(f"an order out of place: {type(order).__name__}")
             case _:
                 assert_never(order)
 

@@ -25,6 +25,7 @@ from fastserve.wire.frames import encode_frame, read_frame
 from fastserve.wire.rank_messages import (
     NOT_STARTED,
     Beat,
+    Leave,
     Loaded,
     Place,
     RankFailed,
@@ -96,7 +97,15 @@ class RankLink:
         if self._started is not None:
             if is_killed:
                 self._started.kill()
+            else:
+                self._say_goodbye(self._started.connection)
             _shut_down(self._started)
+
+    def _say_goodbye(self, connection: socket.socket) -> None:
+        try:
+            connection.sendall(encode_frame(Leave()))
+        except OSError as error:
+            logger.debug("rank %d has left already: %s", self._rank, error)
 
     def join(self) -> None:
         """Wait until the rank is gone; `hang_up` came before."""

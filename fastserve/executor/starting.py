@@ -49,7 +49,7 @@ class Starter(Protocol):
         """Start a rank and return it once its connection is there; raises where it is not."""
 
     def close(self) -> None:
-        """Let go of what was needed while the ranks ran."""
+        """Let go of what was needed while the ranks ran; ranks that have not come will not."""
 
 
 class ChildRank:

@@ -7,6 +7,7 @@ Must not know: torch, the model's files, the machine.
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 from fastserve.settings.option import ConfigError, check_ranges, option
@@ -149,9 +150,20 @@ class EngineConfig:
     data_parallel_size: int = option(1, "copies of the model", choices=(1,), aliases=("-dp",))
     distributed_executor_backend: str | None = option(
         None,
-        "where ranks run: uni: in the engine's process; mp: in processes of this host (uni for "
-        "one rank, mp for several)",
-        choices=("uni", "mp"),
+        "where ranks run: uni: in the engine's process; mp: in processes of these hosts; ray: "
+        "where Ray has room (uni for one rank, mp for several)",
+        choices=("uni", "mp", "ray"),
+    )
+    nnodes: int = option(1, "hosts with an equal part of the ranks each", minimum=1, maximum=1024)
+    node_rank: int = option(0, "which of them this is; host 0 serves", minimum=0)
+    master_addr: str | None = option(None, "address of host 0 at which the ranks of others join")
+    master_port: int | None = option(
+        None, "and the port (29501; any free one over Ray)", minimum=1, maximum=65535
+    )
+    cluster_secret_file: str | None = option(
+        None,
+        "file with the secret that all hosts share (environment: FASTSERVE_CLUSTER_SECRET; over "
+        "Ray: drawn)",
     )
     num_threads: int | None = option(
         None,
@@ -200,6 +212,7 @@ class EngineConfig:
         """Refuse settings that contradict each other."""
         check_ranges(self)
         self._check_layout()
+        self._check_hosts()
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
         if seqs is not None and tokens is not None and tokens < seqs:
             raise ConfigError(
@@ -228,3 +241,35 @@ class EngineConfig:
             raise ConfigError(
                 f"--distributed-executor-backend uni: one process cannot be {self.num_ranks} ranks"
             )
+
+    def _check_hosts(self) -> None:
+        if self.master_addr is not None and is_wildcard(self.master_addr):
+            raise ConfigError(
+                f"--master-addr {self.master_addr}: that is every address of a host; name the one "
+                "that the other hosts reach"
+            )
+        if self.node_rank >= self.nnodes:
+            raise ConfigError(f"--node-rank {self.node_rank}: --nnodes is {self.nnodes}")
+        if self.nnodes == 1:
+            return
+        if self.master_addr is None:
+            raise ConfigError(f"--nnodes {self.nnodes}: needs --master-addr")
+        if self.num_ranks % self.nnodes:
+            raise ConfigError(
+                f"--nnodes {self.nnodes}: {self.num_ranks} ranks cannot be divided equally"
+            )
+        if self.distributed_executor_backend not in (None, "mp"):
+            raise ConfigError(
+                f"--nnodes {self.nnodes}: not with --distributed-executor-backend "
+                f"{self.distributed_executor_backend}"
+            )
+        if self.data_parallel_size > 1:
+            raise ConfigError(f"--nnodes {self.nnodes}: not with --data-parallel-size")
+
+
+def is_wildcard(address: str) -> bool:
+    """Whether an address is a number that means all addresses of a host."""
+    try:
+        return ipaddress.ip_address(address).is_unspecified
+    except ValueError:
+        return not address.strip("0.")  # short for 0.0.0.0

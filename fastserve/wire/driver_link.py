@@ -16,7 +16,20 @@ import threading
 from collections.abc import Callable
 
 from fastserve.wire.frames import encode_frame, read_frame
-from fastserve.wire.rank_messages import BEAT_S, NOT_STARTED, Beat, Order, Report, decode_order
+from fastserve.wire.rank_messages import (
+    BEAT_S,
+    NOT_STARTED,
+    Beat,
+    Leave,
+    Order,
+    Report,
+    decode_order,
+)
+
+LEFT = 0
+"""The exit status of a rank that was told to leave."""
+LOST = 1
+"""That of one whose driver is gone, which may be followed by another."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +66,22 @@ class DriverLink:
             self._is_over.set()
 
     def _read(self) -> None:
-        status = 1
+        status = LOST
         try:
             while (payload := read_frame(self._stream)) is not None:
                 order = decode_order(payload)
+                if isinstance(order, Leave):
+                    status = LEFT
+                    return
                 try:
                     self.on_arrival(order)
                 except Exception as error:
                     self._orders.put(error)
                 self._orders.put(order)
-            status = 0
-        except (OSError, ValueError):
-            logger.exception("the connection to the driver broke")
+        except OSError as error:  # a host or a cable between two
+            logger.warning("the connection to the driver broke: %s", error)
+        except ValueError:
+            logger.exception("the driver cannot be understood")
         finally:
             os._exit(status)
 

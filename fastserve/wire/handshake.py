@@ -26,12 +26,14 @@ MAX_NAMED = 3  # differences that one line can hold
 MAX_SHOWN = 80  # characters of a value in it
 
 
-class Hello(msgspec.Struct, frozen=True, tag="hello"):
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """A rank asks to join. Every field has a default: one of another version is heard out."""
 
     rank: int = -1
     host: str = ""
-    store_port: int = 0  # where the ranks find each other, if this one lets them
+    local_rank: int = 0  # which of its host's devices it takes
+    model_dir: str = ""  # where its host has the model
+    meeting_port: int = 0  # of its host, free: where the ranks meet if this is the first
     terms: dict[str, str] = {}
 
 

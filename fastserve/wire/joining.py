@@ -36,8 +36,10 @@ JOIN_TIMEOUT_S = 30.0
 HANDSHAKE_TIMEOUT_S = 5.0  # up to the Hello: nothing is computed in between
 RETRY_S = 0.2  # between attempts to reach an engine that does not listen yet
 CHECK_S = 1.0
+LAST_WORDS_S = 1.0  # for those who are still saying Hello when all are refused
 MAX_CONVERSATIONS = 64  # at once, with peers that have not joined
 MAX_NOTED = 5  # refusals that one line can hold
+NOTHING_SAID = Hello()
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +54,23 @@ class TermsError(ConfigError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Peer:
-    """The other end of a connection; `hello` is what it said, or `reason` why it said nothing.
+    """The other end of a connection; `hello` is what it said, unless there is a `reason` why not.
 
     `address` is its host's, as this host sees it.
     """
 
     connection: socket.socket
     address: str
-    hello: Hello | None = None
+    hello: Hello = NOTHING_SAID
     reason: str = ""
 
+    @property
+    def host(self) -> str:
+        """Its host by name and address."""
+        return f"{ascii(self.hello.host)[1:-1]} at {self.address}"
+
     def __str__(self) -> str:
-        if self.hello is None:
-            return self.address
-        return f"rank {self.hello.rank} on {ascii(self.hello.host)[1:-1]} ({self.address})"
+        return self.address if self.reason else f"rank {self.hello.rank} on {self.host}"
 
 
 class Listener:
@@ -106,9 +111,7 @@ class Listener:
         try:
             self._wait(timeout_s, check)
         except Exception as error:
-            for peer in self._joined.values():
-                _answer(peer, Refused(" ".join(str(error).split())))
-                peer.connection.close()
+            self._refuse_all(" ".join(str(error).split()))
             raise
         finally:
             self.close()
@@ -160,7 +163,7 @@ class Listener:
             hello = converse(connection, handshake.hear(self._secret), deadline)
             peer = Peer(connection, address, hello)
         except (HandshakeError, OSError) as error:
-            peer = Peer(connection, address, reason=str(error))
+            peer = Peer(connection, address, reason=str(error) or type(error).__name__)
         self._heard.put(peer)
         self._ringer.send(b"\0")
 
@@ -169,7 +172,7 @@ class Listener:
         self._bell.recv(1)
         peer = self._heard.get()
         self._conversations.pop(peer.connection).join()
-        if peer.hello is None:
+        if peer.reason:
             self._turn_away(peer, peer.reason)
             return
         difference = differences(peer.hello.terms, self._terms)
@@ -180,6 +183,17 @@ class Listener:
         self._joined[peer.hello.rank] = peer
         if difference:
             raise TermsError(f"{peer} differs from the engine: {difference}")
+
+    def _refuse_all(self, reason: str) -> None:
+        """Tell those that have joined, and those that are about to."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        for thread in self._conversations.values():
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        heard = [self._heard.get() for _ in range(self._heard.qsize())]
+        for peer in (*self._joined.values(), *heard):
+            if not peer.reason:
+                _answer(peer, Refused(reason))
+            peer.connection.close()
 
     def _why_not(self, rank: int) -> str:
         if rank not in self._ranks:
@@ -205,12 +219,18 @@ class Listener:
 
 
 def join(
-    address: tuple[str, int], secret: ClusterSecret, hello: Hello, timeout_s: float = JOIN_TIMEOUT_S
+    address: tuple[str, int],
+    secret: ClusterSecret,
+    hello: Hello,
+    timeout_s: float = JOIN_TIMEOUT_S,
+    given_up: threading.Event | None = None,
 ) -> socket.socket:
     """Connect to an engine, which may not listen yet, and return the connection once all have.
 
-    Raises JoinError where it is not reached in time, or refuses.
+    Raises JoinError where it is not reached in time, or refuses, or where it was not yet reached
+    when it was given up.
     """
+    given_up = given_up or threading.Event()
     where = f"{address[0]}:{address[1]}"
     deadline = time.monotonic() + timeout_s
     while True:
@@ -221,12 +241,12 @@ def join(
         except HandshakeError as error:
             raise JoinError(f"rank {hello.rank} cannot join {where}: {error}") from error
         except OSError as error:  # it does not listen yet, or its engine has just ended
-            if time.monotonic() + RETRY_S >= deadline:
+            is_late = time.monotonic() + RETRY_S >= deadline
+            if is_late or given_up.wait(RETRY_S):  # nothing tells when a host begins to listen
                 reason = error.strerror or error
                 raise JoinError(
                     f"rank {hello.rank} did not reach {where} within {timeout_s:g} s: {reason}"
                 ) from error
-        time.sleep(RETRY_S)  # nothing tells when a host begins to listen
 
 
 def _join(

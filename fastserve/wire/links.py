@@ -65,6 +65,13 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+def free_port(host: str) -> int:
+    """Return a port of an address of this host that nobody listens on."""
+    with listen(host, 0) as listening:
+        port: int = listening.getsockname()[1]
+        return port
+
+
 def prepare(connection: socket.socket) -> None:
     """Let a connection send at once, and end soon after the other host has gone."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -112,33 +119,22 @@ def has_ended(connection: socket.socket) -> bool:
         return True
 
 
-def interface_towards(host: str, port: int) -> str | None:
-    """Return the name of the interface from which a host is reached; None where none is found.
+def address_towards(host: str) -> str:
+    """Return the address of this host from which another is reached; nothing is sent.
 
-    Nothing is sent.
+    Raises ConfigError where there is no route to it.
     """
-    family, address = resolve(host, port)
+    family, address = resolve(host, 1)
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((address, port or 1))
-        except OSError:
-            return None
-        return _interface_of(probe.getsockname()[0])
+            probe.connect((address, 1))
+        except OSError as error:
+            raise ConfigError(f"--master-addr {host}: {error.strerror}") from error
+        return str(probe.getsockname()[0])
 
 
-def _receive(connection: socket.socket, size: int, deadline: float) -> bytes:
-    received = bytearray()
-    while len(received) < size:
-        connection.settimeout(max(deadline - time.monotonic(), 1e-3))
-        part = connection.recv(size - len(received))
-        if not part:
-            raise ConnectionError("it closed the connection")
-        received += part
-    return bytes(received)
-
-
-def _interface_of(address: str) -> str | None:
-    """Return the interface that has an address of this host."""
+def interface_of(address: str) -> str | None:
+    """Return the name of the network interface that has an address; None where none is found."""
     numeric = address.partition("%")[0]
     if ipaddress.ip_address(numeric).is_loopback:
         return LOOPBACK
@@ -154,6 +150,17 @@ def _interface_of(address: str) -> str | None:
             if socket.inet_ntoa(reply[20:24]) == numeric:
                 return name
     return None
+
+
+def _receive(connection: socket.socket, size: int, deadline: float) -> bytes:
+    received = bytearray()
+    while len(received) < size:
+        connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+        part = connection.recv(size - len(received))
+        if not part:
+            raise ConnectionError("it closed the connection")
+        received += part
+    return bytes(received)
 
 
 def _interface_of_ipv6(address: str) -> str | None:

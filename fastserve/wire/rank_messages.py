@@ -31,6 +31,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     local_rank: int  # among the ranks of this host: which device it takes
     num_local_ranks: int  # that share cores and memory of this host
     reserved_cores: int = 0  # of this host, left to others
+    model_dir: str | None = None  # where this host has the model, if not where the driver has it
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
@@ -75,6 +76,10 @@ class Carry(msgspec.Struct, frozen=True, tag="carry"):
     """Carry out a plan: its copies at once, the rest in its turn."""
 
     plan: SchedulerOutput
+
+
+class Leave(msgspec.Struct, frozen=True, tag="leave"):
+    """End: the driver is through. Without it, the end of the connection is that of the driver."""
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
@@ -135,7 +140,7 @@ class RankFailed(msgspec.Struct, frozen=True, tag="rank_failed"):
     is_of_peer: bool = False
 
 
-Order = Load | Allocate | Touch | MeasureCopies | CountMoves | Carry
+Order = Load | Allocate | Touch | MeasureCopies | CountMoves | Carry | Leave
 Report = (
     Beat
     | Progress

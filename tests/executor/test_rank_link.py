@@ -17,6 +17,7 @@ from fastserve.wire.frames import encode_frame, read_frame
 from fastserve.wire.rank_messages import (
     Allocated,
     Beat,
+    Leave,
     Loaded,
     Place,
     RankFailed,
@@ -93,6 +94,19 @@ def test_the_greeting_comes_first_and_orders_follow(
     started.say(Beat(3), Allocated())
     assert heard.reports.get(timeout=10) == (5, Allocated())
     assert heard.errors.empty()
+
+
+def test_a_rank_is_told_to_leave_unless_it_is_killed(
+    opened: tuple[RankLink, ThreadRank, Heard],
+) -> None:
+    """One of another host then knows that no other driver will come for it."""
+    link, started, _ = opened
+    link.hang_up(is_killed=False)
+    stream = started.theirs.makefile("rb")
+    orders = [decode_order(read_frame(stream) or b"") for _ in range(2)]
+    assert orders == [Touch(7), Leave()]
+    assert read_frame(stream) is None
+    assert not started.is_killed.is_set()
 
 
 def test_a_rank_that_dies_is_told_with_its_place_and_step(

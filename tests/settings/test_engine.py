@@ -64,6 +64,23 @@ def test_every_flag_says_what_it_is(owner):
             {"distributed_executor_backend": "uni", "tensor_parallel_size": 2},
             "--distributed-executor-backend uni: one process cannot be 2 ranks",
         ),
+        ({"master_addr": "0.0.0.0"}, "--master-addr 0.0.0.0: that is every address of a host"),
+        ({"master_addr": "::"}, "--master-addr ::: that is every address of a host"),
+        ({"node_rank": 1}, "--node-rank 1: --nnodes is 1"),
+        ({"nnodes": 2}, "--nnodes 2: needs --master-addr"),
+        (
+            {"nnodes": 2, "master_addr": "10.0.0.1", "tensor_parallel_size": 3},
+            "--nnodes 2: 3 ranks cannot be divided equally",
+        ),
+        (
+            {
+                "nnodes": 2,
+                "master_addr": "10.0.0.1",
+                "tensor_parallel_size": 2,
+                "distributed_executor_backend": "ray",
+            },
+            "--nnodes 2: not with --distributed-executor-backend ray",
+        ),
         ({"max_num_seqs": 8, "max_num_batched_tokens": 7}, "below --max-num-seqs 8"),
         (
             {

@@ -45,7 +45,7 @@ class Hosts:
         timeout_s: float = 10.0,
     ) -> Joining:
         """Let a rank join from another thread."""
-        hello = Hello(rank, f"host-{rank}", terms=terms)
+        hello = Hello(rank=rank, host=f"host-{rank}", terms=terms)
         return self._pool.submit(join, self.listener.address, secret, hello, timeout_s)
 
     def connect(self) -> socket.socket:
@@ -87,7 +87,7 @@ def test_ranks_join_together_and_their_connections_are_theirs(hosts: Hosts) -> N
     second = hosts.join(1)
     peers = gathering.result()
     assert sorted(peers) == [1, 2]
-    assert str(peers[2]) == "rank 2 on host-2 (127.0.0.1)"
+    assert str(peers[2]) == "rank 2 on host-2 at 127.0.0.1"
     for rank, joined in ((1, second), (2, first)):
         peers[rank].connection.sendall(b"plan")
         assert joined.result().recv(9) == b"plan"
@@ -103,7 +103,7 @@ def test_a_rank_may_come_before_the_engine_listens() -> None:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))
         address: tuple[str, int] = reserved.getsockname()
-        early = pool.submit(join, address, SECRET, Hello(1, terms=TERMS), 10.0)
+        early = pool.submit(join, address, SECRET, Hello(rank=1, terms=TERMS), 10.0)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(address)
         reserved.close()
@@ -128,7 +128,9 @@ def test_a_wrong_secret_keeps_out_its_owner_alone(hosts: Hosts) -> None:
 def test_a_rank_does_not_join_whoever_lacks_the_secret() -> None:
     """An engine that cannot prove itself is given no Hello, though it accepts every proof."""
     with socket.create_server(("127.0.0.1", 0)) as impostor, ThreadPoolExecutor() as pool:
-        joining_it = pool.submit(join, impostor.getsockname(), SECRET, Hello(1, terms=TERMS), 10.0)
+        joining_it = pool.submit(
+            join, impostor.getsockname(), SECRET, Hello(rank=1, terms=TERMS), 10.0
+        )
         connection, _ = impostor.accept()
         with connection:
             connection.sendall(MAGIC + bytes(32))
@@ -159,7 +161,7 @@ def test_what_differs_is_named_on_every_host(
     gathering = hosts.gather()
     wait_until(lambda: 1 in hosts.listener._joined)
     other = hosts.join(2, terms=terms)
-    expected = rf"^rank 2 on host-2 \(127\.0\.0\.1\) differs from the engine: {line}$"
+    expected = rf"^rank 2 on host-2 at 127\.0\.0\.1 differs from the engine: {line}$"
     with pytest.raises(TermsError, match=expected):
         gathering.result()
     for rank in (good, other):
@@ -186,7 +188,7 @@ def test_a_rank_that_was_started_again_joins_in_its_own_place(hosts: Hosts) -> N
     """The connection of the one that ended does not count as its rank."""
     gathering = hosts.gather()
     with hosts.connect() as connection:
-        converse(connection, introduce(SECRET, Hello(1, terms=TERMS)), time.monotonic() + 5)
+        converse(connection, introduce(SECRET, Hello(rank=1, terms=TERMS)), time.monotonic() + 5)
         wait_until(lambda: 1 in hosts.listener._joined)
         ended = hosts.listener._joined[1]
     again = hosts.join(1)
@@ -242,7 +244,7 @@ def test_an_engine_that_is_not_there_is_named() -> None:
         host, port = reserved.getsockname()
         line = rf"^rank 3 did not reach {host}:{port} within 0\.3 s: Connection refused$"
         with pytest.raises(JoinError, match=line):
-            join((host, port), SECRET, Hello(3), 0.3)
+            join((host, port), SECRET, Hello(rank=3), 0.3)
 
 
 def test_the_wait_ends_when_its_check_says_so(

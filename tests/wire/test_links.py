@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Iterator
@@ -10,7 +11,16 @@ import pytest
 
 from fastserve.settings.option import ConfigError
 from fastserve.wire import links
-from fastserve.wire.links import Exchange, converse, has_ended, interface_towards, listen, prepare
+from fastserve.wire.links import (
+    Exchange,
+    address_towards,
+    converse,
+    free_port,
+    has_ended,
+    interface_of,
+    listen,
+    prepare,
+)
 
 
 @pytest.fixture
@@ -97,13 +107,17 @@ def test_silence_and_the_end_of_a_connection_end_a_conversation(
         converse(ours, echo(), time.monotonic() + 5)
 
 
-def test_the_interface_towards_a_host_is_that_of_the_route() -> None:
-    """All of 127/8 is reached over the loopback interface; so is every address of this host."""
-    assert interface_towards("127.0.0.1", 80) == "lo"
-    assert interface_towards("127.0.1.1", 80) == "lo"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 80))
-        except OSError:
-            return  # a host without a route to anywhere
-    assert interface_towards("192.0.2.1", 80) in {name for _, name in socket.if_nameindex()}
+def test_a_route_begins_at_an_address_of_an_interface() -> None:
+    """All of 127/8 is reached over the loopback interface; what is this host's has an interface."""
+    assert address_towards("127.0.0.1") == "127.0.0.1"
+    assert interface_of("127.0.0.1") == interface_of("127.0.1.1") == interface_of("::1") == "lo"
+    assert interface_of("192.0.2.1") is None  # an address that no host has
+    with contextlib.suppress(ConfigError):  # a host without a way to any other
+        ours = address_towards("192.0.2.1")
+        assert interface_of(ours) in {name for _, name in socket.if_nameindex()}
+
+
+def test_a_free_port_can_be_listened_on() -> None:
+    """Nobody listens there, and it is not that of somebody who does."""
+    with listen("127.0.0.1", 0) as taken, listen("127.0.0.1", free_port("127.0.0.1")) as ours:
+        assert ours.getsockname() != taken.getsockname()

@@ -28,6 +28,7 @@ from fastserve.wire.rank_messages import (
     CopiesMeasured,
     CopyEnded,
     CountMoves,
+    Leave,
     Load,
     Loaded,
     MeasureCopies,
@@ -55,7 +56,7 @@ SCORES = TokenLogprobs(-0.25, 2, (5, 6), (-0.1, float("-inf")))
 ORDERS: list[Order] = [
     Load(
         rank=3,
-        place=Place(host="a", local_rank=1, num_local_ranks=2, reserved_cores=1),
+        place=Place(host="a", local_rank=1, num_local_ranks=2, reserved_cores=1, model_dir="/m"),
         rendezvous="file:///tmp/x",
         config=EngineConfig(tensor_parallel_size=2, pipeline_parallel_size=2),
         model_dir="/models/m",
@@ -71,6 +72,7 @@ ORDERS: list[Order] = [
     MeasureCopies(),
     CountMoves(),
     Carry(PLAN),
+    Leave(),
 ]
 REPORTS: list[Report] = [
     Beat(17),
