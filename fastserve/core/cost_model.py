@@ -109,6 +109,19 @@ class CostModel:
         shared_s = (self.base_s + matrix_s + dense_s) / num_seqs
         return shared_s + self.decode_context_s * context
 
+    def seat_token_s(
+        self, context: float, mean_context: float, *, num_seats: int, num_kv_tokens: int
+    ) -> float:
+        """Return what a token of an answer costs a full batch, at so much context of its own.
+
+        A sequence takes up one of `num_seats`; where KV lasts for fewer sequences of the mean
+        context than there are seats, it takes up the seats of others with the KV that it holds.
+        """
+        num_held = max(num_kv_tokens / mean_context, 1.0)
+        if num_held >= num_seats:
+            return self.decode_share_s(num_seats, context)
+        return self.decode_share_s(num_held, mean_context) * context / mean_context
+
     def added_prefill_s(self, num_tokens: int, start: int) -> float:
         """Return what a share of a prompt adds to a step whose weights are read anyway."""
         pairs = start + num_tokens / 2

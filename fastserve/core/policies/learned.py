@@ -234,18 +234,14 @@ class Learned:
         return self._cost_model.added_prefill_s(num_tokens, start) if num_tokens > 1 else 0.0
 
     def _token_s(self, kind: Kind) -> float:
-        """Return the machine seconds of a token of an answer, in the middle of a mean one.
-
-        A sequence takes up a seat of the batch; where KV lasts for fewer sequences than there are
-        seats, it takes up the seats of others with the KV that it holds.
-        """
-        costs, outlook, num_seats = self._cost_model, self._outlook, self._max_num_seqs
-        context = kind.prompt_tokens + outlook.mean_tokens / 2
-        mean_context = outlook.mean_prompt_tokens + outlook.mean_tokens / 2
-        num_held = max(self._num_kv_tokens / mean_context, 1.0)
-        if num_held >= num_seats:
-            return costs.decode_share_s(num_seats, context)
-        return costs.decode_share_s(num_held, mean_context) * context / mean_context
+        """Return the machine seconds of a token of an answer, in the middle of a mean one."""
+        outlook = self._outlook
+        return self._cost_model.seat_token_s(
+            kind.prompt_tokens + outlook.mean_tokens / 2,
+            outlook.mean_prompt_tokens + outlook.mean_tokens / 2,
+            num_seats=self._max_num_seqs,
+            num_kv_tokens=self._num_kv_tokens,
+        )
 
     def _boost_s(self, price_s: float) -> float:
         """Return how far a price moves a request ahead of its arrival."""
