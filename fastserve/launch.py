@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,8 +52,12 @@ logger = logging.getLogger(__name__)
 
 
 def count_threads(config: EngineConfig, reserved_cores: int = 0) -> int:
-    """Return the threads of one CPU operation: as told, else all cores but the reserved ones."""
-    return config.num_threads or max(1, num_cores() - reserved_cores)
+    """Return the threads of one CPU operation: as told, else its share of the cores.
+
+    Replicas divide what is left of all cores without the reserved ones.
+    """
+    share = (num_cores() - reserved_cores) // config.data_parallel_size
+    return config.num_threads or max(1, share)
 
 
 def open_executor(
@@ -189,6 +193,9 @@ def open_engine(
             eos_token_ids=eos_token_ids,
             dtype=facts.dtype,
             device=facts.device,
+            cost_model=cost_model,
+            max_num_seqs=scheduler_config.max_num_seqs,
+            enable_prefix_caching=config.enable_prefix_caching,
             tensor_parallel_size=config.tensor_parallel_size,
             pipeline_parallel_size=config.pipeline_parallel_size,
             sampling_defaults=sampling_defaults,
@@ -197,13 +204,18 @@ def open_engine(
 
 
 def open_served_engine(
-    config: EngineConfig, on_progress: Callable[[str, float], None]
+    config: EngineConfig, replica: int, on_progress: Callable[[str, float], None]
 ) -> process.Opened:
-    """Load a model to serve: a policy that learns goes on where the last engine ended."""
+    """Load a model to serve: a policy that learns goes on where the last engine ended.
+
+    Each replica learns from its own answers, in a file of its own; one that has none begins with
+    that of replica 0.
+    """
     lengths = None
     if config.scheduling_policy == "learned":
         identity = str(checkpoint.locate(config.model, config.revision).resolve())
-        lengths = LengthFile(length_path(config.model, identity), identity, MonotonicClock().now())
+        first, own = (length_path(config.model, identity, which) for which in (0, replica))
+        lengths = LengthFile(own, identity, MonotonicClock().now(), begin_with=first)
     engine, info = open_engine(
         config,
         on_progress,
@@ -228,9 +240,15 @@ def _open_journal(path: Path) -> Iterator[Journal]:
 
 
 def open_async_engine(config: EngineConfig, model_name: str | None = None) -> AsyncEngine:
-    """Return an engine that will run in a process of its own; `start` begins to load it."""
+    """Return an engine that will run in processes of its own; `start` begins to load it."""
     return AsyncEngine(
-        config, _command("--engine-fd"), environment=_environment(), model_name=model_name
+        config,
+        _command("--engine-fd"),
+        environment=_environment(),
+        replica_environments=[
+            replica_environment(config, replica) for replica in range(config.data_parallel_size)
+        ],
+        model_name=model_name,
     )
 
 
@@ -245,6 +263,34 @@ def _environment() -> dict[str, str]:
     package_root = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": os.pathsep.join(filter(None, (package_root, inherited)))}
+
+
+def replica_environment(config: EngineConfig, replica: int) -> Mapping[str, str]:
+    """Return what tells a replica which CUDA devices are its own, where there are several.
+
+    Raises ConfigError where the environment names fewer devices than all of them need.
+    """
+    if config.data_parallel_size == 1 or config.device == "cpu":
+        return {}
+    num_own = config.tensor_parallel_size * config.pipeline_parallel_size
+    num_needed = num_own * config.data_parallel_size
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = list(map(str, range(num_needed))) if named is None else named.split(",")
+    if named and len(devices) < num_needed:
+        raise ConfigError(
+            f"--data-parallel-size {config.data_parallel_size}: {num_needed} devices are needed, "
+            f"and CUDA_VISIBLE_DEVICES names {len(devices)}"
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(devices[replica * num_own :][:num_own])}
+
+
+def require_one_engine(config: EngineConfig, caller: str) -> None:
+    """Raise ConfigError where several replicas are asked of what runs one engine by itself."""
+    if config.data_parallel_size > 1:
+        raise ConfigError(
+            f"--data-parallel-size: {caller} runs one engine, in its own process; "
+            "fastserve serve runs several"
+        )
 
 
 def open_tokenizer(config: EngineConfig, chat_template: str | None = None) -> Tokenizer | None:

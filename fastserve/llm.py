@@ -22,7 +22,7 @@ from fastserve.core.messages import RequestFailedError, RequestUpdate
 from fastserve.core.request import Arrival, FinishReason, Handle
 from fastserve.frontend.answer import shifted_seed
 from fastserve.frontend.request_checks import check_params, check_prompt, fitted
-from fastserve.launch import open_engine, open_tokenizer
+from fastserve.launch import open_engine, open_tokenizer, require_one_engine
 from fastserve.offline.hf_tokenizer import HFTokenizer
 from fastserve.offline.inputs import (
     Prompt,
@@ -82,6 +82,7 @@ class LLM:
         return llm
 
     def _open(self, config: EngineConfig) -> None:
+        require_one_engine(config, "LLM")
         self.config = config
         self._tokenizer = open_tokenizer(self.config)
         self._hf_tokenizer: HFTokenizer | None = None

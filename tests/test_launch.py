@@ -265,6 +265,84 @@ def test_a_killed_engine_goes_on_with_the_same_tokens() -> None:
     assert run(body) == (undisturbed, FinishReason.LENGTH)
 
 
+@pytest.mark.processes
+def test_a_killed_replica_loses_no_token_of_a_hundred_streams() -> None:
+    """Two replicas of a real model, one is killed: all ids equal those of one undisturbed run."""
+    config = EngineConfig(model="demo", num_device_blocks=256, num_threads=1, deterministic=True)
+    arrivals = [
+        Arrival([10 + n, 20, 30], SamplingParams(seed=n, top_k=20, max_tokens=24, ignore_eos=True))
+        for n in range(100)
+    ]
+    engine, _ = open_engine(config)
+    handles = [engine.add(arrival) for arrival in arrivals]
+    undisturbed: dict[int, list[int]] = {handle: [] for handle in handles}
+    while engine.num_requests:
+        for update in engine.step():
+            undisturbed[update.handle] += [sample.token_id for sample in update.samples]
+    engine.close()
+
+    async def body() -> None:
+        served = open_async_engine(dataclasses.replace(config, data_parallel_size=2))
+        await served.start()
+        try:
+            await asyncio.gather(*(replica.ready() for replica in served.replicas))
+            streams = [served.submit(arrival) for arrival in arrivals]
+            while len(streams[0].output_token_ids) < 5:
+                await asyncio.sleep(0)  # lets the reader run
+            assert served.process is not None
+            served.process.send_signal(signal.SIGKILL)
+            ended = await asyncio.gather(*map(read, streams))
+            assert ended == [(undisturbed[handle], FinishReason.LENGTH) for handle in handles]
+            assert 'engine_restarts_total{engine="0",model_name="demo"} 1.0' in text_of(served)
+            name = 'fastserve:requests_resumed_total{engine="1"'
+            (resumed,) = [s for s in text_of(served).splitlines() if s.startswith(name)]
+            assert float(resumed.split()[-1]) > 0
+            await served.replicas[0].ready()
+            again = [served.submit(arrival) for arrival in arrivals[:4]]
+            first = served.replicas[0].link
+            assert first is not None
+            assert sum(first.has(stream.number) for stream in again) == 2
+            assert await asyncio.gather(*map(read, again)) == ended[:4]
+        finally:
+            await served.close()
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("named", "own"), [(None, ["0,1", "2,3"]), ("5,3,7,1", ["5,3", "7,1"]), ("", ["", ""])]
+)
+def test_replicas_have_devices_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, named: str | None, own: list[str]
+) -> None:
+    """As many as its ranks for each, of those that the environment names; of none, none."""
+    if named is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    config = EngineConfig(data_parallel_size=2, tensor_parallel_size=2)
+    found = [launch.replica_environment(config, replica) for replica in range(2)]
+    assert found == [{"CUDA_VISIBLE_DEVICES": devices} for devices in own]
+
+
+def test_replicas_are_not_left_without_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer than they need are one line; a CPU needs none, and one engine takes what there is."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(ConfigError, match=r"--data-parallel-size 2: 2 devices are needed, .* 1$"):
+        launch.replica_environment(EngineConfig(data_parallel_size=2), 0)
+    assert launch.replica_environment(EngineConfig(data_parallel_size=2, device="cpu"), 0) == {}
+    assert launch.replica_environment(EngineConfig(), 0) == {}
+
+
+def test_replicas_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the server's; one thread at least, and as many as told."""
+    monkeypatch.setattr(launch, "num_cores", lambda: 9)
+    counts = [launch.count_threads(EngineConfig(data_parallel_size=n), 1) for n in (1, 2, 3, 32)]
+    assert counts == [8, 4, 2, 1]
+    told = EngineConfig(data_parallel_size=2, num_threads=7)
+    assert launch.count_threads(told, 1) == 7
+
+
 LEARNING = dataclasses.replace(SMALL, scheduling_policy="learned")
 EAGER_PROCESS = """
 import sys

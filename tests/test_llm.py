@@ -352,3 +352,9 @@ def test_an_unknown_flag_is_refused() -> None:
     """Flags are those of the configuration and no others."""
     with pytest.raises(ConfigError, match="no_such_flag"):
         LLM("demo", no_such_flag=1)
+
+
+def test_several_replicas_are_refused() -> None:
+    """An LLM is one engine; the line says what runs several."""
+    with pytest.raises(ConfigError, match=r"LLM runs one engine.*fastserve serve runs several$"):
+        LLM("demo", data_parallel_size=2)

@@ -29,7 +29,7 @@ from fastserve.engine.engine import Engine
 from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.provenance import output_path, provenance, write_result
 from fastserve.host.terminal import make_bar, make_table
-from fastserve.launch import count_threads, open_engine
+from fastserve.launch import count_threads, open_engine, require_one_engine
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.wire.engine_messages import EngineInfo
@@ -111,6 +111,7 @@ class Offline:
 
 def measure_offline(bench: OfflineBenchConfig, config: EngineConfig) -> int:
     """Measure every row, print them and write them to the file asked for."""
+    require_one_engine(config, "bench offline")
     path = None if bench.output is None else output_path(bench.output)
     config = with_room(bench, config)
     console = Console(stderr=True)

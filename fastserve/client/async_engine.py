@@ -1,32 +1,39 @@
 """The engine of a server: its parts put together, and their state in one place.
 
-One supervisor keeps one engine process running; the dispatcher and its streams would serve several.
-Rules: everything here runs on one event loop. Must not know: torch, text, HTTP, how to schedule.
+Each replica is an engine process with a supervisor that keeps it running; one dispatcher and its
+streams serve them all. Rules: everything here runs on one event loop; what is there once one
+replica serves is there. Must not know: torch, text, HTTP, how to schedule.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import random
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import partial
+
+import msgspec
 
 from fastserve.client.dispatch import Dispatcher
 from fastserve.client.engine_link import EngineLink
 from fastserve.client.interfaces import EngineDeadError
 from fastserve.client.metrics import EngineMetrics
+from fastserve.client.replica_metrics import ReplicaMetrics
 from fastserve.client.streams import RequestStream
-from fastserve.client.supervisor import Supervisor
+from fastserve.client.supervisor import CLOSED, Supervisor
 from fastserve.core.request import Arrival
 from fastserve.settings.engine import EngineConfig
 from fastserve.wire.engine_messages import EngineInfo, EngineStats, checked
 
 
 class AsyncEngine:
-    """An engine in a process of its own; fits `EngineClient`.
+    """`data_parallel_size` engines, each in a process of its own; fits `EngineClient`.
 
-    `command` starts it; the number of an inherited socket is appended.
+    `command` starts one; the number of an inherited socket is appended. `replica_environments` say
+    what each finds in its environment beside `environment`.
     """
 
     def __init__(
@@ -35,54 +42,84 @@ class AsyncEngine:
         command: Sequence[str],
         *,
         environment: Mapping[str, str] | None = None,
+        replica_environments: Sequence[Mapping[str, str]] = (),
         model_name: str | None = None,
     ) -> None:
         self.config = config
-        self.metrics = EngineMetrics(model_name or config.model)
         self._command = tuple(command)
         self._environment = {**os.environ, **(environment or {})}
+        self._replica_environments = replica_environments
         self._seeds = random.Random(config.seed)
-        self._dispatcher = Dispatcher(self.metrics)
-        self._supervisor = Supervisor(self._start_process, self._dispatcher, self.metrics)
+        name, num_replicas = model_name or config.model, config.data_parallel_size
+        engine_metrics = [EngineMetrics(name, replica) for replica in range(num_replicas)]
+        self.metrics = ReplicaMetrics(name, engine_metrics, lambda: self.num_serving)
+        self._dispatcher = Dispatcher(*engine_metrics)
+        self.replicas = tuple(
+            Supervisor(
+                partial(self._start_process, replica),
+                self._dispatcher,
+                engine_metrics[replica],
+                replica=replica,
+                is_watched=num_replicas > 1,
+            )
+            for replica in range(num_replicas)
+        )
 
-    async def _start_process(self) -> EngineLink:
-        return await EngineLink.start(self._command, self._environment, self.config)
+    async def _start_process(self, replica: int) -> EngineLink:
+        environment = dict(self._environment)
+        if self._replica_environments:
+            environment |= self._replica_environments[replica]
+        config = replica_config(self.config, replica)
+        return await EngineLink.start(self._command, environment, config, replica)
 
     @property
     def info(self) -> EngineInfo | None:
-        """What the engine is; None until it was loaded once."""
-        return self._supervisor.info
+        """What the engine is; None until one replica was loaded once.
+
+        They may differ in memory: what fits one of them must fit all, for it may move.
+        """
+        infos = [replica.info for replica in self.replicas if replica.info is not None]
+        if not infos:
+            return None
+        least = min(info.max_request_tokens for info in infos)
+        return msgspec.structs.replace(infos[0], max_request_tokens=least)
 
     @property
     def stats(self) -> EngineStats | None:
-        """The latest snapshot of the process that runs; None until it has sent one."""
-        return self._supervisor.stats
+        """The latest snapshot of the first replica's process; None until it has sent one."""
+        return self.replicas[0].stats
 
     @property
     def progress(self) -> tuple[str, float]:
-        """What loading is at, and how much of that is done (0 to 1)."""
-        return self._supervisor.progress
+        """What loading is at, and how much of that is done (0 to 1), in the first replica."""
+        return self.replicas[0].progress
 
     @property
     def error(self) -> str | None:
-        """Why the engine is gone for good, in one line; None while it is not."""
-        return self._supervisor.error
+        """Why every replica is gone for good, in one line: the first one's reason."""
+        errors = [replica.error for replica in self.replicas]
+        return errors[0] if all(error is not None for error in errors) else None
 
     @property
     def is_misconfigured(self) -> bool:
         """Whether the error is of the settings, and nothing but other settings will help."""
-        return self._supervisor.is_misconfigured
+        return self.replicas[0].is_misconfigured
 
     @property
     def process(self) -> subprocess.Popen[bytes] | None:
-        """The latest engine process."""
-        link = self._supervisor.link
+        """The latest process of the first replica."""
+        link = self.replicas[0].link
         return None if link is None else link.process
+
+    @property
+    def num_serving(self) -> int:
+        """Replicas that run requests at this moment."""
+        return sum(replica.is_serving for replica in self.replicas)
 
     @property
     def is_ready(self) -> bool:
         """Whether requests are run at this moment; False while loading and while restarting."""
-        return self._supervisor.is_serving
+        return self.num_serving > 0
 
     @property
     def is_dead(self) -> bool:
@@ -95,12 +132,24 @@ class AsyncEngine:
         return len(self._dispatcher.streams)
 
     async def start(self) -> None:
-        """Start the engine process and return at once; `ready` waits for it."""
-        self._supervisor.start()
+        """Start the engine processes and return at once; `ready` waits for the first."""
+        for replica in self.replicas:
+            replica.start()
 
     async def ready(self) -> EngineInfo:
-        """Wait until the engine is loaded; EngineDeadError if it never will be."""
-        return await self._supervisor.ready()
+        """Wait until one replica is loaded; EngineDeadError if none ever will be."""
+        waiting = {asyncio.ensure_future(replica.ready()) for replica in self.replicas}
+        try:
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if any(task.exception() is None for task in done):
+                    assert self.info is not None
+                    return self.info
+        finally:
+            for task in waiting:
+                task.cancel()
+        assert self.error is not None
+        raise EngineDeadError(self.error)
 
     async def idle(self) -> None:
         """Wait until no request is left."""
@@ -120,9 +169,18 @@ class AsyncEngine:
         return self._dispatcher.submit(checked(arrival))
 
     async def close(self) -> None:
-        """Stop the engine process; streams still open raise EngineDeadError."""
-        await self._supervisor.close()
+        """Stop the engine processes; streams still open raise EngineDeadError."""
+        await asyncio.gather(*(replica.close() for replica in self.replicas))
+        self._dispatcher.end_all(CLOSED)
 
     def kill(self) -> None:
-        """End the engine process at once, whatever it is at; `close` follows."""
-        self._supervisor.kill()
+        """End the engine processes at once, whatever they are at; `close` follows."""
+        for replica in self.replicas:
+            replica.kill()
+
+
+def replica_config(config: EngineConfig, replica: int) -> EngineConfig:
+    """Return what a replica is to load: of several, each writes a journal of its own."""
+    if config.journal is None or config.data_parallel_size == 1:
+        return config
+    return dataclasses.replace(config, journal=f"{config.journal}.{replica}")

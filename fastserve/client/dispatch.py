@@ -1,10 +1,12 @@
 """Decides which open request an engine process is given, and takes in what comes of it.
 
-Rules: a process that has loaded is given every open request it has not heard of; requests go on
-from their ids so far, as if nothing had happened, because sampling is seeded by (seed, position).
-After a death the suspects (suspects.py) run before all others, one at a time, and a request that
-ends every process it runs in ends alone. There is one dispatcher, however many engines there are:
-with several, to choose one is decided here.
+Rules: there is one dispatcher, however many replicas of the engine there are; a request is with
+one of them at a time, and what another says of it is not heard. A new one goes where the router
+(core/routing.py) expects the least work; what a dead replica had goes to living ones at once. A
+process that has loaded is given every open request that none has. Requests go on from their ids so
+far, as if nothing had happened, because sampling is seeded by (seed, position). After a death the
+suspects (suspects.py) run before all others in a new process, one at a time, and a request that
+ends every process it runs in ends alone.
 Must not know: how a process is started and when it is replaced, text, HTTP.
 """
 
@@ -20,6 +22,7 @@ from fastserve.client.streams import OpenStreams, RequestStream
 from fastserve.client.suspects import DEATHS_OF_A_SUSPECT, Suspects
 from fastserve.core.messages import RequestFailedError, RequestUpdate
 from fastserve.core.request import NO_HANDLE, Arrival, FinishReason
+from fastserve.core.routing import ReplicaFacts, Router
 from fastserve.wire.engine_messages import (
     Abort,
     EngineInfo,
@@ -34,107 +37,183 @@ logger = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """The open requests and the engine process that runs them."""
+    """The open requests and the replicas that run them: one for each of the `metrics`."""
 
-    def __init__(self, metrics: EngineMetrics) -> None:
-        self.streams = OpenStreams(metrics)
+    def __init__(self, *metrics: EngineMetrics) -> None:
+        self.streams = OpenStreams()
+        self.num_blamed = 0  # deaths that were one request's fault
         self._metrics = metrics
+        self._router = Router(len(metrics))
         self._suspects = Suspects()
-        self._link: EngineLink | None = None  # the latest that has loaded
+        self._links: list[EngineLink | None] = [None] * len(metrics)  # those that have loaded
+        self._lost_for_good: set[int] = set()
 
     def submit(self, arrival: Arrival) -> RequestStream:
         """Take a request in, and run it as soon as it may."""
         stream = self.streams.open(arrival, self)
-        link = self._link_for(stream.number)
-        if link is not None:
-            link.give(stream.as_command(time.monotonic()))
+        self._place(stream)
         return stream
 
     def tell(self, command: Abort | Finish) -> None:
         """Say something of a request, if an engine has it; others it will not hear of at all."""
-        if self._link is not None:
-            self._link.tell(command)
+        link = self._link_of(command.number)
+        if link is not None:
+            link.tell(command)
 
     def drop(self, stream: RequestStream) -> None:
         """End a request whose client has left."""
         self._end(stream.number, FinishReason.ABORT)
 
-    # ── processes come and go ────────────────────────────────────────────────────────────────
+    # ── replicas come and go ─────────────────────────────────────────────────────────────────
 
     def begin(self, link: EngineLink, info: EngineInfo) -> None:
-        """Hand every open request to a process that has just loaded, as far as each may run."""
-        self._link = link
-        self._metrics.loaded(info)
-        self._suspects.begin_trials()
+        """Let a process that has just loaded run what no other has, as far as each may run."""
+        self._links[link.replica] = link
+        self._router.open(link.replica, facts_of(info))
+        self._metrics[link.replica].loaded(info)
+        self._suspects.begin_trials(link.replica)
         self._hand_over()
 
     def lost(self, link: EngineLink, reason: str) -> bool:
-        """Take note that a process died; return whether one request was to blame, and has ended."""
-        culprit = self._suspects.charge(link.present_at_death())
-        if culprit is None or culprit not in self.streams:
-            return False
-        logger.error("a request ended the engine %d times; it is given up", DEATHS_OF_A_SUSPECT)
-        error = RequestFailedError(f"This request cannot be run: {reason}.")
-        self._end(culprit, FinishReason.ERROR, error)
-        return True
+        """Take note that a process died; return whether one request was to blame, and has ended.
+
+        What else it had goes on in other replicas at once, as far as it may.
+        """
+        self._links[link.replica] = None
+        self._router.close(link.replica)
+        culprit = self._suspects.charge(link.present_at_death(), link.replica)
+        is_blamed = culprit is not None and culprit in self.streams
+        if culprit is not None and is_blamed:
+            self.num_blamed += 1
+            logger.error("a request ended the engine %d times; it is given up", DEATHS_OF_A_SUSPECT)
+            self._fail(culprit, reason)
+        self._hand_over()
+        return is_blamed
+
+    def give_up(self, replica: int, reason: str) -> None:
+        """Take note that a replica will not be there again; with the last one all requests end.
+
+        Suspects run in a process that begins and in no other: where none will, they end too.
+        """
+        self._links[replica] = None
+        self._router.close(replica)
+        self._lost_for_good.add(replica)
+        num_living = sum(link is not None for link in self._links)
+        if len(self._lost_for_good) == len(self._links):
+            self.end_all(reason)
+            return
+        is_none_to_come = num_living + len(self._lost_for_good) == len(self._links)
+        if is_none_to_come and self._suspects.on_trial is None:
+            for number in self._suspects.untried:
+                self._fail(number, reason)
+        self._hand_over()
 
     def end_all(self, reason: str) -> None:
         """End every open request with EngineDeadError: no process will run them."""
         for stream in self.streams:
             self._end(stream.number, FinishReason.ERROR, EngineDeadError(reason))
 
-    def _link_for(self, number: RequestNumber) -> EngineLink | None:
-        """Return the process that may run a request; None while none serves, or in a trial."""
-        is_serving = self._link is not None and self._link.is_serving
-        return self._link if is_serving and self._suspects.on_trial in (None, number) else None
+    def _place(self, stream: RequestStream) -> None:
+        """Give a request to the replica where the least work is expected, if any may run it."""
+        number = stream.number
+        allowed = [
+            replica
+            for replica, link in enumerate(self._links)
+            if link is not None and link.is_serving and self._suspects.may_run(number, replica)
+        ]
+        if not allowed:
+            return
+        if stream.finish_at is not None:  # its text is complete: only the word of it was lost
+            self._update(
+                number,
+                RequestUpdate(NO_HANDLE, (), FinishReason.STOP),
+                self._metrics[allowed[0]],
+            )
+            return
+        add = stream.as_command(time.monotonic())
+        replica = self._router.route(number, add.arrival, allowed)
+        assert replica is not None
+        link = self._links[replica]
+        assert link is not None
+        link.give(add)
+        if stream.num_engines > 1:
+            self._metrics[replica].resumed()
 
     def _hand_over(self) -> None:
-        """Give the process all that it has not heard of and that may run."""
+        """Place all that no replica has and that may run."""
         for stream in self.streams:
-            number = stream.number
-            link = self._link_for(number)
-            if link is None or link.has(number):
-                continue
-            if stream.finish_at is not None:  # its text is complete: only the word of it was lost
-                self._update(number, RequestUpdate(NO_HANDLE, (), FinishReason.STOP))
-                continue
-            link.give(stream.as_command(time.monotonic()))
+            if self._link_of(stream.number) is None:
+                self._place(stream)
 
-    # ── what the engine says ─────────────────────────────────────────────────────────────────
+    def _link_of(self, number: RequestNumber) -> EngineLink | None:
+        """Return the process that has a request."""
+        for link in self._links:
+            if link is not None and link.has(number):
+                return link
+        return None
 
-    def receive(self, event: Event) -> None:
-        """Take in what a process says of requests, and its figures."""
+    # ── what the engines say ─────────────────────────────────────────────────────────────────
+
+    def receive(self, event: Event, replica: int = 0) -> None:
+        """Take in what a replica says of requests, and its figures."""
+        metrics = self._metrics[replica]
         if isinstance(event, Updates):
+            link = self._links[replica]
             for number, update in event.updates:
-                self._update(number, update)
+                # It may have been aborted while this was on its way.
+                if number in self.streams and link is not None and link.has(number):
+                    self._update(number, update, metrics)
             if event.stats is not None:
-                self._metrics.snapshot(event.stats)
+                metrics.snapshot(event.stats)
         elif isinstance(event, Rejected):
             self._end(event.number, FinishReason.ERROR, ValueError(event.message))
 
-    def _update(self, number: RequestNumber, update: RequestUpdate) -> None:
-        if number not in self.streams:  # it was aborted while this was on its way
-            return
-        self.streams.take(number, update)
+    def _update(self, number: RequestNumber, update: RequestUpdate, metrics: EngineMetrics) -> None:
+        stream = self.streams.take(number, update, metrics)
         if update.finish_reason is not None:
-            self._forget(number)
+            self._forget(stream, update.finish_reason)
         elif update.samples:
+            self._router.grew(number, len(stream.output_token_ids))
             self._clear(number)
+
+    def _fail(self, number: RequestNumber, reason: str) -> None:
+        error = RequestFailedError(f"This request cannot be run: {reason}.")
+        self._end(number, FinishReason.ERROR, error)
 
     def _end(
         self, number: RequestNumber, reason: FinishReason, error: Exception | None = None
     ) -> None:
         """End a request without an update; nothing is done if it has ended."""
         if number in self.streams:
-            self.streams.end(number, reason, error)
-            self._forget(number)
+            link = self._link_of(number)
+            metrics = self._metrics[0 if link is None else link.replica]
+            self._forget(self.streams.end(number, reason, metrics, error), reason)
 
-    def _forget(self, number: RequestNumber) -> None:
-        if self._link is not None:
-            self._link.forget(number)
+    def _forget(self, stream: RequestStream, reason: FinishReason) -> None:
+        number = stream.number
+        link = self._link_of(number)
+        if link is not None:
+            link.forget(number)
+        if reason is FinishReason.ERROR:
+            self._router.failed(number)
+        else:
+            ids = stream.output_token_ids
+            self._router.ended(number, len(ids), ids)
         self._clear(number)
 
     def _clear(self, number: RequestNumber) -> None:
         """Let the next suspect run, or all requests, once this one is past its trial."""
         if self._suspects.clear(number):
             self._hand_over()
+
+
+def facts_of(info: EngineInfo) -> ReplicaFacts:
+    """Return what the router must know of an engine."""
+    return ReplicaFacts(
+        cost_model=info.cost_model,
+        max_num_seqs=info.max_num_seqs,
+        max_request_tokens=info.max_request_tokens,
+        block_size=info.block_size,
+        num_kv_tokens=info.num_device_blocks * info.block_size,
+        num_cached_blocks=info.num_device_blocks if info.enable_prefix_caching else 0,
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import subprocess
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from fastserve.settings.engine import EngineConfig
@@ -39,24 +40,32 @@ LOADED = ("ready", 1.0)
 
 
 class EngineLink:
-    """A started engine process."""
+    """A started engine process; `replica` says which, where several serve side by side."""
 
-    def __init__(self, child: Child[Event]) -> None:
+    def __init__(self, child: Child[Event], replica: int = 0, name: str = "engine") -> None:
+        self.replica = replica
+        self.heard_at = time.monotonic()  # when it last said anything
         self.progress = STARTING
         self.info: EngineInfo | None = None  # what it said when it was loaded
         self.stats: EngineStats | None = None  # the latest snapshot; `at` says how old it is
         self.failure: Failed | None = None  # what it said of its own end
         self.is_serving = False
         self._child = child
+        self._name = name
         self._given: set[RequestNumber] = set()  # requests that have not ended
 
     @classmethod
     async def start(
-        cls, command: Sequence[str], environment: Mapping[str, str], config: EngineConfig
+        cls,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        config: EngineConfig,
+        replica: int = 0,
     ) -> EngineLink:
-        """Start a process, and let it load what `config` says."""
-        link = cls(await Child.start(command, environment, decode_event, "engine"))
-        link._child.send(encode_frame(Configure(config)))
+        """Start a process, and let it load what `config` says as one of its replicas."""
+        name = "engine" if config.data_parallel_size == 1 else f"engine {replica}"
+        link = cls(await Child.start(command, environment, decode_event, name), replica, name)
+        link._child.send(encode_frame(Configure(config, replica)))
         return link
 
     @property
@@ -95,11 +104,12 @@ class EngineLink:
                 yield event
 
     def _note(self, event: Event) -> None:
+        self.heard_at = time.monotonic()
         if isinstance(event, Updates):
             self.stats = event.stats or self.stats
         elif isinstance(event, Progress):
             if event.stage != self.progress[0]:
-                logger.info("engine: %s", event.stage)
+                logger.info("%s: %s", self._name, event.stage)
             self.progress = (event.stage, event.fraction)
         elif isinstance(event, Ready):
             self.info, self.progress = event.info, LOADED

@@ -5,7 +5,7 @@ Must not know: what is measured, the engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
@@ -40,15 +40,20 @@ class CountedHistogram(Collector):
 
 
 class AliasedRegistry(Collector):
-    """Collects a registry with a prefix, and each metric once more under every alias it has.
+    """Collects registries with a prefix, and each metric once more under every alias it has.
 
-    `aliases` maps the other name to the registry's own.
+    `aliases` maps the other name to the registries' own. A metric that several registries have is
+    one, with the samples of all.
     """
 
     def __init__(
-        self, registry: CollectorRegistry, prefix: str, other: str, aliases: Mapping[str, str]
+        self,
+        registries: Sequence[CollectorRegistry],
+        prefix: str,
+        other: str,
+        aliases: Mapping[str, str],
     ) -> None:
-        self._registry = registry
+        self._registries = registries
         self._prefix = prefix
         self._others: dict[str, list[str]] = {}
         for alias, name in aliases.items():
@@ -56,9 +61,19 @@ class AliasedRegistry(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric under each of its names."""
-        for metric in self._registry.collect():
+        for metric in merged(self._registries):
             for name in (self._prefix + metric.name, *self._others.get(metric.name, ())):
                 yield renamed(metric, name)
+
+
+def merged(registries: Sequence[CollectorRegistry]) -> Iterable[Metric]:
+    """Return the metrics of all registries, those of one name as one."""
+    metrics: dict[str, Metric] = {}
+    for registry in registries:
+        for metric in registry.collect():
+            if (first := metrics.setdefault(metric.name, metric)) is not metric:
+                first.samples.extend(metric.samples)
+    return metrics.values()
 
 
 def renamed(metric: Metric, name: str) -> Metric:

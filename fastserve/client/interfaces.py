@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterable
 from typing import Protocol
 
-from fastserve.client.metrics import EngineMetrics
 from fastserve.core.messages import RequestUpdate
 from fastserve.core.request import Arrival
 from fastserve.wire.engine_messages import EngineInfo
@@ -34,11 +33,21 @@ class UpdateStream(AsyncIterable[RequestUpdate], Protocol):
         """Give the request up; nothing more comes. Does nothing once it has ended."""
 
 
+class ServerMetrics(Protocol):
+    """What is counted of a server."""
+
+    def asked(self, n: int) -> None:
+        """See a prompt that `n` choices are wanted of."""
+
+    def render(self) -> tuple[bytes, str]:
+        """Return the exposition and its content type."""
+
+
 class EngineClient(Protocol):
     """An engine as routes see it: its state, and a place to submit requests."""
 
     @property
-    def metrics(self) -> EngineMetrics:
+    def metrics(self) -> ServerMetrics:
         """What is counted, to be rendered."""
 
     @property

@@ -24,7 +24,6 @@ from fastserve.wire.step_sizes import STEP_TOKENS
 
 PREFIX = "fastserve:"
 VLLM_PREFIX = "vllm:"
-ENGINE = "0"  # vLLM numbers the copies of a model; there is one
 
 LATENCY_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -108,13 +107,14 @@ SNAPSHOT_COUNTERS = (
 
 
 class EngineMetrics:
-    """What is counted, and how the engine's news moves it."""
+    """What is counted of one engine, and how its news moves it.
 
-    def __init__(self, model_name: str) -> None:
-        self._names = {"engine": ENGINE, "model_name": model_name}
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._exported = CollectorRegistry(auto_describe=False)
-        self._exported.register(AliasedRegistry(self._registry, PREFIX, VLLM_PREFIX, VLLM_ALIASES))
+    `replica` is its number among the copies of a model, as vLLM numbers them: the label `engine`.
+    """
+
+    def __init__(self, model_name: str, replica: int = 0) -> None:
+        self._names = {"engine": str(replica), "model_name": model_name}
+        self.registry = CollectorRegistry(auto_describe=False)
         self._last_counts: dict[str, float] = {}
         self._forecasts: ForecastMetrics | None = None  # until a policy makes some
         self._swaps: SwapMetrics | None = None  # until there is a host tier
@@ -145,6 +145,9 @@ class EngineMetrics:
     def _declare_counters(self) -> None:
         counter = self._counter
         self._restarts = counter("engine_restarts", "Engine processes started after a death.")
+        self._resumed = counter(
+            "requests_resumed", "Requests that this engine goes on with, after one with them died."
+        )
         self._prompt_tokens = counter(
             "prompt_tokens", "Prompt tokens of requests that came to their first token."
         )
@@ -195,19 +198,19 @@ class EngineMetrics:
         self._step_tokens = CountedHistogram(
             "iteration_tokens_total", "Tokens computed in a step.", STEP_TOKENS, self._names
         )
-        self._registry.register(self._step_tokens)
+        self.registry.register(self._step_tokens)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        gauge = Gauge(name, text, (*self._names, *labels), registry=self._registry)
+        gauge = Gauge(name, text, (*self._names, *labels), registry=self.registry)
         return gauge if labels else gauge.labels(**self._names)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        counter = Counter(name, text, (*self._names, *labels), registry=self._registry)
+        counter = Counter(name, text, (*self._names, *labels), registry=self.registry)
         return counter if labels else counter.labels(**self._names)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float] = LATENCY_S) -> Histogram:
         histogram = Histogram(
-            name, text, tuple(self._names), registry=self._registry, buckets=buckets
+            name, text, tuple(self._names), registry=self.registry, buckets=buckets
         )
         return histogram.labels(**self._names)
 
@@ -217,12 +220,16 @@ class EngineMetrics:
         self._cache_config.clear()
         self._cache_config.labels(**self._names, **labels).set(1)
         if info.num_host_blocks and self._swaps is None:
-            self._swaps = SwapMetrics(self._registry, self._names, info.block_bytes)
+            self._swaps = SwapMetrics(self.registry, self._names, info.block_bytes)
 
     def restarted(self) -> None:
         """Count an engine process started after a death; its counters begin at zero."""
         self._restarts.inc()
         self._last_counts.clear()
+
+    def resumed(self) -> None:
+        """Count a request that goes on in this engine, whose engine before it died."""
+        self._resumed.inc()
 
     def asked(self, n: int) -> None:
         """See a prompt that `n` choices are wanted of."""
@@ -311,7 +318,7 @@ class EngineMetrics:
             self._swaps.snapshot(now, self._gained)
         if now.forecasts is not None:
             if self._forecasts is None:
-                self._forecasts = ForecastMetrics(self._registry, names)
+                self._forecasts = ForecastMetrics(self.registry, names)
             self._forecasts.snapshot(now.forecasts, now.requests_by_work, self._gained)
 
     def _advance(self, counter: Counter, key: str, value: float) -> None:
@@ -325,4 +332,11 @@ class EngineMetrics:
 
     def render(self) -> tuple[bytes, str]:
         """Return the exposition and its content type."""
-        return generate_latest(self._exported), CONTENT_TYPE_LATEST
+        return render((self.registry,))
+
+
+def render(registries: Sequence[CollectorRegistry]) -> tuple[bytes, str]:
+    """Return the exposition of registries, under every name that a metric has, and its type."""
+    exported = CollectorRegistry(auto_describe=False)
+    exported.register(AliasedRegistry(registries, PREFIX, VLLM_PREFIX, VLLM_ALIASES))
+    return generate_latest(exported), CONTENT_TYPE_LATEST

@@ -44,6 +44,7 @@ class RequestStream:
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
         self.finish_at: int | None = None  # a stop string matched after so many ids
+        self.num_engines = 0  # that were given it, one after the other
         self._owner = owner
         self._arrival = arrival
         self._num_prompt_logprobs = 0  # received so far
@@ -63,6 +64,7 @@ class RequestStream:
 
     def as_command(self, now: float) -> Add:
         """Return the message that makes an engine run this request, or go on with it."""
+        self.num_engines += 1
         self._num_to_skip = self._num_prompt_logprobs
         arrival = dataclasses.replace(
             self._arrival, age_s=now - self.arrived_at, output_token_ids=self.output_token_ids
@@ -122,10 +124,12 @@ class RequestStream:
 
 
 class OpenStreams:
-    """The requests that have not ended, by number."""
+    """The requests that have not ended, by number.
 
-    def __init__(self, metrics: EngineMetrics) -> None:
-        self._metrics = metrics
+    What is counted of a request is counted with the engine that has it, which the caller names.
+    """
+
+    def __init__(self) -> None:
         self._streams: dict[RequestNumber, RequestStream] = {}
         self._all_ended = asyncio.Event()
         self._all_ended.set()
@@ -155,47 +159,60 @@ class OpenStreams:
         self._all_ended.clear()
         return stream
 
-    def take(self, number: RequestNumber, update: RequestUpdate) -> None:
+    def take(
+        self, number: RequestNumber, update: RequestUpdate, metrics: EngineMetrics
+    ) -> RequestStream:
         """Hand an update to its request, which has not ended; a terminal one ends it."""
         stream = self._streams[number]
         if update.samples:
-            self._count_tokens(stream, len(update.samples))
+            _count_tokens(stream, len(update.samples), metrics)
         stream.push(update)
         if update.finish_reason is not None:
-            self._close(stream, update.finish_reason, update.metrics)
+            self._close(stream, update.finish_reason, metrics, update.metrics)
+        return stream
 
     def end(
-        self, number: RequestNumber, reason: FinishReason, error: Exception | None = None
-    ) -> None:
+        self,
+        number: RequestNumber,
+        reason: FinishReason,
+        metrics: EngineMetrics,
+        error: Exception | None = None,
+    ) -> RequestStream:
         """End a request without an update; its stream raises `error` after what is unread."""
         stream = self._streams[number]
-        self._close(stream, reason)
+        self._close(stream, reason, metrics)
         stream.end(error)
+        return stream
 
     def _close(
-        self, stream: RequestStream, reason: FinishReason, metrics: RequestMetrics | None = None
+        self,
+        stream: RequestStream,
+        reason: FinishReason,
+        metrics: EngineMetrics,
+        told: RequestMetrics | None = None,
     ) -> None:
         del self._streams[stream.number]
         if not self._streams:
             self._all_ended.set()
-        self._metrics.finished(
+        metrics.finished(
             reason,
             len(stream.prompt_token_ids),
             len(stream.output_token_ids),
             time.monotonic() - stream.arrived_at,
-            metrics,
+            told,
             stream.params,
         )
 
-    def _count_tokens(self, stream: RequestStream, num_tokens: int) -> None:
-        now = time.monotonic()
-        self._metrics.generated(num_tokens)
-        if stream.first_token_at is None:
-            stream.first_token_at = now
-            self._metrics.first_token(len(stream.prompt_token_ids), now - stream.arrived_at)
-        else:
-            self._metrics.next_tokens(num_tokens, now - stream.last_token_at)
-        stream.last_token_at = now
+
+def _count_tokens(stream: RequestStream, num_tokens: int, metrics: EngineMetrics) -> None:
+    now = time.monotonic()
+    metrics.generated(num_tokens)
+    if stream.first_token_at is None:
+        stream.first_token_at = now
+        metrics.first_token(len(stream.prompt_token_ids), now - stream.arrived_at)
+    else:
+        metrics.next_tokens(num_tokens, now - stream.last_token_at)
+    stream.last_token_at = now
 
 
 def merged(updates: Sequence[RequestUpdate]) -> RequestUpdate:

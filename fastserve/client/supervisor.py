@@ -1,8 +1,9 @@
 """Keeps an engine process running: starts it, hears it, replaces one that died.
 
 Rules: a process that never served is not replaced, for the next would fail in the same way; others
-are, a bounded number of times within a window. A death that is one request's fault is not counted.
-Each engine process that is to run beside others needs a supervisor of its own.
+are, a bounded number of times within a window. Deaths that were one request's fault do not count.
+Each of several replicas has a supervisor of its own; one that says nothing for SILENCE_CHECKS
+checks in a row is killed, so that what it has goes on elsewhere and nothing is done twice.
 Must not know: what a request is, how the blame for a death is found.
 """
 
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
 RESTART_WINDOW_S = 60.0
+CHECK_S = 1.0  # between two looks at whether a replica has said anything
+SILENCE_CHECKS = 5
+CLOSED = "the engine was closed"
 
 
 class Restarts:
@@ -48,21 +52,28 @@ class Restarts:
 
 
 class Supervisor:
-    """Runs engine processes, one at a time, until one may not be replaced."""
+    """Runs the engine processes of a replica, one at a time, until one may not be replaced."""
 
     def __init__(
         self,
         start_process: Callable[[], Awaitable[EngineLink]],
         dispatcher: Dispatcher,
         metrics: EngineMetrics,
+        *,
+        replica: int = 0,
+        is_watched: bool = False,
     ) -> None:
+        """A process `is_watched` for silence where there are others to do its work."""
         self.link: EngineLink | None = None  # the latest
         self.info: EngineInfo | None = None  # of the latest that served
         self.error: str | None = None
         self._start_process = start_process
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._replica = replica
+        self._is_watched = is_watched
         self._restarts = Restarts()
+        self._num_blamed = 0  # deaths of any replica, as of the latest one here
         self._is_closing = False
         self._settled = asyncio.Event()  # serving, or given up
         self._task: asyncio.Task[None] | None = None
@@ -102,13 +113,13 @@ class Supervisor:
         return self.info
 
     async def close(self) -> None:
-        """Stop the process; requests that have not ended raise EngineDeadError."""
+        """Stop the process; what becomes of its requests is the caller's to say."""
         self._is_closing = True
         if self.link is not None:
             self.link.close()
         if self._task is not None:
             await self._task
-        self._give_up("the engine was closed")
+        self._settle(CLOSED)
 
     def kill(self) -> None:
         """End the process at once; `close` follows."""
@@ -139,6 +150,7 @@ class Supervisor:
     async def _run_process(self) -> str:
         """Start one engine process, serve until it ends, and return why in one line."""
         self.link = link = await self._start_process()
+        watcher = asyncio.create_task(watch(link)) if self._is_watched else None
         try:
             if self._is_closing:
                 link.close()
@@ -149,20 +161,48 @@ class Supervisor:
                         self._dispatcher.begin(link, event.info)
                         self._settled.set()
                     else:
-                        self._dispatcher.receive(event)
+                        self._dispatcher.receive(event, self._replica)
         finally:
+            if watcher is not None:
+                watcher.cancel()
             reason = await link.end()
         return reason
 
     def _may_go_on(self, reason: str) -> bool:
         """Take note of the latest death; return whether another process may be started."""
         assert self.link is not None
-        if self._dispatcher.lost(self.link, reason):
+        self._dispatcher.lost(self.link, reason)
+        if self._dispatcher.num_blamed > self._num_blamed:
+            self._num_blamed = self._dispatcher.num_blamed
             self._restarts.clear()
         return self.info is not None and self._restarts.allow(time.monotonic())
 
     def _give_up(self, reason: str) -> None:
+        self._settle(reason)
+        self._dispatcher.give_up(self._replica, reason)
+
+    def _settle(self, error: str) -> None:
+        """Let nobody wait any more; the first reason is the one that counts."""
         if self.error is None:
-            self.error = reason
-        self._dispatcher.end_all(reason)
+            self.error = error
         self._settled.set()
+
+
+async def watch(link: EngineLink) -> None:
+    """Kill a process that serves and has not said anything at SILENCE_CHECKS looks in a row.
+
+    Looks are counted, not seconds: where this process was stopped itself, it hears first what was
+    said meanwhile.
+    """
+    num_silent, heard_at = 0, link.heard_at
+    while num_silent < SILENCE_CHECKS:
+        await asyncio.sleep(CHECK_S)
+        is_silent = link.is_serving and link.heard_at == heard_at
+        num_silent = num_silent + 1 if is_silent else 0
+        heard_at = link.heard_at
+    logger.error(
+        "replica %d has said nothing for %.0f s and is killed",
+        link.replica,
+        time.monotonic() - heard_at,
+    )
+    link.kill()

@@ -1,9 +1,10 @@
 """Keeps what a served model's answers taught the policy `learned`, from one engine to the next.
 
-Rules: one JSON a model in the user's cache directory, replaced as a whole, so that of two servers
-the last to write wins and no reader sees half a file. It has client names in it: only the user may
-read it. The engine's thread takes a snapshot, another one encodes and writes it. What cannot be
-read is a cold start, what cannot be written is not kept: each is one line, and service goes on.
+Rules: one JSON a model and replica in the user's cache directory, replaced as a whole, so that of
+two servers the last to write wins and no reader sees half a file. It has client names in it: only
+the user may read it. The engine's thread takes a snapshot, another one encodes and writes it. What
+cannot be read is a cold start, what cannot be written is not kept: each is one line, and service
+goes on.
 Must not know: what was learned, what it is used for.
 """
 
@@ -34,20 +35,26 @@ INTERVAL_S = 60.0  # least time between two writes; what a killed engine loses
 LAST_WRITE_S = 2.0  # that the end of an engine waits for a write under way
 
 
-def length_path(model: str, identity: str) -> Path:
+def length_path(model: str, identity: str, replica: int = 0) -> Path:
     """Return where the lengths of a model are kept; `model` is there for people."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")[-40:]
-    return cache_dir() / f"lengths_{name}_{_digest(identity)[:8]}.json"
+    own = f"_replica{replica}" if replica else ""
+    return cache_dir() / f"lengths_{name}_{_digest(identity)[:8]}{own}.json"
 
 
 class LengthFile:
     """The file of one model, and the LengthModel that began with what was in it."""
 
-    def __init__(self, path: Path, identity: str, now: float) -> None:
-        """Read the file; `identity` tells the model from all others, `now` is in seconds."""
+    def __init__(
+        self, path: Path, identity: str, now: float, begin_with: Path | None = None
+    ) -> None:
+        """Read the file; `identity` tells the model from all others, `now` is in seconds.
+
+        Where there is no file yet, what is learned begins with another one, if that is there.
+        """
         self._path = path
         self._identity = _digest(identity)
-        self.model = self._read()
+        self.model = self._read(path if begin_with is None or path.is_file() else begin_with)
         self._num_kept = self.model.num_ended
         self._tried_at = now
         self._has_failed = False
@@ -78,9 +85,9 @@ class LengthFile:
         if self.model.num_ended != self._num_kept:
             self._write(self._snapshot())
 
-    def _read(self) -> LengthModel:
+    def _read(self, path: Path) -> LengthModel:
         try:
-            content = read_object(self._path) if self._path.is_file() else None
+            content = read_object(path) if path.is_file() else None
             if content is None:
                 return LengthModel()
             if content["model"] != self._identity:
@@ -89,7 +96,7 @@ class LengthFile:
         except ConfigError as error:  # which names the file
             why = str(error)
         except (LookupError, TypeError, ValueError, RecursionError) as error:
-            why = f"{self._path}: cannot be used: {error!r}"
+            why = f"{path}: cannot be used: {error!r}"
         logger.warning("answer lengths are learned from nothing: %s", why)
         return LengthModel()
 

@@ -27,6 +27,7 @@ from fastserve.settings.option import ConfigError
 from fastserve.wire.child import be_child
 from fastserve.wire.engine_messages import (
     Add,
+    Alive,
     Command,
     Configure,
     EngineInfo,
@@ -45,6 +46,7 @@ from fastserve.wire.frames import encode_frame, read_frame
 logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 0.5
+HEARTBEAT_S = 1.0
 
 
 class Opened(NamedTuple):
@@ -55,7 +57,8 @@ class Opened(NamedTuple):
     lengths: LengthFile | None = None
 
 
-OpenEngine = Callable[[EngineConfig, Callable[[str, float], None]], Opened]
+OpenEngine = Callable[[EngineConfig, int, Callable[[str, float], None]], Opened]
+"""Loads what a configuration says as one of its replicas; told what loading is at."""
 
 
 class Inbox:
@@ -219,6 +222,13 @@ class Loop:
             self._stats_due = self.engine.clock.now() + STATS_INTERVAL_S
 
 
+def say_alive(outbox: Outbox) -> None:
+    """Say so every HEARTBEAT_S, as long as the process runs: a step may take longer than that."""
+    never = threading.Event()
+    while not never.wait(HEARTBEAT_S):
+        outbox.send(Alive())
+
+
 def run(fd: int, open_engine: OpenEngine) -> int:
     """Be the engine process on the inherited socket `fd`; return the exit status."""
     connection = be_child(fd)
@@ -267,8 +277,14 @@ def _load(inbox: Inbox, outbox: Outbox, open_engine: OpenEngine) -> Loop | None:
     inbox.on_arrival = leave_if_abandoned
     leave_if_abandoned()
     opened = open_engine(
-        first.config, lambda stage, fraction: outbox.send(Progress(stage, fraction))
+        first.config,
+        first.replica,
+        lambda stage, fraction: outbox.send(Progress(stage, fraction)),
     )
     quiet_garbage_collector()
     outbox.send(Ready(opened.info))
+    if first.config.data_parallel_size > 1:
+        threading.Thread(
+            target=say_alive, args=(outbox,), name="engine-heartbeat", daemon=True
+        ).start()
     return Loop(opened.engine, inbox, outbox, opened.lengths)

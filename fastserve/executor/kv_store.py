@@ -104,7 +104,7 @@ def room_for_blocks(
     Of the host's memory, a rank takes no more than its share. Raises ConfigError when not even one
     block fits on the device.
     """
-    available = available_memory() // num_local_ranks
+    available = available_memory() // (num_local_ranks * config.data_parallel_size)
     host = _room_on_host(config, block_bytes, available)
     if config.num_device_blocks is not None:
         return BlockCounts(config.num_device_blocks, host)

@@ -174,9 +174,8 @@ class Rank:
 
 def count_threads(config: EngineConfig, place: Place) -> int:
     """Return the threads of one CPU operation: as told, else an equal part of the host's cores."""
-    return config.num_threads or max(
-        1, (num_cores() - place.reserved_cores) // place.num_local_ranks
-    )
+    num_parts = place.num_local_ranks * config.data_parallel_size
+    return config.num_threads or max(1, (num_cores() - place.reserved_cores) // num_parts)
 
 
 def _choices(load: Load) -> Choices:

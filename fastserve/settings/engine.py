@@ -147,7 +147,13 @@ class EngineConfig:
     pipeline_layers: str | None = option(
         None, "layers of each stage, as N,N,... (by what they cost)"
     )
-    data_parallel_size: int = option(1, "copies of the model", choices=(1,), aliases=("-dp",))
+    data_parallel_size: int = option(
+        1,
+        "engines with a copy of the model each, behind one server",
+        aliases=("-dp",),
+        minimum=1,
+        maximum=64,
+    )
     distributed_executor_backend: str | None = option(
         None,
         "where ranks run: uni: in the engine's process; mp: in processes of these hosts; ray: "
@@ -248,6 +254,8 @@ class EngineConfig:
                 f"--master-addr {self.master_addr}: that is every address of a host; name the one "
                 "that the other hosts reach"
             )
+        if self.data_parallel_size > 1 and self.distributed_executor_backend == "ray":
+            raise ConfigError("--data-parallel-size: not with --distributed-executor-backend ray")
         if self.node_rank >= self.nnodes:
             raise ConfigError(f"--node-rank {self.node_rank}: --nnodes is {self.nnodes}")
         if self.nnodes == 1:

@@ -42,6 +42,8 @@ def picture(
     about = [("model", now.model_name)] if now.model_name else []
     if uptime_s is not None:
         about.append(("up", duration(uptime_s)))
+    if len(now.replicas) > 1 and now.num_serving is not None:
+        about.append(("replicas", f"{now.num_serving} of {len(now.replicas)} serve"))
     head += [Text.assemble((name, "cyan"), f" {value}") for name, value in about]
     if not now.is_loaded:
         return Group(*head, Text("\nthe model is loading", style="yellow"))
@@ -50,6 +52,7 @@ def picture(
         *head,
         Text(""),
         _figures(before, now, 2 if is_wide else 1),
+        *_replicas(before, now),
         *_deciles(now.by_decile, "answers by predicted decile" if is_wide else "deciles"),
         *_queues(now, width),
         Text("\nKV blocks", style="bold"),
@@ -66,6 +69,31 @@ def _queues(now: Snapshot, width: int) -> list[RenderableType]:
         title = "requests by level (0 runs first)"
         counts = {str(level): count for level, count in sorted(now.by_level.items())}
     return [Text(f"\n{title}", style="bold"), _bars(counts, width)]
+
+
+def _replicas(before: Snapshot | None, now: Snapshot) -> list[RenderableType]:
+    """Lay out what each engine does, where there are several; a dash before it has loaded."""
+    if len(now.replicas) < 2:
+        return []
+    table = Table.grid(padding=(0, 2))
+    for name in ("", "run", "wait", "KV", "tok/s", "died"):
+        table.add_column(name, justify="right", style=None if name else "cyan")
+    table.add_row("replica", "run", "wait", "KV", "tok/s", "died", style="cyan")
+    for number, replica in sorted(now.replicas.items()):
+        earlier = None if before is None else before.replicas.get(number)
+        seconds = 0.0 if before is None else now.at - before.at
+        per_s = None
+        if earlier is not None and seconds > 0.0:
+            per_s = (replica.generated - earlier.generated) / seconds
+        cells = (
+            f"{replica.running:,}",
+            f"{replica.waiting:,}",
+            f"{replica.kv_share * 100:.0f} %",
+            "-" if per_s is None else f"{per_s:,.1f}",
+        )
+        shown = cells if replica.is_loaded else ("-",) * len(cells)
+        table.add_row(str(number), *shown, f"{replica.restarts:,}")
+    return [Text(""), table]
 
 
 def _deciles(answers: Mapping[int, int], name: str) -> list[Text]:

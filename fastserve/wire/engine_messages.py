@@ -16,6 +16,7 @@ from typing import Any, NewType
 
 import msgspec
 
+from fastserve.core.cost_model import CostModel
 from fastserve.core.messages import RequestUpdate, SchedulerStats
 from fastserve.core.request import Arrival
 from fastserve.settings.engine import EngineConfig
@@ -35,6 +36,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: frozenset[int]
     dtype: str
     device: str
+    cost_model: CostModel
+    max_num_seqs: int
+    enable_prefix_caching: bool
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     sampling_defaults: dict[str, Any] = {}
@@ -53,9 +57,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Configure(msgspec.Struct, frozen=True, tag="configure"):
-    """The first message: what to load."""
+    """The first message: what to load, and which of `data_parallel_size` replicas to be."""
 
     config: EngineConfig
+    replica: int = 0
 
 
 RequestNumber = NewType("RequestNumber", int)
@@ -95,6 +100,10 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     info: EngineInfo
 
 
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """Said now and then by one of several replicas, that it may be told from one that is silent."""
+
+
 class Updates(msgspec.Struct, frozen=True, tag="updates"):
     """The news of one step, and now and then a snapshot."""
 
@@ -118,7 +127,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 Command = Configure | Add | Abort | Finish
-Event = Progress | Ready | Updates | Rejected | Failed
+Event = Progress | Ready | Alive | Updates | Rejected | Failed
 
 _command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 _arrival_decoder: msgspec.msgpack.Decoder[Arrival] = msgspec.msgpack.Decoder(Arrival)

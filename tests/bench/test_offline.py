@@ -20,12 +20,14 @@ from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.clock import VirtualClock
 from fastserve.wire.engine_messages import EngineInfo
 from tests.checkpoints import SHAPE
+from tests.core.harness import UNIT_COST
 from tests.fake_executor import FakeExecutor
 
 INFO = EngineInfo(
     model="fake", max_model_len=128, max_request_tokens=128, vocab_size=1000, block_size=4,
     num_device_blocks=64, num_host_blocks=0, block_bytes=1000, eos_token_ids=frozenset(),
-    dtype="float32", device="cpu",
+    dtype="float32", device="cpu", cost_model=UNIT_COST, max_num_seqs=8,
+    enable_prefix_caching=True,
 )  # fmt: skip
 
 

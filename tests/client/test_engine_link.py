@@ -22,12 +22,14 @@ from fastserve.wire.engine_messages import (
     Updates,
     decode_command,
 )
+from tests.core.harness import UNIT_COST
 from tests.framing import payload_of
 
 INFO = EngineInfo(
     model="m", max_model_len=64, max_request_tokens=64, vocab_size=9, block_size=4,
     num_device_blocks=16, num_host_blocks=0, block_bytes=1000, eos_token_ids=frozenset(),
-    dtype="float32", device="cpu",
+    dtype="float32", device="cpu", cost_model=UNIT_COST, max_num_seqs=8,
+    enable_prefix_caching=True,
 )  # fmt: skip
 
 

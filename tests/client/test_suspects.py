@@ -61,3 +61,39 @@ def test_a_death_with_nobody_present_blames_nobody() -> None:
     assert suspects.charge([]) is None
     suspects.begin_trials()
     assert suspects.on_trial is None
+
+
+def test_of_several_replicas_one_holds_the_trial() -> None:
+    """It runs the one on trial and nobody else; the rest goes on elsewhere, without suspects."""
+    suspects = Suspects()
+    suspects.charge(numbers(1, 2), replica=0)
+    suspects.charge(numbers(1, 2), replica=1)
+    assert suspects.untried == [1, 2]
+    one, two, other = numbers(1, 2, 3)
+    assert not suspects.may_run(one, 2)
+    assert suspects.may_run(other, 2)
+    suspects.begin_trials(1)
+    suspects.begin_trials(0)  # which takes those that are no suspects meanwhile
+    assert (suspects.on_trial, suspects.trial_at) == (1, 1)
+    assert suspects.may_run(one, 1)
+    assert not any(suspects.may_run(number, 1) for number in (two, other))
+    assert not any(suspects.may_run(number, 0) for number in (one, two))
+    assert suspects.may_run(other, 0)
+
+
+def test_a_death_elsewhere_leaves_a_trial_alone() -> None:
+    """Whom it makes suspects is tried after those that wait already, in the same replica."""
+    suspects = Suspects()
+    for replica in (0, 1):
+        suspects.charge(numbers(1, 2), replica)
+    suspects.charge(numbers(5, 6), 2)
+    suspects.begin_trials(0)
+    assert suspects.charge(numbers(5, 6), 2) is None
+    assert suspects.on_trial == 1
+    tried = []
+    while suspects.on_trial is not None:
+        tried.append(suspects.on_trial)
+        assert suspects.trial_at == 0
+        assert suspects.clear(suspects.on_trial)
+    assert tried == [1, 2, 5, 6]
+    assert suspects.trial_at is None

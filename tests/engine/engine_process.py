@@ -111,7 +111,9 @@ FATES: dict[str, Callable[[FakeExecutor], None]] = {
 }
 
 
-def open_engine(config: EngineConfig, on_progress: Callable[[str, float], None]) -> process.Opened:
+def open_engine(
+    config: EngineConfig, replica: int, on_progress: Callable[[str, float], None]
+) -> process.Opened:
     """Return an engine over the paced device."""
     on_progress("loading weights", 0.5)
     if config.model == "unloadable":
@@ -142,6 +144,9 @@ def open_engine(config: EngineConfig, on_progress: Callable[[str, float], None])
         eos_token_ids=frozenset(),
         dtype="float32",
         device="cpu",
+        cost_model=costs,
+        max_num_seqs=8,
+        enable_prefix_caching=True,
     )
     return process.Opened(Engine(scheduler, executor, MonotonicClock()), info)
 

@@ -232,3 +232,21 @@ def test_of_two_servers_the_last_to_write_wins() -> None:
     files[1].close()
     assert opened().model.state() == states[1]
     assert list(path().parent.iterdir()) == [path()]
+
+
+def test_a_replica_without_a_file_begins_with_the_first_one_s() -> None:
+    """Each keeps what it learned itself, in its own file; nobody writes another's."""
+    first, second = (length_path("org/m", "/models/m", replica) for replica in range(2))
+    assert first == path() != second
+    file = opened()
+    learn(file, 30)
+    file.close()
+    other = LengthFile(second, "/models/m", 0.0, begin_with=first)
+    assert other.model.state() == file.model.state()
+    other.close()
+    assert not second.exists(), "nothing is new"
+    learn(other, 5)
+    other.close()
+    again = LengthFile(second, "/models/m", 0.0, begin_with=first)
+    assert again.model.num_ended == 35
+    assert opened().model.num_ended == 30

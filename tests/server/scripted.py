@@ -19,6 +19,7 @@ from fastserve.settings.server import ServerConfig
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.wire.engine_messages import EngineInfo
 from tests import tiny_tokenizers
+from tests.core.harness import UNIT_COST
 
 EOS = 1
 NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -81,6 +82,7 @@ class ScriptedEngine:
             "vocab_size": TOKENIZER.vocab_size, "block_size": 4, "num_device_blocks": 25,
             "num_host_blocks": 0, "block_bytes": 1000,
             "eos_token_ids": frozenset({EOS}), "dtype": "float32", "device": "cpu",
+            "cost_model": UNIT_COST, "max_num_seqs": 8, "enable_prefix_caching": True,
         }  # fmt: skip
         self.info: EngineInfo | None = EngineInfo(**{**facts, **info})
         self.is_ready = True

@@ -10,10 +10,12 @@ import pytest
 
 from fastserve.client.forecast_metrics import WORK_RANGES
 from fastserve.client.metrics import EngineMetrics
+from fastserve.client.replica_metrics import ReplicaMetrics
 from fastserve.core.messages import Forecasts, SchedulerStats
 from fastserve.verbs.server_snapshot import Snapshot, rate, read_snapshot
 from fastserve.wire.engine_messages import EngineInfo, EngineStats
 from fastserve.wire.step_sizes import StepSizes
+from tests.core.harness import UNIT_COST
 
 STATS = SchedulerStats(
     num_running=3,
@@ -73,6 +75,9 @@ INFO = EngineInfo(
     eos_token_ids=frozenset(),
     dtype="float32",
     device="cpu",
+    cost_model=UNIT_COST,
+    max_num_seqs=8,
+    enable_prefix_caching=True,
     sampling_defaults={},
 )
 
@@ -83,6 +88,22 @@ WITH_HOST = msgspec.structs.replace(INFO, num_host_blocks=400, block_bytes=1_000
 def exposition(num_generated=0, *, is_loaded=True, info=INFO, **changes):
     """Return what /metrics of an engine in this state says."""
     metrics = EngineMetrics("demo")
+    tell(metrics, num_generated, is_loaded=is_loaded, info=info, **changes)
+    return metrics.render()[0].decode()
+
+
+def replica_exposition(generated=(0, 0)):
+    """Return what /metrics of three engines says: two that have loaded, one of which serves."""
+    engines = [EngineMetrics("demo", replica) for replica in range(3)]
+    engines[0].restarted()
+    for replica, num_generated in enumerate(generated):
+        tell(engines[replica], num_generated, num_running=3 + replica)
+    metrics = ReplicaMetrics("demo", engines, lambda: 1)
+    return metrics.render()[0].decode()
+
+
+def tell(metrics, num_generated=0, *, is_loaded=True, info=INFO, **changes):
+    """Let metrics hear of an engine in this state."""
     if is_loaded:
         metrics.loaded(info)
     metrics.snapshot(
@@ -97,7 +118,6 @@ def exposition(num_generated=0, *, is_loaded=True, info=INFO, **changes):
         )
     )
     metrics.generated(num_generated)
-    return metrics.render()[0].decode()
 
 
 def test_snapshot_of_real_metrics():
@@ -117,6 +137,18 @@ def test_snapshot_of_real_metrics():
     assert (now.work_s, now.mean_work_s) == (None, None)
     assert not now.by_work
     assert not now.by_decile
+
+
+def test_figures_of_several_engines_are_summed():
+    """Blocks, levels and totals alike; each engine's own are beside them."""
+    now = read_snapshot(replica_exposition((99, 1)), at=1.0)
+    assert (now.running, now.waiting, now.num_serving) == (7, 10, 1)
+    assert now.by_level == {0: 4, 3: 10, 11: 2}
+    assert now.blocks["device", "used"] == 100
+    assert now.totals["generation_tokens_total"] == 100
+    assert now.started_at == pytest.approx(time.time(), abs=60.0)
+    shown = [(r.running, r.generated, r.restarts, r.is_loaded) for r in now.replicas.values()]
+    assert shown == [(3, 99.0, 1, True), (4, 1.0, 0, True), (0, 0.0, 0, False)]
 
 
 def test_what_a_policy_predicts_is_found():

@@ -17,7 +17,13 @@ from rich.console import Console
 from fastserve import cli
 from fastserve.verbs.server_snapshot import read_snapshot
 from fastserve.verbs.top import picture
-from tests.verbs.test_server_snapshot import FORECASTS, WITH_HOST, WORK, exposition
+from tests.verbs.test_server_snapshot import (
+    FORECASTS,
+    WITH_HOST,
+    WORK,
+    exposition,
+    replica_exposition,
+)
 
 
 @contextmanager
@@ -125,6 +131,38 @@ def test_both_tiers_and_the_link_are_drawn():
     assert bars["device", "used", "50"] == 20
     assert bars["host", "free", "390"] == 39  # each tier is a whole of its own
     assert not any("MB/s" in line for line in drawn(80))
+
+
+def test_replicas_are_shown_apart_and_as_one():
+    """Sums above, then a line for each: what it runs, holds and says, and how often it died."""
+    looks = [
+        read_snapshot(replica_exposition(generated=generated), at=at)
+        for at, generated in ((10.0, (0, 0)), (12.0, (100, 50)))
+    ]
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(picture("http://x", *looks, width=80))
+    words = [" ".join(line.split()) for line in capture.get().splitlines()]
+    assert "replicas 1 of 3 serve" in words
+    assert "running 7 output tokens/s 75.0" in words
+    at = words.index("replica run wait KV tok/s died")
+    assert words[at + 1 : at + 4] == [
+        "0 3 5 50 % 50.0 1",
+        "1 4 5 50 % 25.0 0",
+        "2 - - - - 0",
+    ]
+    assert not any(line.startswith("replica") for line in drawn(80))
+
+
+def test_replicas_fit_a_narrow_terminal():
+    """Six columns in as many characters as the rest of the picture needs."""
+    console = Console(width=40)
+    now = read_snapshot(replica_exposition(), at=1.0)
+    with console.capture() as capture:
+        console.print(picture("http://x", None, now, width=40))
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    assert max(map(len, lines)) <= 40
+    assert "…" not in "".join(lines)
 
 
 def test_picture_names_the_model_and_its_uptime():

@@ -22,6 +22,7 @@ from fastserve.settings.engine import EngineConfig
 from fastserve.wire.engine_messages import (
     Abort,
     Add,
+    Alive,
     Command,
     Configure,
     EngineInfo,
@@ -40,6 +41,7 @@ from fastserve.wire.engine_messages import (
 )
 from fastserve.wire.frames import encode_frame
 from tests.core.arrivals import arrivals
+from tests.core.harness import UNIT_COST
 from tests.framing import payload_of
 
 METRICS = RequestMetrics(
@@ -66,7 +68,8 @@ STATS = SchedulerStats(
 INFO = EngineInfo(
     model="demo", max_model_len=128, max_request_tokens=64, vocab_size=99, block_size=16,
     num_device_blocks=4, num_host_blocks=6, block_bytes=1000, eos_token_ids=frozenset({1, 2}),
-    dtype="float32", device="cpu",
+    dtype="float32", device="cpu", cost_model=UNIT_COST, max_num_seqs=8,
+    enable_prefix_caching=True,
     sampling_defaults={"temperature": 0.7, "top_k": 20},
 )  # fmt: skip
 PARAMS = SamplingParams(
@@ -75,7 +78,7 @@ PARAMS = SamplingParams(
 )  # fmt: skip
 
 COMMANDS: list[Command] = [
-    Configure(EngineConfig(model="some/where", num_device_blocks=7, starvation_limit=1.0)),
+    Configure(EngineConfig(model="some/where", num_device_blocks=7, starvation_limit=1.0), 1),
     Add(RequestNumber(0), Arrival([1, 2**31], PARAMS, age_s=12.25)),
     Add(
         RequestNumber(1),
@@ -88,6 +91,7 @@ COMMANDS: list[Command] = [
     Finish(RequestNumber(4), 17),
 ]  # fmt: skip
 EVENTS: list[Event] = [
+    Alive(),
     Progress("loading", 0.5),
     Ready(INFO),
     Updates([(RequestNumber(7), RequestUpdate(Handle(0), [Sample(4), Sample(5, SCORES)]))]),
