@@ -266,11 +266,13 @@ def _environment() -> dict[str, str]:
 
 
 def replica_environment(config: EngineConfig, replica: int) -> Mapping[str, str]:
-    """Return what tells a replica which CUDA devices are its own, where there are several.
+    """Return what tells a replica which CUDA devices are its own, where several share a host.
 
     Raises ConfigError where the environment names fewer devices than all of them need.
     """
     if config.data_parallel_size == 1 or config.device == "cpu":
+        return {}
+    if config.distributed_executor_backend == "ray":  # which gives each rank a device
         return {}
     num_own = config.tensor_parallel_size * config.pipeline_parallel_size
     num_needed = num_own * config.data_parallel_size

@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ RAY_PORT = 6380
 SHARED = ("-tp", "2", "-pp", "2", "--num-threads", "1", "--num-device-blocks", "200")
 SECRET = {"FASTSERVE_CLUSTER_SECRET": "a secret of these two hosts"}
 NOTICED_S = 5.0
-START_S = 120.0
+START_S = 240.0
 
 # Streams an answer through OpenAI's client, a line of JSON for each piece.
 CLIENT = f"""
@@ -166,31 +167,81 @@ def test_a_host_with_another_checkpoint_is_refused(hosts: TwoHosts, tmp_path: Pa
         server.close()
 
 
+@contextlib.contextmanager
+def ray_cluster(hosts: TwoHosts, folder: Path, num_cpus: int) -> Iterator[dict[str, str]]:
+    """Run Ray on both hosts; yields the environment in which it is found."""
+    folder.mkdir()
+    cluster = Server(hosts, folder)
+    first, second = hosts.addresses
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": f"{first}:{RAY_PORT}"}
+    ray = str(Path(sys.executable).with_name("ray"))
+    start = (ray, "start", "--block", "--num-cpus", str(num_cpus), "--node-ip-address")
+    # A socket's path has 107 characters at most: fewer than those of a test's folder.
+    with tempfile.TemporaryDirectory(prefix="ray-") as sockets:
+        head = ("--head", "--port", str(RAY_PORT), "--include-dashboard=false")
+        try:
+            cluster.start(0, (*start, first, *head, "--temp-dir", sockets), environment)
+            cluster.wait_for("Ray runtime started")
+            cluster.start(1, (*start, second, "--address", f"{first}:{RAY_PORT}"), environment)
+            wait_for_nodes(hosts, 2)
+            yield environment
+        finally:
+            cluster.close()
+
+
 def test_hosts_of_a_ray_cluster(hosts: TwoHosts, expected: str, tmp_path: Path) -> None:
-    """Ray places a stage on each host; a lost one is started anew, and what it was at goes on."""
+    """Ray places a stage on each host; after the loss of one, ranks are placed anew."""
     pytest.importorskip("ray", reason="Ray is not installed")
-    cluster = Server(hosts, tmp_path / "ray")
     server = Server(hosts, tmp_path)
-    (tmp_path / "ray").mkdir()
-    at = f"{hosts.addresses[0]}:{RAY_PORT}"
-    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": at}
-    ray = (str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus", "2")
-    head = ("--head", "--port", str(RAY_PORT), "--include-dashboard=false", "--temp-dir")
-    try:
-        folder = ("/tmp/fastserve-ray",)  # a socket's path has 107 characters at most
-        cluster.start(
-            0, (*ray, "--node-ip-address", hosts.addresses[0], *head, *folder), environment
-        )
-        cluster.wait_for("Ray runtime started")
-        cluster.start(
-            1, (*ray, "--node-ip-address", hosts.addresses[1], "--address", at), environment
-        )
-        wait_for_nodes(hosts, 2)
-        server.start(0, serve("--distributed-executor-backend", "ray"), environment)
-        check(server, expected)
-    finally:
-        server.close()
-        cluster.close()
+    with ray_cluster(hosts, tmp_path / "ray", num_cpus=2) as environment:
+        try:
+            server.start(0, serve("--distributed-executor-backend", "ray"), environment)
+            check(server, expected)
+        finally:
+            server.close()
+
+
+def test_replicas_on_the_hosts_of_a_ray_cluster(
+    hosts: TwoHosts, expected: str, tmp_path: Path
+) -> None:
+    """Each host has a copy of the model; what a lost one had under way, the other goes on with."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    server = Server(hosts, tmp_path)
+    words = ("--distributed-executor-backend", "ray", "-dp", "2", "-tp", "1", "-pp", "1")
+    with ray_cluster(hosts, tmp_path / "ray", num_cpus=1) as environment:
+        try:
+            server.start(0, serve(*words), environment)
+            server.wait_for("Serving demo")
+            wait_for_replicas(hosts, 2)
+            asking = [
+                subprocess.Popen(
+                    hosts.on(0, (sys.executable, "-c", CLIENT)), stdout=subprocess.PIPE, text=True
+                )
+                for _ in range(2)
+            ]
+            pieces = [[client.stdout.readline()] for client in asking if client.stdout]
+            hosts.cut()
+            server.wait_for(r"rank 0 \(\S+ at 10\.77\.0\.2, .*last heard", 20.0)
+            for client, heard in zip(asking, pieces, strict=True):
+                with client:
+                    assert client.stdout is not None
+                    heard += client.stdout.readlines()
+                assert client.returncode == 0
+                assert "".join(map(json.loads, heard)) == expected
+        finally:
+            server.close()
+
+
+def wait_for_replicas(hosts: TwoHosts, number: int) -> None:
+    """Wait until so many replicas serve."""
+    command = (
+        "import re, time, urllib.request\n"
+        "def num_serving():\n"
+        f"    page = urllib.request.urlopen('http://127.0.0.1:{PORT}/metrics').read().decode()\n"
+        "    return float(re.search(r'replicas_serving{.*} (.+)', page)[1])\n"
+        f"while num_serving() < {number}: time.sleep(0.2)\n"
+    )
+    hosts.run(0, (sys.executable, "-c", command))
 
 
 def wait_for_nodes(hosts: TwoHosts, number: int) -> None:

@@ -254,8 +254,11 @@ class EngineConfig:
                 f"--master-addr {self.master_addr}: that is every address of a host; name the one "
                 "that the other hosts reach"
             )
-        if self.data_parallel_size > 1 and self.distributed_executor_backend == "ray":
-            raise ConfigError("--data-parallel-size: not with --distributed-executor-backend ray")
+        if self.data_parallel_size > 1 and self.master_port is not None:
+            raise ConfigError(
+                f"--master-port {self.master_port}: each of {self.data_parallel_size} replicas "
+                "needs a port of its own; without the flag it takes one"
+            )
         if self.node_rank >= self.nnodes:
             raise ConfigError(f"--node-rank {self.node_rank}: --nnodes is {self.nnodes}")
         if self.nnodes == 1:

@@ -67,6 +67,10 @@ def test_every_flag_says_what_it_is(owner):
         ({"master_addr": "0.0.0.0"}, "--master-addr 0.0.0.0: that is every address of a host"),
         ({"master_addr": "::"}, "--master-addr ::: that is every address of a host"),
         ({"node_rank": 1}, "--node-rank 1: --nnodes is 1"),
+        (
+            {"data_parallel_size": 2, "master_port": 80, "distributed_executor_backend": "ray"},
+            "--master-port 80: each of 2 replicas needs a port of its own",
+        ),
         ({"nnodes": 2}, "--nnodes 2: needs --master-addr"),
         (
             {"nnodes": 2, "master_addr": "10.0.0.1", "tensor_parallel_size": 3},
