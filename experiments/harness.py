@@ -40,6 +40,7 @@ from fastserve.host.cache_dir import cache_dir
 from fastserve.host.provenance import ROOT, provenance
 from fastserve.settings.scheduler import SchedulerConfig, pool_window
 from fastserve.sim.hardware import HardwareFit, resolve_cost_model
+from fastserve.sim.replicas import simulate_replicas
 from fastserve.sim.report import alone_s, latencies, make_report
 from fastserve.sim.sim_executor import EOS_TOKEN_ID
 from fastserve.sim.simulator import Machine, simulate
@@ -126,20 +127,32 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One simulation; `labels` say which one it is in tables and have no effect."""
+    """One simulation; `labels` say which one it is in tables and have no effect.
+
+    `num_replicas` machines are behind the router; with `is_parallel` the slots of one scheduler are
+    machines beside each other.
+    """
 
     labels: Labels
     config: SchedulerConfig
     machine: Machine
     workload: Workload
     is_closed_loop: bool = False
+    num_replicas: int = 1
+    is_parallel: bool = False
 
     def key(self, code: str) -> str:
         """Return the hash of everything that the result depends on."""
         digest = hashlib.sha256(code.encode())
         config = dataclasses.asdict(self.config)
         config["eos_token_ids"] = sorted(config["eos_token_ids"])
-        settings = (config, dataclasses.asdict(self.machine), self.is_closed_loop)
+        settings = (
+            config,
+            dataclasses.asdict(self.machine),
+            self.is_closed_loop,
+            self.num_replicas,
+            self.is_parallel,
+        )
         digest.update(json.dumps(settings, sort_keys=True).encode())
         for spec in dataclasses.fields(self.workload):
             column = getattr(self.workload, spec.name)
@@ -168,7 +181,19 @@ class Result:
 def simulate_point(point: Point) -> dict[str, Any]:
     """Run one point here and return what is cached of it."""
     config, machine, workload = point.config, point.machine, point.workload
-    outcome = simulate(config, machine, workload, is_closed_loop=point.is_closed_loop)
+    is_closed_loop = point.is_closed_loop
+    if point.num_replicas > 1:
+        outcome = simulate_replicas(
+            config, machine, workload, point.num_replicas, is_closed_loop=is_closed_loop
+        )
+    else:
+        outcome = simulate(
+            config,
+            machine,
+            workload,
+            is_closed_loop=is_closed_loop,
+            is_parallel=point.is_parallel,
+        )
     report = make_report(
         outcome, workload, config, machine, settings={}, wall_s=0.0, journal_sha256=None
     )

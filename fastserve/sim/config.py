@@ -35,6 +35,13 @@ class SimulateConfig(EngineConfig):
     step_overhead: str | None = option(
         None, "FIXED_S,PER_SEQ_S: seconds each step costs beyond the device (0,0)"
     )
+    data_parallel_size: int = option(
+        1,
+        "engines with a copy of the model each, behind one router",
+        minimum=1,
+        maximum=1024,
+        aliases=("-dp",),
+    )
     lookahead: int = option(0, "steps submitted behind an unfinished one", choices=(0, 1))
 
     trace: str | None = option(

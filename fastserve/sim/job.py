@@ -7,6 +7,7 @@ writes beside its result, it writes itself. Must not know: terminals.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import multiprocessing
 import signal
 import time
@@ -22,6 +23,7 @@ from fastserve.core.journal import Journal, plain
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.interfaces import Observer
 from fastserve.settings.scheduler import SchedulerConfig
+from fastserve.sim.replicas import simulate_replicas
 from fastserve.sim.report import make_report
 from fastserve.sim.simulator import Machine, Outcome, simulate
 from fastserve.sim.timeline import Timeline, TimelineSample, TraceEvents
@@ -32,11 +34,15 @@ PROGRESS_INTERVAL_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A workload under one policy. `settings` are for the report: how it was asked for."""
+    """A workload under one policy. `settings` are for the report: how it was asked for.
+
+    Of several replicas each writes a journal of its own; timeline and trace events are of one.
+    """
 
     config: SchedulerConfig
     machine: Machine
     workload: Workload
+    num_replicas: int = 1
     is_closed_loop: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     has_timeline: bool = False
@@ -57,27 +63,39 @@ def run_job(job: Job, on_progress: Callable[[int], None] = lambda num_ended: Non
     """Run one job here; `on_progress` is told how many requests have ended."""
     begun = time.perf_counter()
     timelines: list[Timeline] = []
+    journals: list[Journal] = []
     with contextlib.ExitStack() as opened:
-        journal = _open_journal(job, opened)
         events = _open_trace_events(job, opened)
 
         def observers(scheduler: Scheduler) -> Sequence[Observer]:
+            journals.append(_open_journal(job, opened, len(journals)))
             if events is not None:
                 events.scheduler = scheduler
             if job.has_timeline:
                 timelines.append(Timeline(scheduler))
-            return [journal, *timelines]
+            return [journals[-1], *timelines]
 
-        outcome = simulate(
-            job.config,
-            job.machine,
-            job.workload,
-            is_closed_loop=job.is_closed_loop,
-            observers=observers,
-            on_step=None if events is None else events.see,
-            on_copy=None if events is None else events.see_copy,
-            on_progress=on_progress,
-        )
+        if job.num_replicas > 1:
+            outcome = simulate_replicas(
+                job.config,
+                job.machine,
+                job.workload,
+                job.num_replicas,
+                is_closed_loop=job.is_closed_loop,
+                observers=observers,
+                on_progress=on_progress,
+            )
+        else:
+            outcome = simulate(
+                job.config,
+                job.machine,
+                job.workload,
+                is_closed_loop=job.is_closed_loop,
+                observers=observers,
+                on_step=None if events is None else events.see,
+                on_copy=None if events is None else events.see_copy,
+                on_progress=on_progress,
+            )
     report = make_report(
         outcome,
         job.workload,
@@ -85,16 +103,26 @@ def run_job(job: Job, on_progress: Callable[[int], None] = lambda num_ended: Non
         job.machine,
         settings=job.settings,
         wall_s=time.perf_counter() - begun,
-        journal_sha256=journal.sha256,
+        journal_sha256=_sha256_of([journal.sha256 for journal in journals]),
     )
     samples = [sample for timeline in timelines for sample in timeline.samples]
     return JobResult(report=report, outcome=outcome, timeline=samples)
 
 
-def _open_journal(job: Job, opened: contextlib.ExitStack) -> Journal:
+def _sha256_of(digests: Sequence[str]) -> str:
+    """Return the digest of a journal, or that of the digests of several."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _open_journal(job: Job, opened: contextlib.ExitStack, replica: int) -> Journal:
     sink = None
     if job.journal is not None:
-        sink = opened.enter_context(job.journal.open("w", encoding="utf-8")).write
+        path = job.journal
+        if job.num_replicas > 1:
+            path = path.with_name(f"{path.name}.{replica}")
+        sink = opened.enter_context(path.open("w", encoding="utf-8")).write
     # The same lines as the core's own writer, ten times as fast.
     journal = Journal(sink, msgspec.json.Encoder(enc_hook=plain).encode)
     machine = job.machine

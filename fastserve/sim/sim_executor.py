@@ -1,16 +1,19 @@
 """SimExecutor: a device that computes nothing and takes as long as the cost model says.
 
 Rules: fits `Executor`; a step passes through `num_stages` pipeline stages, each of which works on
-one step at a time; `lookahead` steps may queue behind a running one. Copies go over a link beside
-it and slow no step down. Time is virtual and moves only in `wait`.
+one step at a time; `lookahead` steps may queue behind a running one. With `is_parallel` a slot is
+a machine that does whole steps, beside the others. Copies go over a link beside it and slow no step
+down. Time is virtual and moves only in `wait`.
 Must not know: the order of requests, what is in a block, real time.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
+from operator import attrgetter
 from typing import NamedTuple
 
 from fastserve.core.cost_model import CostModel
@@ -41,6 +44,8 @@ class _Running(NamedTuple):
     samples: list[Sample]
 
 
+_finishes_at = attrgetter("finishes_at")
+
 OnStep = Callable[[SchedulerOutput, Sequence[tuple[float, float]]], None]
 """Sees each plan with the times at which every stage begins and ends it."""
 
@@ -59,6 +64,7 @@ class SimExecutor:
         *,
         num_stages: int = 1,
         lookahead: int = 0,
+        is_parallel: bool = False,
         overhead: StepOverhead = StepOverhead(),  # noqa: B008 - an immutable tuple
         on_step: OnStep | None = None,
         on_copy: OnCopy | None = None,
@@ -67,6 +73,7 @@ class SimExecutor:
         self.lookahead = lookahead if num_stages == 1 else 0
         self.busy_s = 0.0
         self.num_steps = 0
+        self._is_parallel = is_parallel
         self._clock = clock
         self._cost_model = cost_model
         self._ends = ends
@@ -97,14 +104,19 @@ class SimExecutor:
         step_s = sum(map(self._cost_model.step_s, passes))
         overhead = self._overhead
         overhead_s = overhead.fixed_s * len(passes) + overhead.per_seq_s * len(plan.work)
-        stage_s = step_s / self.num_slots
         ready_at = self._clock.time + overhead_s
         stages: list[tuple[float, float]] = []
-        for stage, free_at in enumerate(self._stage_free_at):
-            begins_at = max(ready_at, free_at)
-            ready_at = begins_at + stage_s
-            self._stage_free_at[stage] = ready_at
-            stages.append((begins_at, ready_at))
+        if self._is_parallel:  # there is no step in one of the machines, else there were no slot
+            stage_s = step_s
+            stages.append((ready_at, ready_at + step_s))
+            ready_at += step_s
+        else:
+            stage_s = step_s / self.num_slots
+            for stage, free_at in enumerate(self._stage_free_at):
+                begins_at = max(ready_at, free_at)
+                ready_at = begins_at + stage_s
+                self._stage_free_at[stage] = ready_at
+                stages.append((begins_at, ready_at))
         if self._on_step is not None:
             self._on_step(plan, stages)
         ends = self._ends
@@ -116,7 +128,8 @@ class SimExecutor:
         self.busy_s += stage_s
         self.num_steps += 1
         # A request is billed its share of the machine: the stages' sum over the steps in flight.
-        self._running.append(_Running(plan.step_id, ready_at, stage_s + overhead_s, samples))
+        running = _Running(plan.step_id, ready_at, stage_s + overhead_s, samples)
+        self._running.insert(bisect_right(self._running, ready_at, key=_finishes_at), running)
 
     def _passes(self, plan: SchedulerOutput) -> list[list[tuple[int, int]]]:
         """Return the shares of a step as (num_tokens, start), by the pass they go through in."""
@@ -127,6 +140,12 @@ class SimExecutor:
         decodes = [share for share in shares if share[0] == 1]
         return [passed for passed in (prompts, decodes) if passed]
 
+    @property
+    def next_end(self) -> float:
+        """When the next step or copy will be done; inf where none is under way."""
+        next_step = self._running[0].finishes_at if self._running else inf
+        return min(next_step, self._link.next_end)
+
     def wait(self, until: float) -> ExecutorOutput | None:
         """Let time pass to what finishes next, a step or a copy, or to `until` if that is sooner.
 
@@ -135,8 +154,7 @@ class SimExecutor:
         if self._is_woken:
             self._is_woken = False
             return None
-        next_step = self._running[0].finishes_at if self._running else inf
-        if not self._clock.wait(min(next_step, self._link.next_end), until):
+        if not self._clock.wait(self.next_end, until):
             return None
         now = self._clock.time
         steps = []

@@ -7,23 +7,25 @@ EOS there, and to `srpt`, which is told. Must not know: files, terminals, real t
 
 from __future__ import annotations
 
-import heapq
-import math
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
+from typing import Any
 
 import numpy as np
 
 from fastserve.core.build import build_scheduler
 from fastserve.core.cost_model import CostModel
-from fastserve.core.messages import RequestMetrics, RequestUpdate, SchedulerStats
+from fastserve.core.messages import RequestUpdate, SchedulerStats
 from fastserve.core.policies.protocol import Policy
-from fastserve.core.request import Arrival, SamplingParams
+from fastserve.core.request import Arrival
 from fastserve.core.scheduler import Scheduler
 from fastserve.engine.engine import Engine
 from fastserve.engine.interfaces import Observer
 from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.clock import VirtualClock
+from fastserve.sim.rows import Rows
 from fastserve.sim.sim_executor import OnCopy, OnStep, SimExecutor, StepOverhead
 from fastserve.sim.workload import Floats, Workload
 
@@ -80,6 +82,7 @@ def simulate(
     *,
     policy: Policy | None = None,
     is_closed_loop: bool = False,
+    is_parallel: bool = False,
     observers: Callable[[Scheduler], Sequence[Observer]] = lambda scheduler: (),
     on_step: OnStep | None = None,
     on_copy: OnCopy | None = None,
@@ -89,53 +92,68 @@ def simulate(
 
     Every row must fit the window. A `policy` orders in place of the configured one. With
     `is_closed_loop` a turn of a session arrives `think_s` after the one before it has ended, not at
-    its `arrived_at`. `on_progress` is told now and then how many have ended.
+    its `arrived_at`. With `is_parallel` the slots of the scheduler are machines beside each other,
+    not stages of one. `on_progress` is told now and then how many have ended.
     """
-    run = _Run(config, machine, workload, policy, is_closed_loop, on_step, on_copy)
-    run.engine.observers = tuple(observers(run.engine.scheduler))
-    while not run.is_over:
-        for _ in range(STEPS_BETWEEN_REPORTS):
-            if run.is_over:
-                break
-            run.step()
-        on_progress(run.num_ended)
-    return run.outcome()
+    rows = Rows(workload, config.block_size, is_closed_loop=is_closed_loop)
+    clock = VirtualClock()
+    engine = SimEngine(
+        config,
+        machine,
+        clock,
+        rows.output_tokens,
+        policy=policy,
+        is_parallel=is_parallel,
+        on_step=on_step,
+        on_copy=on_copy,
+    )
+    engine.engine.observers = tuple(observers(engine.scheduler))
+    num_steps = 0
+    while rows.next_due < inf or not engine.engine.is_idle:
+        while (due := rows.take_due(clock.time)) is not None:
+            engine.add(*due)
+        for row, update in engine.step(rows.next_due):
+            rows.take(row, update, clock.time)
+        num_steps += 1
+        if num_steps % STEPS_BETWEEN_REPORTS == 0:
+            on_progress(rows.num_ended)
+    on_progress(rows.num_ended)
+    return make_outcome(rows, [engine])
 
 
-class _Run:
-    """One simulation under way. A row of the workload becomes a request when it is due."""
+class SimEngine:
+    """An engine over a simulated machine, whose requests are rows of a workload."""
 
     def __init__(
         self,
         config: SchedulerConfig,
         machine: Machine,
-        workload: Workload,
-        policy: Policy | None,
-        is_closed_loop: bool,
-        on_step: OnStep | None,
-        on_copy: OnCopy | None,
+        clock: VirtualClock,
+        output_tokens: Sequence[int],
+        *,
+        policy: Policy | None = None,
+        is_parallel: bool = False,
+        on_step: OnStep | None = None,
+        on_copy: OnCopy | None = None,
     ) -> None:
-        self._workload = workload
-        self._block_size = config.block_size
-        self._prompts = workload.prompts()
-        self._output_tokens = workload.output_tokens.tolist()
-        self._params = self._sampling_params()
-        self._clients = workload.client or ("",) * len(workload)
+        """`output_tokens` are those of every row, which the device alone knows (and `srpt`)."""
+        self.peaks = Peaks()
+        self._output_tokens = output_tokens
         self._ends: dict[int, int] = {}
         self._lengths: dict[int, int] = {}
         self._rows: list[int] = []  # by handle
-        self._clock = VirtualClock()
-        self._executor = SimExecutor(
-            self._clock,
+        self.executor = SimExecutor(
+            clock,
             machine.cost_model,
             self._ends,
             num_stages=config.num_slots,
             lookahead=config.lookahead,
+            is_parallel=is_parallel,
             overhead=machine.overhead,
             on_step=on_step,
             on_copy=on_copy,
         )
-        self._scheduler = build_scheduler(
+        self.scheduler = build_scheduler(
             config,
             machine.cost_model,
             machine.num_device_blocks,
@@ -143,44 +161,26 @@ class _Run:
             policy=policy,
             lengths=self._lengths,
         )
-        self.engine = Engine(self._scheduler, self._executor, self._clock)
-        self._next_turns = workload.next_turns() if is_closed_loop else {}
-        later = set(self._next_turns.values())
-        self._due = [
-            (at, row) for row, at in enumerate(workload.arrived_at.tolist()) if row not in later
-        ]
-        heapq.heapify(self._due)
-        num_rows = len(workload)
-        self._last_token_at = [math.inf] * num_rows
-        self._max_gap_s = [0.0] * num_rows
-        self._metrics: list[RequestMetrics | None] = [None] * num_rows
-        self.num_ended = 0
-        self._peaks = Peaks()
+        self.engine = Engine(self.scheduler, self.executor, clock)
 
-    def _sampling_params(self) -> list[SamplingParams]:
-        """Return what each row asks for; equal ones are one object."""
-        if self._workload.max_tokens is None:
-            return [SamplingParams(max_tokens=None)] * len(self._workload)
-        limits = self._workload.max_tokens.tolist()
-        known = {limit: SamplingParams(max_tokens=limit) for limit in set(limits)}
-        return [known[limit] for limit in limits]
+    def add(self, row: int, arrival: Arrival) -> None:
+        """Take a row in."""
+        handle = len(self._rows)
+        self._rows.append(row)
+        self._lengths[handle] = self._output_tokens[row]
+        self._ends[handle] = len(arrival.prompt_token_ids) + self._output_tokens[row]
+        added = self.engine.add(arrival)
+        assert added == handle
 
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing runs and nothing will come."""
-        return not self._due and self.engine.is_idle
-
-    def step(self) -> None:
-        """Let the due arrivals in and turn the crank once."""
-        due, now = self._due, self._clock.time
-        while due and due[0][0] <= now:
-            self._add(*heapq.heappop(due))
-        for update in self.engine.step(due[0][0] if due else math.inf):
-            self._take(update)
+    def step(self, until: float) -> Iterator[tuple[int, RequestUpdate]]:
+        """Turn the crank once and yield the news by row."""
+        updates = self.engine.step(until)
         self._note_peaks()
+        for update in updates:
+            yield self._rows[update.handle], update
 
     def _note_peaks(self) -> None:
-        cache, peaks = self._scheduler.cache, self._peaks
+        cache, peaks = self.scheduler.cache, self.peaks
         on_device, on_host = cache.pool.num_used, cache.pool.num_host_used
         live = on_device + on_host - cache.pool.num_on_both
         if on_device > peaks.device_blocks:
@@ -192,51 +192,35 @@ class _Run:
         if cache.num_tables > peaks.live_requests:
             peaks.live_requests = cache.num_tables
 
-    def _add(self, due: float, row: int) -> None:
-        handle, prompt = len(self._rows), self._prompts[row]
-        self._rows.append(row)
-        self._lengths[handle] = self._output_tokens[row]
-        self._ends[handle] = len(prompt) + self._output_tokens[row]
-        added = self.engine.add(
-            Arrival(
-                prompt,
-                self._params[row],
-                age_s=self._clock.time - due,
-                block_hashes=self._prompts.block_hashes(row, self._block_size) or (),
-                client=self._clients[row],
-            )
-        )
-        assert added == handle
 
-    def _take(self, update: RequestUpdate) -> None:
-        row, now = self._rows[update.handle], self._clock.time
-        gap_s = now - self._last_token_at[row]
-        if gap_s > self._max_gap_s[row]:
-            self._max_gap_s[row] = gap_s
-        self._last_token_at[row] = now
-        if update.metrics is not None:
-            self._metrics[row] = update.metrics
-            self.num_ended += 1
-            following = self._next_turns.get(row)
-            if following is not None:
-                assert self._workload.think_s is not None
-                think_s = float(self._workload.think_s[following])
-                heapq.heappush(self._due, (now + think_s, following))
+def make_outcome(rows: Rows, engines: Sequence[SimEngine]) -> Outcome:
+    """Return what became of everything; of several engines counts are sums, peaks those of each."""
+    ended = rows.metrics()
+    return Outcome(
+        arrived_at=np.array([metrics.arrival for metrics in ended]),
+        first_token_at=np.array([metrics.first_token for metrics in ended], np.float64),
+        finished_at=np.array([metrics.finished for metrics in ended]),
+        max_gap_s=rows.max_gap_s,
+        queue_s=np.array([metrics.queue_s for metrics in ended]),
+        swap_s=np.array([metrics.swap_s for metrics in ended]),
+        stats=summed([engine.scheduler.stats() for engine in engines]),
+        num_steps=sum(engine.executor.num_steps for engine in engines),
+        busy_s=sum(engine.executor.busy_s for engine in engines),
+        peaks=Peaks(
+            **{
+                spec.name: sum(getattr(engine.peaks, spec.name) for engine in engines)
+                for spec in dataclasses.fields(Peaks)
+            }
+        ),
+    )
 
-    def outcome(self) -> Outcome:
-        """Return what became of everything."""
-        ended = [metrics for metrics in self._metrics if metrics is not None]
-        assert len(ended) == len(self._metrics), "a request has not ended"
-        is_one_token = self._workload.output_tokens == 1
-        return Outcome(
-            arrived_at=np.array([metrics.arrival for metrics in ended]),
-            first_token_at=np.array([metrics.first_token for metrics in ended], np.float64),
-            finished_at=np.array([metrics.finished for metrics in ended]),
-            max_gap_s=np.where(is_one_token, np.nan, self._max_gap_s),
-            queue_s=np.array([metrics.queue_s for metrics in ended]),
-            swap_s=np.array([metrics.swap_s for metrics in ended]),
-            stats=self._scheduler.stats(),
-            num_steps=self._executor.num_steps,
-            busy_s=self._executor.busy_s,
-            peaks=self._peaks,
-        )
+
+def summed(stats: Sequence[SchedulerStats]) -> SchedulerStats:
+    """Return the sums of several engines' figures; what each predicts apart has no sum."""
+    if len(stats) == 1:
+        return stats[0]
+    sums: dict[str, Any] = {"forecasts": None, "requests_by_level": {}, "requests_by_work": ()}
+    for spec in dataclasses.fields(SchedulerStats):
+        if spec.name not in sums:
+            sums[spec.name] = sum(getattr(one, spec.name) for one in stats)
+    return SchedulerStats(**sums)

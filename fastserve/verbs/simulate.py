@@ -61,6 +61,7 @@ NOT_SETTINGS = ("compare", "scheduling_policy", "output", "plot", "trace_events"
 def simulate(config: SimulateConfig) -> int:
     """Run the policies asked for; print them, write them to the files asked for."""
     policies = chosen_policies(config)
+    refuse_pictures_of_several(config)
     output = _path("--output", config.output)
     plot = _path("--plot", config.plot)
     jobs = make_jobs(config, policies)
@@ -80,6 +81,13 @@ def simulate(config: SimulateConfig) -> int:
         title += f"rate × {config.rate_scale:g}, {config.preemption_mode}"
         plot_runs(plot, runs, title, jobs[0].machine.num_device_blocks)
     return 0
+
+
+def refuse_pictures_of_several(config: SimulateConfig) -> None:
+    """Raise ConfigError where what is drawn of one engine is asked of several."""
+    for flag, name in (("--plot", config.plot), ("--trace-events", config.trace_events)):
+        if name is not None and config.data_parallel_size > 1:
+            raise ConfigError(f"{flag}: of one engine; --data-parallel-size is above 1")
 
 
 def chosen_policies(config: SimulateConfig) -> list[str]:
@@ -113,6 +121,7 @@ def make_jobs(config: SimulateConfig, policies: Sequence[str]) -> list[Job]:
             config=dataclasses.replace(scheduler_config, scheduling_policy=policy),
             machine=machine,
             workload=workload,
+            num_replicas=config.data_parallel_size,
             is_closed_loop=config.closed_loop,
             settings=describe(config, scheduler_config, fit, machine),
             has_timeline=config.plot is not None,
@@ -257,7 +266,9 @@ def as_table(config: SimulateConfig, results: Sequence[JobResult]) -> Table:
     """Lay the figures out for people: a column per policy."""
     first = results[0].report
     dropped = f" ({first['dropped']:,} dropped)" if first["dropped"] else ""
-    title = f"{config.model} on {config.hardware}, {first['completed']:,} requests{dropped}"
+    several = f"{config.data_parallel_size} × " if config.data_parallel_size > 1 else ""
+    title = f"{several}{config.model} on {config.hardware}, "
+    title += f"{first['completed']:,} requests{dropped}"
     table = make_table(
         "",
         *(str(result.report["policy"]) for result in results),

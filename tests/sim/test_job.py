@@ -74,3 +74,16 @@ def test_a_failure_in_one_process_ends_the_others():
     with pytest.raises(ValueError, match="do not hold the window"):
         run_side_by_side(jobs, 2, told.__setitem__)
     assert told.get(1, 0) < len(rows)
+
+
+def test_replicas_write_a_journal_each(tmp_path):
+    """Numbered behind the name that was given; the report's hash is that of their hashes."""
+    path = tmp_path / "j.jsonl"
+    result = run_job(make_job(journal=path, num_replicas=3))
+    journals = [tmp_path / f"j.jsonl.{replica}" for replica in range(3)]
+    assert sorted(tmp_path.iterdir()) == journals
+    digests = [hashlib.sha256(journal.read_bytes()).hexdigest() for journal in journals]
+    assert len(set(digests)) == 3
+    whole = hashlib.sha256("".join(digests).encode()).hexdigest()
+    assert result.report["journal_sha256"] == whole
+    assert result.report["completed"] == len(WORKLOAD)

@@ -116,3 +116,17 @@ def test_waiting_for_nothing_is_an_error():
     with pytest.raises(RuntimeError, match="for ever"):
         executor.wait(INF)
     executor.close()
+
+
+def test_machines_beside_each_other_report_what_is_done_first():
+    """A short step that began later ends before a long one."""
+    clock = VirtualClock()
+    executor = SimExecutor(clock, COSTS, {0: 999, 1: 99}, num_stages=2, is_parallel=True)
+    executor.submit(plan(0, 0, 0, 100))
+    executor.submit(plan(1, 1, 0, 10))
+    assert not executor.can_submit()
+    done = [executor.wait(INF), executor.wait(INF)]
+    assert [output.steps[0].step_id for output in done if output is not None] == [1, 0]
+    assert clock.now() == pytest.approx(COSTS.iteration_s(100, 0))
+    assert executor.busy_s == pytest.approx(COSTS.iteration_s(100, 0) + COSTS.iteration_s(10, 0))
+    assert executor.next_end == INF

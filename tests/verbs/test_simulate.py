@@ -248,3 +248,26 @@ def test_every_flag_that_shapes_a_schedule_is_there():
     shaping = set(SchedulerConfig.__annotations__) & set(EngineConfig.__annotations__)
     assert shaping <= flags
     assert not flags & {"tokenizer", "device", "num_threads", "profile", "load_format"}
+
+
+def test_replicas_are_simulated_together(trace, tmp_path, capsys):
+    """All rows end, sooner than on one machine, and the table says how many machines there are."""
+    means = []
+    for count in ("1", "2"):
+        output = tmp_path / f"{count}.json"
+        command = argv(trace, "--oversize", "drop", "--rate-scale", "4", "-dp", count,
+                       "--output", str(output))  # fmt: skip
+        assert cli.main(command) == 0
+        result = json.loads(output.read_text())
+        assert result["config"]["data_parallel_size"] == int(count)
+        assert result["completed"] == 39
+        means.append(result["jct_s"]["mean"])
+    assert means[1] < means[0]
+    assert "2 × opt-13b on a100-40g" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--plot", "--trace-events"])
+def test_pictures_are_of_one_replica(trace, tmp_path, capsys, flag):
+    """What would show one of several as if it were all is refused."""
+    assert cli.main(argv(trace, "-dp", "2", flag, str(tmp_path / "x"))) == 2
+    assert f"error: {flag}: of one engine" in capsys.readouterr().err
