@@ -15,6 +15,13 @@ pytestmark = pytest.mark.processes
 
 Reference = Callable[[str], tuple[Path, Run]]
 FEW = [("opt", 1, 2), ("mixtral", 2, 1), ("llama", 2, 2)]
+GRID = [
+    pytest.param((name, tp, pp), marks=pytest.mark.slow)
+    for name in ("llama", "opt", "mixtral")
+    for tp in (1, 2, 4)
+    for pp in (1, 2, 3)
+    if (name, tp, pp) not in FEW
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +32,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     def get(name: str) -> tuple[Path, Run]:
         if name not in found:
             path: Path = tmp_path_factory.mktemp(name)
-            make_checkpoint(path, name, num_hidden_layers=4)
+            make_checkpoint(path, name, num_hidden_layers=4, num_attention_heads=8)
             local = open_local(path, num_device_blocks=400)
             try:
                 undisturbed = run(
@@ -42,7 +49,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return get
 
 
-@pytest.fixture(scope="module", params=FEW, ids=lambda case: "{}-tp{}-pp{}".format(*case))
+@pytest.fixture(scope="module", params=[*FEW, *GRID], ids=lambda case: "{}-tp{}-pp{}".format(*case))
 def opened(
     request: pytest.FixtureRequest, reference: Reference
 ) -> Iterator[tuple[DistributedExecutor, Run]]:
