@@ -99,16 +99,17 @@ def policy_factory(
             )
         case "learned":
             outlook = Outlook(length_model or LengthModel(), config.latency_objective)
+            # Work is in seconds of the machine, of which each step in flight has its share.
             return partial(
                 Learned,
-                cost_model,
+                cost_model.shared_by(config.num_slots),
                 outlook,
                 boost=config.boost,
                 max_pause_s=config.max_pause,
                 max_num_seqs=config.max_num_seqs,
                 window=config.max_model_len,
                 block_size=config.block_size,
-                num_kv_tokens=num_device_blocks * config.block_size,
+                num_kv_tokens=num_device_blocks * config.block_size // config.num_slots,
             )
         case "srpt" if lengths is not None:
             return partial(SRPT, cost_model, lengths)

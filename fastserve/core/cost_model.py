@@ -7,7 +7,7 @@ actual model on the actual device, or from published tables. Must not know: how 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TERMS = {
     "base_s": "a step, whatever is in it",
@@ -63,6 +63,13 @@ class CostModel:
         """Refuse a model under which work is free: no quantum could be derived from it."""
         if self.min_iteration_s <= 0.0:
             raise ValueError(f"the minimum iteration time must be positive: {self}")
+
+    def shared_by(self, num_slots: int) -> CostModel:
+        """Return the costs in seconds of a machine that has so many steps in flight at once."""
+        if num_slots == 1:
+            return self
+        own = {name: getattr(self, name) / num_slots for name in (*TERMS, "floor_s")}
+        return replace(self, **own)
 
     @property
     def min_iteration_s(self) -> float:

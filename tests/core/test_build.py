@@ -70,3 +70,16 @@ def test_a_window_beyond_the_pool_is_refused() -> None:
     build_scheduler(small_config(max_model_len=16), COST, 4)
     with pytest.raises(ValueError, match="4 blocks of 4 tokens do not hold the window of 17"):
         build_scheduler(small_config(max_model_len=17), COST, 4)
+
+
+def test_expected_work_is_in_seconds_of_the_machine() -> None:
+    """A pipeline of two stages has two steps in flight: each request takes half as much of it."""
+    work_s = []
+    for num_slots in (1, 2):
+        config = small_config(scheduling_policy="learned", num_slots=num_slots)
+        scheduler = build_scheduler(config, COST, 10_000)
+        scheduler.add(Arrival((5,) * 8, SamplingParams(max_tokens=4)), 0.0)
+        forecasts = scheduler.stats().forecasts
+        assert forecasts is not None
+        work_s.append(forecasts.work_s)
+    assert work_s[0] == pytest.approx(2 * work_s[1])

@@ -45,3 +45,11 @@ def test_free_work_is_refused() -> None:
     """No quantum can be derived from a step that takes no time."""
     with pytest.raises(ValueError, match="positive"):
         CostModel(base_s=0.0, prefill_token_s=1.0)
+
+
+def test_a_pipeline_s_share_is_all_but_the_copies() -> None:
+    """With four steps in flight a step takes the machine a quarter of its seconds."""
+    shares = [(1, 99), (10, 20)]
+    assert COST.shared_by(4).step_s(shares) == pytest.approx(COST.step_s(shares) / 4)
+    assert COST.shared_by(4).copy_s(8) == COST.copy_s(8)
+    assert COST.shared_by(1) is COST
