@@ -42,6 +42,7 @@ from fastserve.wire.engine_messages import (
     decode_command,
 )
 from fastserve.wire.frames import encode_frame, read_frame
+from fastserve.wire.joining import JoinError
 
 logger = logging.getLogger(__name__)
 
@@ -237,6 +238,8 @@ def run(fd: int, open_engine: OpenEngine) -> int:
         loop = _load(inbox, outbox, open_engine)
     except ConfigError as error:  # which needs no more than its one line
         return _fail(outbox, Failed(_one_line(error), is_misconfiguration=True))
+    except JoinError as error:  # found out here, and the matter of another host
+        return _fail(outbox, Failed(_one_line(error)))
     except Exception as error:
         logger.exception("the engine could not be loaded")
         return _fail(outbox, Failed(_one_line(error)))

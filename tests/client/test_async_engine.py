@@ -308,6 +308,19 @@ def test_a_model_that_cannot_be_loaded_is_one_line() -> None:
     run(body)
 
 
+def test_a_host_that_does_not_join_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """It is another host's matter, and no misconfiguration: nothing tells where it was found."""
+
+    async def body() -> None:
+        async with running("lonely") as engine:
+            with pytest.raises(EngineDeadError, match=r"^rank 1 did not join within 30 s$"):
+                await engine.ready()
+            assert not engine.is_misconfigured
+
+    run(body)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_an_aborted_request_frees_its_blocks() -> None:
     """A client that leaves ends its request: the next snapshots show no blocks in use."""
 

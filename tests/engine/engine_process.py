@@ -23,6 +23,7 @@ from fastserve.settings.option import ConfigError
 from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.clock import VirtualClock
 from fastserve.wire.engine_messages import EngineInfo
+from fastserve.wire.joining import JoinError
 from tests.fake_executor import FakeExecutor
 
 STEP_S = 0.001
@@ -118,6 +119,8 @@ def open_engine(
     on_progress("loading weights", 0.5)
     if config.model == "unloadable":
         raise ConfigError("the weights are\nnot there")
+    if config.model == "lonely":
+        raise JoinError("rank 1 did not join within 30 s")
     if config.model == "endless":
         threading.Event().wait()
     executor = PacedExecutor(
