@@ -341,12 +341,12 @@ def serve(config: EngineConfig, server_config: ServerConfig) -> int:
 
 def run_host(config: EngineConfig, log_level: str) -> int:
     """Run the ranks of a host that does not serve; return the exit status."""
-    from fastserve.executor.host import open_host
+    from fastserve.executor.host_ranks import open_host_ranks
     from fastserve.wire.joining import JoinError
 
     log_from(log_level.upper())
     model_dir = checkpoint.locate(config.model, config.revision)
-    host, ranks = open_host(config, model_dir, _command("--rank-fd"), _environment())
+    host, ranks = open_host_ranks(config, model_dir, _command("--rank-fd"), _environment())
     try:
         return host.serve(ranks)
     except JoinError as error:

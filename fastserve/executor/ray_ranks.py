@@ -21,7 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fastserve.checkpoint.locate import locate
-from fastserve.executor.host import Host
+from fastserve.executor.host_ranks import HostRanks
 from fastserve.executor.joined_ranks import JoinedRank, JoinedRanks, meeting_point
 from fastserve.executor.layout import Layout
 from fastserve.settings.engine import EngineConfig
@@ -51,7 +51,7 @@ class RankActor:
         """Join and run one rank; return the exit status of its process."""
         config = msgspec.msgpack.decode(settings, type=EngineConfig)
         model_dir = locate(config.model, config.revision)
-        host = Host(
+        host = HostRanks(
             address=address,
             secret=ClusterSecret(secret.encode()),
             terms=terms(config, model_dir),

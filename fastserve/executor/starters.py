@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastserve.executor.choices import choose_device
-from fastserve.executor.host import DEFAULT_PORT, local_ranks, read_secret, route_of
+from fastserve.executor.host_ranks import DEFAULT_PORT, local_ranks, read_secret, route_of
 from fastserve.executor.joined_ranks import HostsStarter, JoinedRanks, meeting_point
 from fastserve.executor.starting import ChildStarter, Starter
 from fastserve.settings.engine import EngineConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastserve.executor.distributed import DistributedExecutor
-from fastserve.executor.host import open_host
+from fastserve.executor.host_ranks import open_host_ranks
 from fastserve.executor.joined_ranks import JoinedRank, JoinedRanks, meeting_point
 from fastserve.executor.starters import open_starter
 from fastserve.settings.engine import EngineConfig
@@ -98,7 +98,7 @@ def test_two_hosts_compute_what_one_process_does(
         tmp_path, pp=2, nnodes=2, master_addr="127.0.0.1", master_port=free_port("127.0.0.1")
     )
     second = dataclasses.replace(first, node_rank=1)
-    host, ranks = open_host(second, tmp_path, COMMAND, ENVIRONMENT)
+    host, ranks = open_host_ranks(second, tmp_path, COMMAND, ENVIRONMENT)
     with ThreadPoolExecutor(1) as pool:
         serving = pool.submit(host.serve, ranks)
         executor = DistributedExecutor(

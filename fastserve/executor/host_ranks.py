@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
+class HostRanks:
     """What the ranks of this host have in common; `command` starts one, with a socket appended."""
 
     address: tuple[str, int]  # of the engine
@@ -112,15 +112,15 @@ class Host:
             )
 
 
-def open_host(
+def open_host_ranks(
     config: EngineConfig, model_dir: Path, command: Sequence[str], environment: Mapping[str, str]
-) -> tuple[Host, Sequence[int]]:
+) -> tuple[HostRanks, Sequence[int]]:
     """Return what this host has of a server over several, and its ranks.
 
     Raises ConfigError where there is no secret.
     """
     assert config.master_addr is not None, "checked with the settings"
-    host = Host(
+    host = HostRanks(
         address=(config.master_addr, config.master_port or DEFAULT_PORT),
         secret=read_secret(config),
         terms=terms(config, model_dir),

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fastserve.executor.host import Host, local_ranks, open_host, route_of
+from fastserve.executor.host_ranks import HostRanks, local_ranks, open_host_ranks, route_of
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.wire.cluster_secret import VARIABLE, ClusterSecret
@@ -35,9 +35,9 @@ CONFIG = EngineConfig(
 )
 
 
-def host_at(address: tuple[str, int]) -> Host:
+def host_at(address: tuple[str, int]) -> HostRanks:
     """Return a host whose ranks are the script above."""
-    return Host(
+    return HostRanks(
         address=address,
         secret=SECRET,
         terms=TERMS,
@@ -96,7 +96,7 @@ def test_hosts_need_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ConfigError, match=rf"--nnodes 2: needs --cluster-secret-file or {VARIABLE}"
     ):
-        open_host(CONFIG, EngineConfig, (), {})  # type: ignore[arg-type]
+        open_host_ranks(CONFIG, EngineConfig, (), {})  # type: ignore[arg-type]
 
 
 def test_tensors_take_the_interface_of_an_address() -> None:
