@@ -117,7 +117,7 @@ def run(lab: Lab) -> None:
     }
     for name, table in tables.items():
         lab.console.print(f"{name}\n{table}", markup=False)
-    if not lab.is_quick and DOCUMENT.exists():
+    if not lab.is_quick:
         fill(DOCUMENT, tables)
 
 
