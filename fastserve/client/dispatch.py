@@ -208,12 +208,13 @@ class Dispatcher:
 
 
 def facts_of(info: EngineInfo) -> ReplicaFacts:
-    """Return what the router must know of an engine."""
+    """Return what the router must know of an engine, whose stages share its time and its KV."""
+    num_stages = info.pipeline_parallel_size
     return ReplicaFacts(
-        cost_model=info.cost_model,
+        cost_model=info.cost_model.shared_by(num_stages),
         max_num_seqs=info.max_num_seqs,
         max_request_tokens=info.max_request_tokens,
         block_size=info.block_size,
-        num_kv_tokens=info.num_device_blocks * info.block_size,
+        num_kv_tokens=info.num_device_blocks * info.block_size // num_stages,
         num_cached_blocks=info.num_device_blocks if info.enable_prefix_caching else 0,
     )

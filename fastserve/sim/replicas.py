@@ -49,14 +49,14 @@ def simulate_replicas(
 
 
 def facts_of(config: SchedulerConfig, machine: Machine) -> ReplicaFacts:
-    """Return what the router must know of a machine."""
+    """Return what the router must know of a machine, whose stages share its time and its KV."""
     num_blocks = machine.num_device_blocks
     return ReplicaFacts(
-        cost_model=machine.cost_model,
+        cost_model=machine.cost_model.shared_by(config.num_slots),
         max_num_seqs=config.max_num_seqs,
         max_request_tokens=config.max_model_len,
         block_size=config.block_size,
-        num_kv_tokens=num_blocks * config.block_size,
+        num_kv_tokens=num_blocks * config.block_size // config.num_slots,
         num_cached_blocks=num_blocks if config.enable_prefix_caching else 0,
     )
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
-from fastserve.sim.replicas import simulate_replicas
+from fastserve.client import dispatch
+from fastserve.sim.replicas import facts_of, simulate_replicas
 from fastserve.sim.report import alone_s
 from fastserve.sim.simulator import simulate
-from tests.sim.machines import MACHINE, SWAPPING, Checker, make_workload, small_config
+from tests.sim.machines import COSTS, MACHINE, SWAPPING, Checker, make_workload, small_config
 from tests.sim.test_simulator import random_workload
+from tests.wire.test_engine_messages import INFO
 
 POLICIES = ("fcfs", "learned", "skip-join-mlfq", "srpt")
 
@@ -134,3 +137,17 @@ def test_a_router_costs_little_beside_one_queue_that_sees_all():
         queue = simulate(one, pooled, workload, is_parallel=True)
         means = [float((o.finished_at - o.arrived_at).mean()) for o in (routed, queue)]
         assert means[0] < 1.15 * means[1]
+
+
+def test_the_api_process_and_the_simulator_tell_a_router_the_same() -> None:
+    """Of equal engines, whose two stages share time and KV."""
+    info = msgspec.structs.replace(
+        INFO, cost_model=COSTS, max_num_seqs=4, num_device_blocks=64, max_request_tokens=128,
+        block_size=4, pipeline_parallel_size=2,
+    )  # fmt: skip
+    simulated = facts_of(small_config(num_slots=2), MACHINE)
+    assert dispatch.facts_of(info) == simulated
+    assert simulated.cost_model.base_s == COSTS.base_s / 2
+    assert simulated.num_kv_tokens == 64 * 4 / 2
+    unshared = msgspec.structs.replace(info, enable_prefix_caching=False)
+    assert dispatch.facts_of(unshared).num_cached_blocks == 0
