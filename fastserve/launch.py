@@ -54,9 +54,9 @@ logger = logging.getLogger(__name__)
 def count_threads(config: EngineConfig, reserved_cores: int = 0) -> int:
     """Return the threads of one CPU operation: as told, else its share of the cores.
 
-    Replicas divide what is left of all cores without the reserved ones.
+    Replicas, and the ranks of each, divide what is left of all cores without the reserved ones.
     """
-    share = (num_cores() - reserved_cores) // config.data_parallel_size
+    share = (num_cores() - reserved_cores) // (config.data_parallel_size * config.num_ranks)
     return config.num_threads or max(1, share)
 
 

@@ -90,6 +90,7 @@ def test_threads_of_an_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.count_threads(EngineConfig()) == 4
     assert launch.count_threads(EngineConfig(), reserved_cores=1) == 3
     assert launch.count_threads(EngineConfig(num_threads=7), reserved_cores=1) == 7
+    assert launch.count_threads(EngineConfig(pipeline_parallel_size=2)) == 2
     monkeypatch.setattr(launch, "num_cores", lambda: 1)
     assert launch.count_threads(EngineConfig(), reserved_cores=1) == 1
 
