@@ -27,4 +27,4 @@ def test_the_router_is_compared_with_one_queue() -> None:
 
 def test_more_replicas_are_given_more_rows() -> None:
     """As many turns of each batch, and enough for a mean where there are few."""
-    assert [rows_of(size) for size in (2, 4, 64)] == [600, 600, 9600]
+    assert [rows_of(size) for size in (2, 8, 64)] == [600, 600, 4800]
