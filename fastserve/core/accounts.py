@@ -8,7 +8,7 @@ in the plan before, could be in the next one, and is not. Must not know: samples
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastserve.core.memory.pool import BlockPool
@@ -29,7 +29,6 @@ class Counters:
     num_cached_prompt_tokens: int = 0
     num_dropped_samples: int = 0
     num_stalls: int = 0
-    num_swaps: int = 0
     copy_wait_s: float = 0.0
 
 
@@ -40,6 +39,7 @@ class Accounts:
         self.counters = Counters()
         # Those of the latest plan, and those that could not be in it: in flight, at their limit.
         self._running: dict[Handle, Request] = {}
+        self._num_started = 0  # live requests that some plan has had
         self._waits_since: float | None = None  # when nothing could run but for a copy
 
     def planned(self, chosen: Iterable[tuple[Request, int]], now: float) -> None:
@@ -55,6 +55,7 @@ class Accounts:
                 request.queue_s += now - request.last_ran_at
                 if request.first_scheduled_at is None:
                     request.first_scheduled_at = now
+                    self._num_started += 1
         for handle, request in self._running.items():
             if handle not in planned:
                 if request.steps_in_flight or request.is_at_length_limit:
@@ -92,7 +93,8 @@ class Accounts:
     ) -> RequestMetrics:
         """Return what happened to a request that ends, beside what the policy knew of it."""
         self._running.pop(request.handle, None)
-        self.counters.num_swaps += request.num_swaps
+        if request.first_scheduled_at is not None:
+            self._num_started -= 1
         if not request.steps_in_flight:
             request.queue_s += now - request.last_ran_at
         return RequestMetrics(
@@ -111,19 +113,14 @@ class Accounts:
         )
 
     def snapshot(
-        self,
-        requests: Mapping[Handle, Request],
-        policy: Policy,
-        pool: BlockPool,
-        moves: Moves,
+        self, num_requests: int, policy: Policy, pool: BlockPool, moves: Moves
     ) -> SchedulerStats:
-        """Return the counters beside what is so now; `requests` are the live ones."""
-        levels, counters = _level_stats(policy, len(requests)), self.counters
-        predictions = policy.predictions
-        num_started = sum(r.first_scheduled_at is not None for r in requests.values())
+        """Return the counters beside what is so now, of so many live requests."""
+        levels, counters = _level_stats(policy, num_requests), self.counters
+        predictions, num_started = policy.predictions, self._num_started
         return SchedulerStats(
             num_running=len(self._running),
-            num_waiting=len(requests) - num_started,
+            num_waiting=num_requests - num_started,
             num_preempted=num_started - len(self._running),
             requests_by_level=levels.requests_by_level,
             device_blocks_total=pool.num_device_blocks,
@@ -145,7 +142,7 @@ class Accounts:
             num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
             num_dropped_samples=counters.num_dropped_samples,
             num_stalls=counters.num_stalls,
-            num_swaps=counters.num_swaps + sum(r.num_swaps for r in requests.values()),
+            num_swaps=moves.num_swaps,
             num_swapped_out_blocks=moves.num_swapped_out_blocks,
             num_swapped_in_blocks=moves.num_swapped_in_blocks,
             num_saved_blocks=moves.num_saved_blocks,
@@ -154,7 +151,7 @@ class Accounts:
             num_failed_copies=moves.num_failed_copies,
             copy_wait_s=counters.copy_wait_s,
             forecasts=None if predictions is None else predictions.forecasts(),
-            requests_by_work=_count_by_work(predictions, requests.values()),
+            requests_by_work=_count_by_work(predictions),
         )
 
 
@@ -169,13 +166,12 @@ def predicted_tokens_of(policy: Policy, request: Request) -> float | None:
     return None if predictions is None else predictions.predicted_output_tokens(request)
 
 
-def _count_by_work(predictions: Predictions | None, requests: Iterable[Request]) -> tuple[int, ...]:
+def _count_by_work(predictions: Predictions | None) -> tuple[int, ...]:
     if predictions is None:
         return ()
     counts = [0] * (len(WORK_BOUNDS_S) + 1)
-    expected_work_s = predictions.expected_work_s
-    for request in requests:
-        counts[bisect_right(WORK_BOUNDS_S, expected_work_s(request))] += 1
+    for work_s, num_requests in predictions.expected_work():
+        counts[bisect_right(WORK_BOUNDS_S, work_s)] += num_requests
     return tuple(counts)
 
 

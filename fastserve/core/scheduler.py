@@ -311,7 +311,7 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """Return a snapshot of counters and sizes."""
         return self._accounts.snapshot(
-            self._requests, self.policy, self.cache.pool, self.cache.moves
+            len(self._requests), self.policy, self.cache.pool, self.cache.moves
         )
 
     def check(self) -> None:

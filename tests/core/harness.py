@@ -270,6 +270,7 @@ def check_forgotten(scheduler: Scheduler) -> None:
     """Assert that nothing per request outlives the requests."""
     assert not scheduler._requests
     assert not scheduler._accounts._running
+    assert scheduler._accounts._num_started == 0
     assert not scheduler._in_flight
     assert not scheduler._forget
     assert not scheduler.cache._tables

@@ -27,6 +27,7 @@ class Naive:
         self.now_flying: dict[int, int] = {}
         self.waits_since: dict[int, float] = {}
         self.queue_s: dict[int, float] = {}
+        self.started: set[int] = set()
         self.ended: dict[int, tuple[float, float]] = {}
         self.plans: dict[int, SchedulerOutput] = {}
 
@@ -43,6 +44,7 @@ class Naive:
         if plan is None or not plan.work:
             return
         self.plans[plan.step_id] = plan
+        self.started.update(work.handle for work in plan.work)
         for work in plan.work:
             if not self.now_flying[work.handle]:
                 self.queue_s[work.handle] += now - self.waits_since[work.handle]
@@ -74,6 +76,10 @@ def test_the_time_in_queues_is_what_an_observer_adds_up(pipeline: tuple[int, int
         for number in range(6):
             harness.add(range(1 + 3 * number), 5)
             harness.step()
+            stats, num_live = harness.scheduler.stats(), harness.scheduler.num_requests
+            num_started = len(naive.started - set(naive.ended))
+            assert stats.num_waiting == num_live - num_started
+            assert stats.num_running + stats.num_preempted == num_started
         harness.drain()
         assert len(naive.ended) == 6
         for ours, theirs in naive.ended.values():

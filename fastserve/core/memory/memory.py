@@ -252,8 +252,9 @@ class KVCacheManager:
         request.swap_s += self._now - table.waits_since
         table.waits_since = None
         if table.num_loaded:
-            request.num_swaps += 1
             assert self._swapper is not None
+            request.num_swaps += 1
+            self._swapper.moves.num_swaps += 1
             safe_s = self._swapper.safe_s(table.num_loaded)
             num_tokens = ceil(safe_s / self._min_iteration_s)
             table.safe_until = request.num_computed_tokens + num_tokens

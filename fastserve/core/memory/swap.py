@@ -51,8 +51,9 @@ class Way(Enum):
 
 @dataclass(slots=True)
 class Moves:
-    """Blocks moved so far, and copies that failed."""
+    """Blocks moved so far, requests that came back by it, and copies that failed."""
 
+    num_swaps: int = 0
     num_swapped_out_blocks: int = 0
     num_swapped_in_blocks: int = 0
     num_saved_blocks: int = 0

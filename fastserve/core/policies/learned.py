@@ -7,9 +7,9 @@ where V is the mean work in the system that an arrival finds: what FCFS would ma
 is FCFS, κ = ∞ the index alone. Nobody is overtaken by one that arrives more than b(G_min) later,
 G_min the least price there is: so each wait is bounded, and no rule against starvation is needed.
 Rules: keys change only where an answer has grown by two bins, a prefill goes on, or what
-has been learned has changed by enough; that is spread over plans. Those that have begun are a
-little dearer to interrupt than others to begin, and a stream whose KV is held goes on after at most
-`max_pause_s`. Must not know: true lengths, blocks, when a step ends.
+has been learned has changed by enough; that is spread over plans. One that has begun counts less
+than its price, and a stream whose KV is held goes on after at most `max_pause_s`. Must not know:
+true lengths, blocks, when a step ends.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from fastserve.core.cost_model import CostModel
 from fastserve.core.gittins import AnswerLength
@@ -88,7 +89,7 @@ class Learned:
         self._deadlines = Deadlines()  # of streams; one that has run since is found when due
         self._version = outlook.version
         self._stale: deque[Line | _Account] = deque()
-        self._rising: deque[Line] = deque()  # lines to be priced behind all that are stale
+        self._rising: deque[tuple[Line, float]] = deque()  # boosts that wait for all that are stale
 
     @property
     def predictions(self) -> Learned:
@@ -155,13 +156,15 @@ class Learned:
             if self._version != outlook.version:
                 self._version = outlook.version
                 stale.extend(self._lines.lines())
-                stale.extend(a for a in self._accounts.values() if a.line is None)
+                stale.extend(self._begun_accounts())
         num_answers = outlook.num_answers
         for _ in range(MAX_REFRESHES):
             if stale:
                 self._refresh(stale.popleft())
             elif rising:
-                self._refresh_line(rising.popleft())
+                line, boost_s = rising.popleft()
+                if line.requests:
+                    self._lines.boost(line, boost_s)
             if outlook.num_answers > num_answers:
                 break
 
@@ -207,10 +210,12 @@ class Learned:
         """Return the mean of the distribution that its answer had when it came."""
         return self._accounts[request.handle].predicted.tokens_left(0)
 
-    def expected_work_s(self, request: Request) -> float:
-        """Return the machine seconds expected of a request, as of when it was last priced."""
-        account = self._accounts[request.handle]
-        return account.work_s if account.line is None else account.line.work_s
+    def expected_work(self) -> Iterator[tuple[float, int]]:
+        """Yield what is expected of lines and of those that have begun, as of their last price."""
+        for line in self._lines.lines():
+            yield line.work_s, len(line.requests)
+        for request in chain(self._begun, self._lifted.values()):
+            yield self._accounts[request.handle].work_s, 1
 
     def forecasts(self) -> Forecasts:
         """Return those of all that share the outlook."""
@@ -247,33 +252,35 @@ class Learned:
         """Return how far a price moves a request ahead of its arrival."""
         return boost_s(price_s, self._boost * self._outlook.mean_work_s)
 
+    def _begun_accounts(self) -> list[_Account]:
+        """Return those that have a key of their own, in order of arrival."""
+        begun = chain(self._begun, self._lifted.values())
+        return [self._accounts[handle] for handle in sorted(request.handle for request in begun)]
+
     def _refresh(self, item: Line | _Account) -> None:
         """Bring a key up to date, but for a line whose boost grows.
 
         Those that have begun come first, lest one that waits overtakes all whose keys are old.
         """
-        if isinstance(item, Line):
-            before = item.boost_s
-            self._refresh_line(item)
-            if item.boost_s > before:
-                self._lines.boost(item, before)
-                self._rising.append(item)
-        elif self._accounts.get(item.request.handle) is item:
-            self._price(item)
+        if isinstance(item, _Account):
+            if self._accounts.get(item.request.handle) is item:
+                self._price(item)
+        elif item.requests:
+            boost_s = self._price_line(item)
+            if boost_s > item.boost_s:
+                self._rising.append((item, boost_s))
+            elif boost_s < item.boost_s:
+                self._lines.boost(item, boost_s)
 
-    def _refresh_line(self, line: Line) -> None:
-        if line.requests:
-            self._price_line(line)
-
-    def _price_line(self, line: Line) -> None:
-        """Give a line its boost, and what is expected of each in it."""
+    def _price_line(self, line: Line) -> float:
+        """Say what is expected of each in a line, and return the boost that it should have."""
         kind = line.kind
         answer = self._outlook.answer(kind.labels, kind.max_tokens)
         token_s = self._token_s(kind)
         work_s = kind.prefill_s + token_s * answer.tokens_left(0)
         self._outlook.expect(len(line.requests) * (work_s - line.work_s))
         line.work_s = work_s
-        self._lines.boost(line, self._boost_s(answer.index(0, kind.prefill_s, token_s)))
+        return self._boost_s(answer.index(0, kind.prefill_s, token_s))
 
     def _price(self, account: _Account) -> None:
         """Give a request that has begun its key, and say what is expected of it."""
@@ -307,7 +314,7 @@ class Learned:
         self._lines.join(line, account.request)
         self._outlook.expect(line.work_s)
         if is_new:
-            self._price_line(line)
+            self._lines.boost(line, self._price_line(line))
 
     def _begin(self, account: _Account) -> None:
         """Get a key of its own; a stream is watched from its first token on."""

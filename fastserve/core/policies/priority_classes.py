@@ -145,11 +145,15 @@ class PriorityClasses:
 
     def predicted_output_tokens(self, request: Request) -> float:
         """Return what the class that a request is in expected."""
-        return self._predictions_for(request).predicted_output_tokens(request)
+        predictions = self._classes[self._class_of[request.handle]].predictions
+        assert predictions is not None
+        return predictions.predicted_output_tokens(request)
 
-    def expected_work_s(self, request: Request) -> float:
-        """Return what the class that a request is in expects."""
-        return self._predictions_for(request).expected_work_s(request)
+    def expected_work(self) -> Iterator[tuple[float, int]]:
+        """Yield what each class expects."""
+        for policy in self._classes.values():
+            assert policy.predictions is not None
+            yield from policy.predictions.expected_work()
 
     def forecasts(self) -> Forecasts:
         """Return those of any class: what they predict they learn together."""
@@ -157,11 +161,6 @@ class PriorityClasses:
         assert policy is not None
         assert policy.predictions is not None
         return policy.predictions.forecasts()
-
-    def _predictions_for(self, request: Request) -> Predictions:
-        predictions = self._classes[self._class_of[request.handle]].predictions
-        assert predictions is not None
-        return predictions
 
     @staticmethod
     def _own_class(request: Request) -> int:

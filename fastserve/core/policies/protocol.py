@@ -45,8 +45,11 @@ class Predictions(Protocol):
     def predicted_output_tokens(self, request: Request) -> float:
         """Return the length of a live request's answer that was expected when it came."""
 
-    def expected_work_s(self, request: Request) -> float:
-        """Return the machine seconds that a live request is still expected to take."""
+    def expected_work(self) -> Iterator[tuple[float, int]]:
+        """Yield how many machine seconds live requests are still expected to take, and how many do.
+
+        Those that are alike come together.
+        """
 
     def forecasts(self) -> Forecasts:
         """Return how predictions turned out, and the work in the system."""

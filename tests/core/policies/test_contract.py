@@ -109,8 +109,9 @@ def test_looking_changes_nothing(name: str, seed: int) -> None:
             if seen.policy.levels is not None:
                 seen.policy.levels.level(request)
             if seen.policy.predictions is not None:
-                seen.policy.predictions.expected_work_s(request)
                 seen.policy.predictions.predicted_output_tokens(request)
+        if seen.policy.predictions is not None:
+            list(seen.policy.predictions.expected_work())
         next(seen.policy.ordered(), None)
         assert handles(seen.policy) == handles(seen.policy)
         seen.policy.next_event(seen.now)
@@ -157,12 +158,14 @@ def test_the_work_in_the_system_is_that_of_its_requests(name: str, seed: int) ->
         policy.advance(traffic.now)
         predictions = policy.predictions
         assert predictions is not None
-        work_s = sum(predictions.expected_work_s(request) for request in traffic.live)
+        expected = list(predictions.expected_work())
+        assert sum(count for _, count in expected) == len(traffic.live)
+        assert all(work_s > 0.0 for work_s, _ in expected)
+        work_s = sum(work_s * count for work_s, count in expected)
         assert predictions.forecasts().work_s == pytest.approx(work_s)
         for request in traffic.live:
             tokens = predictions.predicted_output_tokens(request)
             assert predicted.setdefault(request.handle, tokens) == tokens > 0.0
-            assert predictions.expected_work_s(request) > 0.0
         num_answers = sum(predictions.forecasts().num_by_decile)
     assert num_answers > 0
 
