@@ -39,7 +39,8 @@ SETUP = Setup(
 )  # fmt: skip
 POLICIES = ("fcfs", "mlfq", "skip-join-mlfq", "hrrn", "sjf", "learned", "srpt")
 LOADS = (0.5, 0.7, 0.9, 1.0, 1.1)
-PARTS = ("policy", "seeds", "mode", "kv", "alpha", "quanta")
+PARTS = ("policy", "seeds", "mode", "kv", "kv-seeds", "alpha", "quanta")
+LABELS = ("part", "setup", "trace", "load", "seed", "policy", "mode", "alpha", "times", "ratio")
 FIGURES = ("jct_s", "slowdown", "normalized_latency_s", "max_gap_s", "ttft_s")
 
 COMPARED = ("fcfs", "skip-join-mlfq", "learned")
@@ -54,6 +55,8 @@ KV_SETUPS = {
 }
 KV_ROWS = {"sharegpt": 1000, "alpaca": 1500, "mix_alpaca90_bwb10": 1000, "lmsys_arena27": 1000}
 KV_LOADS = (0.7, 0.9, 1.0, 1.1)
+KV_SEEDS = (0, 1, 2, 3, 4)
+KV_SEEDS_SETUP, KV_SEEDS_LOAD = "opt-13b on a100-40g", 1.0
 
 TUNED = ("mix_alpaca90_bwb10", "sharegpt", "bwb_longdecode")
 TUNED_LOADS = (0.9, 1.1)
@@ -138,6 +141,18 @@ def kv_points(lab: Lab, capacity: Mapping[str, Capacities]) -> Iterator[Point]:
                     yield point(labels, timed, policy, "recompute", setup)
 
 
+def kv_seed_points(lab: Lab, capacity: Mapping[str, Capacities]) -> Iterator[Point]:
+    """Yield the machine that is shortest of KV at load 1, arrivals drawn again."""
+    setup = KV_SETUPS[KV_SEEDS_SETUP]
+    for name, trace in kv_traces(lab, setup).items():
+        for seed in KV_SEEDS if name in SYNTHETIC else ():
+            rate = capacity[KV_SEEDS_SETUP][name]
+            timed = at_load(redrawn(trace, seed), KV_SEEDS_LOAD, rate)
+            labels = {"part": "kv-seeds", "trace": name, "load": KV_SEEDS_LOAD, "seed": seed}
+            for policy in COMPARED:
+                yield point(labels, timed, policy, "recompute", setup)
+
+
 def kv_traces(lab: Lab, setup: Setup) -> dict[str, Workload]:
     """Return the traces, cut where the window of the model ends."""
     window = setup.config("fcfs").max_model_len
@@ -189,18 +204,27 @@ def draw(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
     return figure
 
 
-def kept_figures(file: Path, parts: Sequence[str]) -> dict[str, Any]:
-    """Return the figures of the parts that are not measured anew."""
-    if set(parts) == set(PARTS):
+def kept_figures(file: Path, parts: Sequence[str], policies: Sequence[str]) -> dict[str, Any]:
+    """Return the figures that are there, or none where all are measured anew."""
+    if set(parts) == set(PARTS) and set(policies) == set(POLICIES):
         return {"entries": []}
     figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["figures"]
-    kept = [entry for entry in figures["entries"] if entry["part"] not in parts]
-    return {**figures, "entries": kept}
+    return figures
 
 
-def run(lab: Lab, document: Path, parts: Sequence[str] = PARTS) -> None:
+def merged(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Return all entries: of two with the same labels the new one, in the place of the old."""
+    by_labels = {tuple(entry.get(label) for label in LABELS): entry for entry in (*old, *new)}
+    return list(by_labels.values())
+
+
+def run(
+    lab: Lab, document: Path, parts: Sequence[str] = PARTS, policies: Sequence[str] = POLICIES
+) -> None:
     """Measure, save and write the tables."""
-    figures = kept_figures(lab.output / "workloads.json", parts)
+    figures = kept_figures(lab.output / "workloads.json", parts, policies)
     traces = load_traces(lab)
     if not traces:
         return
@@ -212,15 +236,17 @@ def run(lab: Lab, document: Path, parts: Sequence[str] = PARTS) -> None:
         "alpha": alpha_points(lab, traces, capacity),
         "quanta": quanta_points(lab, traces, capacity),
     }
-    if "kv" in parts:
+    if not {"kv", "kv-seeds"}.isdisjoint(parts):
         figures["kv"] = {name: capacities(lab, kv_traces(lab, setup), "recompute", setup)
                          for name, setup in KV_SETUPS.items()}  # fmt: skip
         by_part["kv"] = kv_points(lab, figures["kv"])
-    points = [point for part in parts for point in by_part[part]]
+        by_part["kv-seeds"] = kv_seed_points(lab, figures["kv"])
+    points = [point for part in parts for point in by_part[part]
+              if point.labels["policy"] in policies]  # fmt: skip
     results = lab.run("workloads", points)
     now = commit()
     measured = [{**result.labels, "commit": now, **figures_of(result)} for result in results]
-    figures["entries"] = measured + figures["entries"]
+    figures["entries"] = merged(figures["entries"], measured)
     figures["traces"] = {name: describe(trace, capacity[name]) for name, trace in traces.items()}
     settings = {
         "machine": SETUP.describe(),
@@ -246,13 +272,16 @@ def main() -> None:
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "workloads.md")
     parser.add_argument("--part", choices=PARTS, action="append",
                         help="measure this one, keep the others; repeatable")  # fmt: skip
+    parser.add_argument("--policy", choices=POLICIES, action="append",
+                        help="the same of policies")  # fmt: skip
     arguments = parser.parse_args()
-    parts = arguments.part or PARTS
+    parts, policies = arguments.part or PARTS, arguments.policy or POLICIES
     command = ["python", "-m", "experiments.workloads"]
     command += [f"--part={part}" for part in arguments.part or ()]
+    command += [f"--policy={policy}" for policy in arguments.policy or ()]
     lab = Lab(is_quick=arguments.quick, traces=traces_folder(arguments.traces),
               output=arguments.output, command=command)  # fmt: skip
-    run(lab, arguments.document, parts)
+    run(lab, arguments.document, parts, policies)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from fastserve.settings.scheduler import SchedulerConfig
 
 NUM_BOUNDLESS_BLOCKS = 2**40
 ONE_TIER_MODES = ("recompute", "defer")
+SPARE_SHARE = 1 / 16  # of a `Reservation`, where KV that is taken has to be computed again
 
 
 def build_policy(
@@ -61,6 +62,7 @@ def policy_factory(
     num_device_blocks: int,
     lengths: Mapping[int, int] | None = None,
     length_model: LengthModel | None = None,
+    num_host_blocks: int = 0,
 ) -> Callable[[], ClassPolicy]:
     """Return what makes a policy of the configured name for each priority class.
 
@@ -110,6 +112,7 @@ def policy_factory(
                 window=config.max_model_len,
                 block_size=config.block_size,
                 num_kv_tokens=num_device_blocks * config.block_size // config.num_slots,
+                spare_share=0.0 if has_host_tier(config, num_host_blocks) else SPARE_SHARE,
             )
         case "srpt" if lengths is not None:
             return partial(SRPT, cost_model, lengths)
@@ -156,7 +159,9 @@ def build_scheduler(
             f"{config.max_model_len}"
         )
     if policy is None:
-        make_policy = policy_factory(config, cost_model, num_device_blocks, lengths, length_model)
+        make_policy = policy_factory(
+            config, cost_model, num_device_blocks, lengths, length_model, num_host_blocks
+        )
         policy = PriorityClasses(make_policy, config.priority_aging)
     return Scheduler(
         config, policy, build_cache(config, cost_model, policy, num_device_blocks, num_host_blocks)
@@ -178,7 +183,7 @@ def build_cache(
     eviction = build_eviction(config, cost_model)
     chunk, block_size = max_chunk(config), config.block_size
     swapper = None
-    if config.preemption_mode not in ONE_TIER_MODES and num_host_blocks:
+    if has_host_tier(config, num_host_blocks):
         pool = BlockPool(num_device_blocks, num_host_blocks, saves_evicted=is_ideal)
         eviction = Swap(cost_model, block_size, eviction)
         swapper = build_swapper(config, cost_model, policy, pool)
@@ -200,6 +205,13 @@ def build_cache(
         max_tables=config.max_live_seqs,
         enable_prefix_caching=config.enable_prefix_caching,
     )
+
+
+def has_host_tier(config: SchedulerConfig, num_host_blocks: int) -> bool:
+    """Return whether KV may go to a host; for `ideal` that is boundless."""
+    if config.preemption_mode in ONE_TIER_MODES:
+        return False
+    return config.preemption_mode == "ideal" or num_host_blocks > 0
 
 
 def build_swapper(

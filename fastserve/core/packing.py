@@ -11,8 +11,9 @@ token budget. Must not know: which blocks there are, what a plan looks like, sam
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
+from math import ceil
 
 from fastserve.core.memory.memory import Claim, KVCacheManager
 from fastserve.core.memory.table import BlockTable
@@ -56,8 +57,14 @@ class Packing:
         self._num_deferred = 0
         self.chosen: list[tuple[Request, int]] = []
 
-    def scan(self, order: Iterable[Request]) -> None:
-        """Choose the requests of the step from the order, then from those that hold KV."""
+    def scan(self, order: Iterable[Request], first: Sequence[Request] = ()) -> None:
+        """Choose the requests of the step from the order, then from those that hold KV.
+
+        The `first` come before all others, wherever they are in the order.
+        """
+        if first:
+            handles = {request.handle for request in first}
+            order = chain(first, (r for r in order if r.handle not in handles))
         self._scan(islice(order, self._max_scan))
         if not self._is_full and len(self._scanned) < self._num_requests:
             self._scan(self._unscanned_holders(self._max_scan))
@@ -66,10 +73,10 @@ class Packing:
 
     def trimmed(self) -> list[tuple[Request, int]]:
         """Return the shares, prefill chunks cut to what the decodes leave of the budget."""
-        num_decodes = sum(num_tokens == 1 for _, num_tokens in self.chosen)
-        if num_decodes == len(self.chosen) or not self._is_chunked:
+        has_prefill = self._prefill_left < self._max_tokens
+        if not has_prefill or not self._is_chunked:
             return self.chosen
-        left = self._max_tokens - num_decodes
+        left = self._max_tokens - sum(num_tokens == 1 for _, num_tokens in self.chosen)
         shares: list[tuple[Request, int]] = []
         for request, num_tokens in self.chosen:
             if num_tokens == 1:
@@ -88,11 +95,10 @@ class Packing:
         return [request for request in holders if request.handle not in self._scanned]
 
     def _scan(self, order: Iterable[Request]) -> None:
+        """Choose from requests of which none was scanned."""
         scanned, chosen, block_size = self._scanned, self.chosen, self._block_size
         max_seqs, max_in_flight = self._max_seqs, self._max_in_flight
         for request in order:
-            if request.handle in scanned:
-                continue
             table = request.table
             if table is None and (
                 self._max_missing_tokens is None
@@ -148,16 +154,20 @@ class Packing:
         if not num_tokens:
             return 0
         reserved = min(self._reservation.num_tokens(request), self._window)
-        claim = cache.claim(request, max(start + num_tokens, reserved), self._scanned)
+        num_missing = request.num_tokens - start
+        spare_tokens = self._reservation.spare_share * num_missing * len(self.chosen)
+        num_spare = ceil(spare_tokens / self._block_size)
+        end = max(start + num_tokens, reserved)
+        claim = cache.claim(request, end, self._scanned, num_spare=num_spare)
         if claim is Claim.DEFERRED:
-            self._defer(request)
+            self._defer(request, num_spare)
         if claim is not Claim.MET:
             return 0
         if num_tokens > 1:
             self._prefill_left -= num_tokens
         return num_tokens
 
-    def _defer(self, request: Request) -> None:
+    def _defer(self, request: Request, num_spare: int) -> None:
         """Pass over a request that may not take KV, as if it had not been scanned.
 
         The first request with KV counts as the head of the order then. Of those without, only such
@@ -165,7 +175,7 @@ class Packing:
         """
         self._scanned.discard(request.handle)
         self._num_deferred += 1
-        num_free = self._cache.num_left + self._cache.num_leaving
+        num_free = self._cache.num_left + self._cache.num_leaving - num_spare
         is_last = self._reservation.keeps_order or self._num_deferred == MAX_DEFERRED
         self._max_missing_tokens = None if is_last or num_free <= 0 else num_free * self._block_size
 

@@ -11,7 +11,6 @@ Must not know: tensors, text, how long anything really takes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from math import inf
 
 from fastserve.core.accounts import Accounts, level_of, predicted_tokens_of
@@ -143,7 +142,7 @@ class Scheduler:
         else:
             self.policy.advance(now)
             self._ordered_at = now
-            packing.scan(chain(self.cache.safe(), self.policy.ordered()))
+            packing.scan(self.policy.ordered(), first=self.cache.safe())
         if packing.chosen or self._in_flight:
             return packing.trimmed()
         if self.cache.num_copies:

@@ -10,6 +10,7 @@ import pytest
 from fastserve.core.messages import SchedulerOutput
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.protocol import Coldness
+from fastserve.core.policies.reservation import Reservation
 from fastserve.core.request import Request
 from tests.core.builders import one_second, prompt_of
 from tests.core.harness import Harness, small_config
@@ -193,6 +194,53 @@ def test_nobody_takes_kv_from_those_before_it() -> None:
     assert late not in tokens_of(harness.executor.plans[-1])
     harness.drain()
     assert harness.scheduler.stats().num_recomputed_tokens == 0
+
+
+@pytest.mark.parametrize(("spare_share", "begins"), [(0.0, True), (1.6, True), (1.7, False)])
+def test_one_that_begins_leaves_room_to_each_that_runs_ahead(
+    spare_share: float, begins: bool
+) -> None:
+    """Of twelve blocks two hold six, and the third leaves four: eight tokens to each of them."""
+    config = small_config(max_model_len=32, max_num_batched_tokens=32)
+    policy = FCFS(Reservation(spare_share=spare_share))
+    harness = Harness(config, 12, step_s=one_second, policy=policy)
+    for handle in range(2):
+        harness.add(prompt_of(handle, 9), 4)
+        harness.step()
+    late = harness.add(prompt_of(2, 5), 8)
+    harness.step()
+    assert (late in tokens_of(harness.executor.plans[-1])) == begins
+    harness.drain()
+    assert harness.scheduler.stats().num_recomputed_tokens == 0
+
+
+class Cold(Warm):
+    """The one that goes last is the coldest, too."""
+
+    def coldness(self, request: Request, now: float) -> Coldness:
+        """Return the most for the last."""
+        return (1e9,) if request.handle == self.last else super().coldness(request, now)
+
+
+@pytest.mark.parametrize(("spare_share", "takes"), [(0.0, True), (0.1, False)])
+def test_who_leaves_room_takes_no_kv_unless_it_leads(spare_share: float, takes: bool) -> None:
+    """The second of the order waits for the last one to end; as the first it does not."""
+    config = small_config(max_model_len=32, max_num_batched_tokens=32)
+    policy = Cold(Reservation(spare_share=spare_share))
+    harness = Harness(config, 8, step_s=one_second, policy=policy)
+    holder = harness.add(prompt_of(0, 17), 14)
+    harness.step()
+    harness.add(prompt_of(1, 5), 2)
+    second = harness.add(prompt_of(2, 13), 3)
+    policy.last = holder
+    harness.step()
+    assert (second in tokens_of(harness.executor.plans[-1])) == takes
+    assert (harness.request(holder).epoch == 1) == takes
+    harness.step()  # the head ends
+    harness.step()
+    assert harness.request(holder).epoch == 1
+    harness.drain()
+    assert harness.scheduler.stats().num_recomputed_tokens > 0
 
 
 def test_a_recomputing_request_keeps_its_blocks_until_it_is_past_where_it_was() -> None:

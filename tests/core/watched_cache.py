@@ -53,11 +53,13 @@ class WatchedCache(KVCacheManager):
 
     # ── nobody at the head waits for ever ────────────────────────────────────────────────────
 
-    def claim(self, request: Request, end: int, scanned: Collection[int]) -> Claim:
+    def claim(
+        self, request: Request, end: int, scanned: Collection[int], *, num_spare: int = 0
+    ) -> Claim:
         """Note what became of the claim of the head."""
         watch = self.watch
         watch.claimant, watch.scanned = request, scanned
-        outcome = super().claim(request, end, scanned)
+        outcome = super().claim(request, end, scanned, num_spare=num_spare)
         if request is watch.head:
             watch.num_head_stands += outcome is Claim.STANDS
             before = set(scanned) - {request.handle} - {other.handle for other in self.safe()}

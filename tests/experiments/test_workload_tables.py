@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from experiments.workload_tables import geometric_mean, kv_table, seed_table, summary_table
+from experiments.workload_tables import (
+    geometric_mean,
+    kv_seed_table,
+    kv_table,
+    seed_table,
+    summary_table,
+)
 
 FIGURES = ("jct_s", "normalized_latency_s", "ttft_s", "max_gap_s")
 
@@ -50,10 +56,21 @@ def test_draws_are_spread_around_the_arrivals_of_the_trace():
     assert row_of(table, "**geometric mean of 1**") == ["- / 0.50–**2.00**"]
 
 
+def test_draws_where_kv_is_short_are_ratios_to_fcfs_on_the_same_draw():
+    """The mean is that of ratios, and the span says how far to trust it."""
+    entries = []
+    for seed, fcfs, learned in ((0, 2.0, 1.0), (1, 4.0, 8.0)):
+        labels: dict[str, Any] = {"part": "kv-seeds", "seed": seed}
+        entries += [make_entry("a", "fcfs", fcfs, **labels),
+                    make_entry("a", "learned", learned, **labels)]  # fmt: skip
+    assert row_of(kv_seed_table(entries), "a", "2") == ["; ".join(["1.00 (0.50–**2.00**)"] * 2)]
+
+
 def test_a_part_that_was_not_measured_has_no_rows():
     """Parts are measured one by one."""
     assert seed_table([]) == "| trace |\n| --- |\n"
     assert kv_table([], {}).count("\n") == 2
+    assert kv_seed_table([]).count("\n") == 2
 
 
 @pytest.mark.parametrize("values", [[], [1.0, 0.0]])

@@ -6,24 +6,28 @@ import json
 
 import pytest
 
-from experiments.workloads import PARTS, kept_figures, seed_points
+from experiments.workloads import PARTS, POLICIES, kept_figures, merged, seed_points
 from tests.sim.machines import make_workload
 
 ROWS = ((0.0, 10, 5), (1.0, 90, 50), (4.0, 20, 9))
 
 
 def test_figures_of_parts_that_are_not_measured_anew_stay(tmp_path):
-    """What is measured anew is left out, or it would be there twice."""
+    """What is measured anew takes the place of what was there, and nothing else does."""
     file = tmp_path / "workloads.json"
-    entries = [{"part": "policy"}, {"part": "kv"}, {"part": "seeds"}]
+    entries = [{"part": part, "policy": policy, "figure": 1}
+               for part in ("policy", "kv") for policy in ("fcfs", "learned")]  # fmt: skip
     file.write_text(json.dumps({"figures": {"entries": entries, "kv": 1}}), encoding="utf-8")
-    kept = kept_figures(file, ("kv", "policy"))
-    assert kept == {"entries": [{"part": "seeds"}], "kv": 1}
+    kept = kept_figures(file, ("kv", "seeds"), ("learned",))
+    assert kept == {"entries": entries, "kv": 1}
+    new = {"part": "kv", "policy": "learned", "figure": 2}
+    first = {"part": "seeds", "policy": "learned", "seed": 1, "figure": 3}
+    assert merged(kept["entries"], [first, new]) == [*entries[:3], new, first]
 
 
 def test_nothing_is_kept_where_all_is_measured(tmp_path):
     """A first run has no file to read."""
-    assert kept_figures(tmp_path / "none.json", PARTS) == {"entries": []}
+    assert kept_figures(tmp_path / "none.json", PARTS, POLICIES) == {"entries": []}
 
 
 def test_draws_of_one_seed_are_the_same_for_every_policy():

@@ -147,16 +147,19 @@ class KVCacheManager:
                 del self._safe[table]
         self._reconsider()
 
-    def claim(self, request: Request, end: int, scanned: Collection[int]) -> Claim:
+    def claim(
+        self, request: Request, end: int, scanned: Collection[int], *, num_spare: int = 0
+    ) -> Claim:
         """Have a request hold Blocks for its positions below `end`; others may lose theirs.
 
         A request without KV begins with the Blocks that already hold its beginning, and to get
-        beyond where it was before it lost its KV. `scanned` are the handles that this plan has
-        looked at, the request's included: nothing is taken from them.
+        beyond where it was before it lost its KV; it is deferred where it would leave less than
+        `num_spare`. `scanned` are the handles that this plan has looked at, the request's included:
+        nothing is taken from them.
         """
         table = request.table
         if table is None:
-            return self._claim_first(request, end, scanned)
+            return self._claim_first(request, end, scanned, num_spare)
         num_new = -(-end // self.block_size) - len(table.blocks)
         if not table.is_resident:
             return self._claim_back(request, table, end, scanned)
@@ -167,15 +170,20 @@ class KVCacheManager:
             self._grow(table, num_new)
         return claim
 
-    def _claim_first(self, request: Request, end: int, scanned: Collection[int]) -> Claim:
+    def _claim_first(
+        self, request: Request, end: int, scanned: Collection[int], num_spare: int
+    ) -> Claim:
         prefix = self._find_prefix(request)
         lost = min(request.num_lost_tokens + 1, request.num_tokens)
         num_new = -(-max(end, lost) // self.block_size) - len(prefix)
+        if num_spare and self._num_taken(prefix, num_new) + num_spare > self.num_left:
+            return Claim.DEFERRED
         claim = self._make_room(request, prefix, num_new, scanned)
         if claim is not Claim.MET:
             return claim
         if any(block.state is State.GONE for block in prefix):
-            return self._claim_first(request, end, scanned)  # it made room for another
+            # It made room for another.
+            return self._claim_first(request, end, scanned, num_spare)
         absent = [block for block in prefix if block.state is State.HOST]
         # Before any is taken: they may be the next that the pool would give up.
         for block in prefix:
@@ -275,10 +283,7 @@ class KVCacheManager:
         has_taken = False
         while True:
             has_seat = request.table is not None or self._has_seat
-            # What no table names counts as available until it is retained.
-            num_blocks = num_new + sum(
-                block.state is State.HOST or not (block.refs or block.is_moving) for block in prefix
-            )
+            num_blocks = self._num_taken(prefix, num_new)
             if has_seat and num_blocks <= self.num_left + self.num_leaving:
                 break
             victim = self._find_victim(request, scanned)
@@ -309,6 +314,14 @@ class KVCacheManager:
         if has_seat:
             self._num_standing += num_blocks
         return Claim.STANDS
+
+    @staticmethod
+    def _num_taken(prefix: Collection[Block], num_new: int) -> int:
+        """Return how many fewer Blocks can be had once a table begins with these and new ones."""
+        # What no table names counts as available until it is retained.
+        return num_new + sum(
+            block.state is State.HOST or not (block.refs or block.is_moving) for block in prefix
+        )
 
     def _find_victim(self, request: Request, scanned: Collection[int]) -> Request | None:
         victim = self._victims.find(request, scanned, self.holders())

@@ -28,7 +28,7 @@ from fastserve.core.outlook import Outlook
 from fastserve.core.policies.kinds import Kind, Line, Lines
 from fastserve.core.policies.parts import Deadlines, SortedRequests
 from fastserve.core.policies.protocol import Coldness
-from fastserve.core.policies.reservation import ON_DEMAND, ON_DEMAND_IN_ORDER
+from fastserve.core.policies.reservation import ON_DEMAND_IN_ORDER, Reservation
 from fastserve.core.request import FinishReason, Request
 
 BEGUN_SHARE = 0.7  # of its price, for a request that has begun
@@ -68,12 +68,14 @@ class Learned:
         window: int,
         block_size: int,
         num_kv_tokens: int,
+        spare_share: float,
     ) -> None:
         """`boost` is κ. The outlook may be shared by several policies.
 
         `window` is the longest request and `num_kv_tokens` what the device holds, in tokens.
+        `spare_share` is that of the Reservation; there is none for κ = 0.
         """
-        self.reservation = ON_DEMAND if boost else ON_DEMAND_IN_ORDER
+        self.reservation = Reservation(spare_share=spare_share) if boost else ON_DEMAND_IN_ORDER
         self._cost_model = cost_model
         self._outlook = outlook
         self._boost = min(boost, INDEX_ALONE)
