@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from experiments.harness import Setup
 from experiments.lengths import traces_folder
+from experiments.workload_traces import WINDOW
+from experiments.workloads import SETUP
 from fastserve.core.build import policy_factory
 from fastserve.core.lengths import (
     BEGINNING,
@@ -38,12 +39,6 @@ from fastserve.sim.simulator import simulate
 from fastserve.sim.trace_file import read_trace
 from fastserve.sim.workload import Workload
 
-WINDOW = 131_072
-SETUP = Setup(
-    "llama-3-8b", "h100", max_num_seqs=16,
-    scheduler={"max_model_len": WINDOW, "max_num_batched_tokens": 2048,
-               "enable_chunked_prefill": True},
-)  # fmt: skip
 TRACES = ("azure23_conv", "bwb_longdecode", "mix_alpaca90_bwb10", "sharegpt")
 LOADS = (0.9, 1.1)
 NUM_READ = 3000  # rows of a trace; what is not run is taught
