@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.cold_start import SETUP, SurvivorModel, compare, row_of, taught
+from experiments.cold_start import SurvivorModel, compare, row_of, taught
+from experiments.workloads import SETUP
 from fastserve.core.lengths import EDGES, Labels, LengthModel, bin_of
 from fastserve.sim.workload import Workload
 
