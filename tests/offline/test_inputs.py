@@ -31,7 +31,6 @@ REFUSED: dict[str, Any] = {
     "task": "embed",
     "tokenizer_mode": "mistral",
     "tokenizer_revision": "main",
-    "tensor_parallel_size": 2,
     "no_such_flag": 1,
 }
 
