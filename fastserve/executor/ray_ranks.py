@@ -10,6 +10,7 @@ ends the wait, with its own words. Must not know: what a rank does.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,7 +105,11 @@ class RayStarter:
             terms(config, model_dir),
             range(layout.num_ranks),
         )
-        self._group, bundles = _place(layout, num_gpus)
+        try:
+            self._group, bundles = _place(layout, num_gpus)
+        except ConfigError:
+            listener.close()
+            raise
         remote = ray.remote(RankActor)
         self._actors = [
             remote.options(
@@ -116,6 +121,8 @@ class RayStarter:
             ).remote()
             for bundle in bundles
         ]
+        if Path(config.model).expanduser().resolve() == model_dir:  # actors start elsewhere
+            config = dataclasses.replace(config, model=str(model_dir))
         settings = msgspec.msgpack.encode(config)
         self._runs = [
             actor.run.remote(
