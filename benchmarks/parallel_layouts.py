@@ -6,8 +6,11 @@ Each layout is tensor parallel × pipeline parallel, with one thread of torch a 
 with one rank. Both are open at once and take turns, A B B A …, each pair back to back: its ratio
 counts, and the median of the ratios is the result. A turn is one offline batch of greedy requests
 that arrive together (`fastserve bench offline`): prompts of random ids, answers of one length; the
-rate is of decoding alone. The predicted rate is that of the same batch on the simulated device,
-which takes as long as the layout's own profile says, and decides and sends for nothing.
+rate is of decoding alone. Stages run steps of disjoint requests: they are compared once with steps
+of as many requests as the one rank's (so that more are under way), once with as many under way (so
+that steps are smaller, and read the weights for fewer tokens). The predicted rate is that of the
+same batch on the simulated device, which takes as long as the layout's own profile says, and
+decides and sends for nothing.
 """
 
 from __future__ import annotations
@@ -38,8 +41,18 @@ from fastserve.sim.sim_executor import SimExecutor
 from fastserve.wire.engine_messages import EngineInfo
 
 RESULT = "benchmarks/results/parallel_layouts.json"
-LAYOUTS = ((1, 2), (2, 1))
 ENDLESS = 2**40
+
+
+class Comparison(NamedTuple):
+    """A layout, and the multiple of one rank's requests that it is given."""
+
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    times_requests: int
+
+
+COMPARISONS = (Comparison(1, 2, 2), Comparison(1, 2, 1), Comparison(2, 1, 1))
 
 
 class Opened(NamedTuple):
@@ -71,9 +84,10 @@ def simulated(engine: Engine, info: EngineInfo) -> Engine:
     return Engine(scheduler, device, clock)
 
 
-def compare(args: argparse.Namespace, model_dir: Path, layout: tuple[int, int]) -> dict[str, Any]:
+def compare(args: argparse.Namespace, model_dir: Path, chosen: Comparison) -> dict[str, Any]:
     """Measure one layout against one rank."""
-    tp, pp = layout
+    tp, pp, times_requests = chosen
+    sizes = {"one rank": args.batch_size, "layout": args.batch_size * times_requests}
     common: dict[str, Any] = {
         "model": str(model_dir),
         "load_format": "dummy",
@@ -93,21 +107,25 @@ def compare(args: argparse.Namespace, model_dir: Path, layout: tuple[int, int]) 
         )
         quiet_garbage_collector()  # as the engine process does
 
-        def rate(offline: Offline) -> float:
-            return offline.decode(args.batch_size, args.input_len, args.output_len).tokens_per_s
+        def rate(name: str, offline: Offline) -> float:
+            return offline.decode(sizes[name], args.input_len, args.output_len).tokens_per_s
 
         pairs: list[dict[str, float]] = []
         for number in track(range(-1, args.pairs), description=f"tp {tp} × pp {pp}"):
             arms = {"one rank": alone.offline, "layout": several.offline}
             names = list(arms)[:: -1 if number % 2 else 1]
-            pair = {name: rate(arms[name]) for name in names}
+            pair = {name: rate(name, arms[name]) for name in names}
             if number >= 0:  # the first was to warm up
                 pairs.append(pair)
-        predicted = {"one rank": rate(alone.predicted), "layout": rate(several.predicted)}
+        predicted = {
+            "one rank": rate("one rank", alone.predicted),
+            "layout": rate("layout", several.predicted),
+        }
     ratios = [pair["layout"] / pair["one rank"] for pair in pairs]
     return {
         "tensor_parallel_size": tp,
         "pipeline_parallel_size": pp,
+        "num_requests": sizes,
         "dtype": several.offline.info.dtype,
         "tokens_per_s": {name: median(pair[name] for pair in pairs) for name in pairs[0]},
         "ratio": median(ratios),
@@ -142,7 +160,7 @@ def main() -> int:
         args = parse_arguments()
         with tempfile.TemporaryDirectory() as folder:
             write_small_model(Path(folder), NAMED[args.model])
-            rows = [compare(args, Path(folder), layout) for layout in LAYOUTS]
+            rows = [compare(args, Path(folder), each) for each in COMPARISONS]
         result = {
             "benchmark": "parallel_layouts",
             **provenance(["python", "-m", "benchmarks.parallel_layouts", *sys.argv[1:]]),
@@ -159,9 +177,11 @@ def main() -> int:
         return 2
     for row in rows:
         Console().print(
-            f"tp {row['tensor_parallel_size']} × pp {row['pipeline_parallel_size']}: "
+            f"tp {row['tensor_parallel_size']} × pp {row['pipeline_parallel_size']}, "
+            f"{row['num_requests']['layout']} requests: "
             f"{row['tokens_per_s']['layout']:.1f} tokens/s against "
-            f"{row['tokens_per_s']['one rank']:.1f} on one rank: {row['ratio']:.2f} × "
+            f" {row['tokens_per_s']['one rank']:.1f} of {row['num_requests']['one rank']} "
+            f"on one rank: {row['ratio']:.2f} × "
             f"(predicted {row['predicted_ratio']:.2f})"
         )
     print(f"written to {args.output}")

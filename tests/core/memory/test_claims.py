@@ -6,6 +6,7 @@ import copy
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
+from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fastserve.core.memory.block import Block
@@ -251,3 +252,4 @@ class ClaimsInAnyOrder(RuleBasedStateMachine):
 
 
 TestClaimsInAnyOrder = ClaimsInAnyOrder.TestCase
+TestClaimsInAnyOrder.settings = settings(max_examples=80)  # each tries every part of eviction
