@@ -23,7 +23,7 @@ here. A closed table keeps its Blocks while steps that touch it are in flight, a
 gives way, so no place is reused under a running kernel. Only full Blocks are shared; a partial tail
 is recomputed, so nothing is ever copied on write. A claim that is not met and had no victim changes
 nothing but what later claims of the same plan get, and where its own KV is. One that came back from
-the host is safe for a while: it goes on first, and gives way to the head of the order alone. Must
+the host is safe for a while: it goes on first, so that nobody takes from it meanwhile. Must
 not know: the order of requests, budgets of tokens, tensors.
 """
 
