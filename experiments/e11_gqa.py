@@ -13,7 +13,7 @@ from experiments.capacity import over_seeds
 from experiments.harness import Lab, Setup
 from experiments.jct import counted
 from experiments.lengths import named_lengths
-from experiments.sweep import FCFS, PAPER, TODAY, capacity_table, draw, settings, sweep_points
+from experiments.sweep import FCFS, PAPER, RECOMPUTE, capacity_table, draw, settings, sweep_points
 
 NAME = "e11_gqa"
 NUM_REQUESTS = 400
@@ -23,7 +23,7 @@ SETUPS = {
     for model in ("llama-3-8b", "llama-2-7b")
     for cap in (16, 64)
 }
-VARIANTS = (FCFS, PAPER, TODAY)
+VARIANTS = (FCFS, PAPER, RECOMPUTE)
 LOADS = (1.0, 1.5, 2.0, 3.0, 5.0)
 
 

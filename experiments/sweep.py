@@ -55,9 +55,9 @@ FCFS = Variant("fcfs", "fcfs")
 SRPT = Variant("srpt", "srpt")
 PAPER = mlfq("skip-join-mlfq", "ideal", 0.3)
 """The paper's design if all its KV movement were hidden."""
-TODAY = mlfq("skip-join-mlfq", "recompute", 0.3)
+RECOMPUTE = mlfq("skip-join-mlfq", "recompute", 0.3)
 NEVER = mlfq("skip-join-mlfq", "recompute", NEVER_S)
-FASTSERVE_POLICIES = (FCFS, PAPER, TODAY, NEVER, SRPT)
+FASTSERVE_POLICIES = (FCFS, PAPER, RECOMPUTE, NEVER, SRPT)
 COLORS = {variant.name: f"C{index}" for index, variant in enumerate(FASTSERVE_POLICIES)}
 
 
