@@ -36,7 +36,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.short_kv_figures import Measured, Row, as_table, describe, describe_pairs
+from benchmarks.short_kv_figures import (
+    Measured,
+    Row,
+    as_table,
+    describe,
+    describe_pairs,
+    mean_jcts,
+)
 from benchmarks.small_model import NAMED, write_small_model
 from benchmarks.timed_engine import Run, new_engine, run_live, run_simulated
 from experiments.validate_cpu import Beside, Speed, combined, profiled
@@ -279,7 +286,7 @@ def measure(args: argparse.Namespace, folder: Path, console: Console) -> dict[st
                         describe([row for row in rows if row.arm == str(arm)], block_bytes)
                         for arm in args.arms
                     ],
-                    "runs": [describe([row], block_bytes) for row in rows],
+                    "runs": [mean_jcts(row) for row in rows],
                 }
         return {
             "benchmark": "short_kv",

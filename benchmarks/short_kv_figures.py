@@ -78,6 +78,13 @@ def describe(rows: Sequence[Row], block_bytes: int) -> dict[str, Any]:
     return found
 
 
+def mean_jcts(row: Row) -> dict[str, Any]:
+    """Return the mean JCT of one run of an arm beside what was predicted for it, in seconds."""
+    runs = {"live": row.live.run, "simulated": row.simulated, "at_speed": row.at_speed}
+    means = {name: float(run.times.latencies()["jct_s"].mean()) for name, run in runs.items()}
+    return {"arm": row.arm, "speed_factor": row.live.speed_factor, "mean_jct_s": means}
+
+
 def demanded_copies(stats: SchedulerStats) -> int:
     """Return the blocks that were copied because something needed the room or the KV."""
     return stats.num_swapped_out_blocks + stats.num_swapped_in_blocks + stats.num_fetched_blocks
