@@ -20,7 +20,6 @@ from rich.progress import Progress
 from fastserve.core import request
 from fastserve.core.messages import RequestFailedError, RequestUpdate
 from fastserve.core.request import Arrival, FinishReason, Handle
-from fastserve.frontend.answer import shifted_seed
 from fastserve.frontend.request_checks import check_params, check_prompt, fitted
 from fastserve.launch import open_engine, open_tokenizer, require_one_engine
 from fastserve.offline.hf_tokenizer import HFTokenizer
@@ -283,13 +282,8 @@ class LLM:
         """Add the n requests of one prompt."""
         params, (_, ids, salt) = job.params, job.prompt
         seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
-        for index in range(params.n):
-            own = dataclasses.replace(
-                params,
-                n=1,
-                seed=shifted_seed(seed, index),
-                prompt_logprobs=params.prompt_logprobs if index == 0 else None,
-            )
+        first = dataclasses.replace(params, n=1, seed=seed)
+        for own in map(first.of_choice, range(params.n)):
             text = TextStream(self._tokenizer, ids, own, self.info.eos_token_ids)
             choice = Choice(text, self._token_text)
             handle = self._engine.add(Arrival(ids, own, priority=job.priority, cache_salt=salt))

@@ -156,9 +156,15 @@ class AsyncEngine:
         await self._dispatcher.streams.idle()
 
     def submit(self, arrival: Arrival) -> RequestStream:
-        """Accept one request; ValueError if its values cannot be sent, EngineDeadError if dead.
+        """Accept one request, as `submit_choices` does."""
+        (stream,) = self.submit_choices(arrival, 1)
+        return stream
 
-        That it can never run (no room for it) is found later: its stream then raises ValueError.
+    def submit_choices(self, arrival: Arrival, n: int) -> list[RequestStream]:
+        """Accept `n` choices of a prompt: `arrival` is the first (`SamplingParams.of_choice`).
+
+        ValueError if its values cannot be sent, EngineDeadError if the engine is dead. That one
+        can never run (no room for it) is found later: its stream then raises ValueError.
         """
         if self.error is not None:
             raise EngineDeadError(self.error)
@@ -166,7 +172,10 @@ class AsyncEngine:
             params = dataclasses.replace(arrival.params, seed=self._seeds.getrandbits(63))
             arrival = dataclasses.replace(arrival, params=params)
         # The engine would refuse a wrong type by ending; so it is refused before it is sent.
-        return self._dispatcher.submit(checked(arrival))
+        first = checked(arrival)
+        return self._dispatcher.submit_choices(
+            dataclasses.replace(first, params=first.params.of_choice(index)) for index in range(n)
+        )
 
     async def close(self) -> None:
         """Stop the engine processes; streams still open raise EngineDeadError."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable, Sequence
 
 from fastserve.client.engine_link import EngineLink
 from fastserve.client.interfaces import EngineDeadError
@@ -50,9 +51,18 @@ class Dispatcher:
 
     def submit(self, arrival: Arrival) -> RequestStream:
         """Take a request in, and run it as soon as it may."""
-        stream = self.streams.open(arrival, self)
-        self._place(stream)
+        (stream,) = self.submit_choices([arrival])
         return stream
+
+    def submit_choices(self, choices: Iterable[Arrival]) -> list[RequestStream]:
+        """Take in the choices of a prompt, and run them as soon as they may.
+
+        They differ in their seeds, and only the first may score the prompt: so a replica is sent
+        the prompt once for all that it is to run of them.
+        """
+        streams = [self.streams.open(arrival, self) for arrival in choices]
+        self._place(streams)
+        return streams
 
     def tell(self, command: Abort | Finish) -> None:
         """Say something of a request, if an engine has it; others it will not hear of at all."""
@@ -113,8 +123,25 @@ class Dispatcher:
         for stream in self.streams:
             self._end(stream.number, FinishReason.ERROR, EngineDeadError(reason))
 
-    def _place(self, stream: RequestStream) -> None:
-        """Give a request to the replica where the least work is expected, if any may run it."""
+    def _place(self, streams: Sequence[RequestStream]) -> None:
+        """Give requests to the replicas where the least work is expected, if any may run them.
+
+        It is one request, or new choices of one prompt.
+        """
+        by_replica: dict[int, list[RequestStream]] = {}
+        for stream in streams:
+            replica = self._route(stream)
+            if replica is not None:
+                by_replica.setdefault(replica, []).append(stream)
+        for replica, (first, *siblings) in by_replica.items():
+            if first.num_engines:
+                self._metrics[replica].resumed()
+            link = self._links[replica]
+            assert link is not None
+            link.give(first.as_command(time.monotonic(), siblings))
+
+    def _route(self, stream: RequestStream) -> int | None:
+        """Return the replica that a request is to run in; None where none may, or need."""
         number = stream.number
         allowed = [
             replica
@@ -122,28 +149,21 @@ class Dispatcher:
             if link is not None and link.is_serving and self._suspects.may_run(number, replica)
         ]
         if not allowed:
-            return
+            return None
         if stream.finish_at is not None:  # its text is complete: only the word of it was lost
             self._update(
                 number,
                 RequestUpdate(NO_HANDLE, (), FinishReason.STOP),
                 self._metrics[allowed[0]],
             )
-            return
-        add = stream.as_command(time.monotonic())
-        replica = self._router.route(number, add.arrival, allowed)
-        assert replica is not None
-        link = self._links[replica]
-        assert link is not None
-        link.give(add)
-        if stream.num_engines > 1:
-            self._metrics[replica].resumed()
+            return None
+        return self._router.route(number, stream.arrival, allowed)
 
     def _hand_over(self) -> None:
         """Place all that no replica has and that may run."""
         for stream in self.streams:
             if self._link_of(stream.number) is None:
-                self._place(stream)
+                self._place([stream])
 
     def _link_of(self, number: RequestNumber) -> EngineLink | None:
         """Return the process that has a request."""

@@ -74,9 +74,9 @@ class EngineLink:
         return self._child.process
 
     def give(self, add: Add) -> None:
-        """Hand over a request, or what is left of it."""
+        """Hand over a request, or what is left of it, and its siblings."""
         self._child.send(encode_frame(add))
-        self._given.add(add.number)
+        self._given.update(add.numbers)
 
     def has(self, number: RequestNumber) -> bool:
         """Whether it was given a request that has not ended."""

@@ -7,7 +7,7 @@ Must not know: processes, sockets, HTTP, text, torch.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Sequence
 from typing import Protocol
 
 from fastserve.core.messages import RequestUpdate
@@ -74,8 +74,9 @@ class EngineClient(Protocol):
     def num_requests(self) -> int:
         """Requests that have not ended."""
 
-    def submit(self, arrival: Arrival) -> UpdateStream:
-        """Accept one request; ValueError if its values cannot be sent, EngineDeadError if dead.
+    def submit_choices(self, arrival: Arrival, n: int) -> Sequence[UpdateStream]:
+        """Accept `n` choices of a prompt: `arrival` is the first (`SamplingParams.of_choice`).
 
-        That it can never run (no room for it) is found later: its stream then raises ValueError.
+        ValueError if its values cannot be sent, EngineDeadError if the engine is dead. That one
+        can never run (no room for it) is found later: its stream then raises ValueError.
         """

@@ -17,7 +17,7 @@ from typing import Protocol
 from fastserve.client.metrics import EngineMetrics
 from fastserve.core.messages import RequestMetrics, RequestUpdate
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
-from fastserve.wire.engine_messages import Abort, Add, Finish, RequestNumber
+from fastserve.wire.engine_messages import Abort, Add, Finish, RequestNumber, Sibling
 
 
 class StreamOwner(Protocol):
@@ -62,14 +62,27 @@ class RequestStream:
         """How its tokens are drawn."""
         return self._arrival.params
 
-    def as_command(self, now: float) -> Add:
-        """Return the message that makes an engine run this request, or go on with it."""
-        self.num_engines += 1
-        self._num_to_skip = self._num_prompt_logprobs
-        arrival = dataclasses.replace(
-            self._arrival, age_s=now - self.arrived_at, output_token_ids=self.output_token_ids
-        )
-        return Add(self.number, arrival)
+    @property
+    def arrival(self) -> Arrival:
+        """The request as it stands, of the age that it came with."""
+        if not self.output_token_ids:
+            return self._arrival
+        return dataclasses.replace(self._arrival, output_token_ids=self.output_token_ids)
+
+    def as_command(self, now: float, siblings: Sequence[RequestStream] = ()) -> Add:
+        """Return the message that makes an engine run this request, or go on with it.
+
+        `siblings` are further choices of its prompt, none of which an engine was given yet.
+        """
+        for stream in (self, *siblings):
+            stream.num_engines += 1
+            stream._num_to_skip = stream._num_prompt_logprobs
+        arrival = dataclasses.replace(self.arrival, age_s=now - self.arrived_at)
+        return Add(self.number, arrival, tuple(sibling._as_sibling() for sibling in siblings))
+
+    def _as_sibling(self) -> Sibling:
+        assert self.params.seed is not None
+        return Sibling(self.number, self.params.seed)
 
     def __aiter__(self) -> RequestStream:
         """Iterate over the updates that are still to come."""

@@ -9,6 +9,7 @@ wall-clock time.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,16 @@ class SamplingParams:
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings, whether one or several were given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def of_choice(self, index: int) -> SamplingParams:
+        """Return those of choice `index` of a prompt: it draws by seed + index, within 64 bits.
+
+        Where the prompt is scored, the first choice brings its scores for all.
+        """
+        if index == 0:
+            return self
+        seed = None if self.seed is None else (self.seed + index + 2**63) % 2**64 - 2**63
+        return dataclasses.replace(self, seed=seed, prompt_logprobs=None)
 
     def ending_ids(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
         """Return the ids after which an output is complete, given those of the model."""

@@ -8,6 +8,7 @@ are the parent's to answer: it drains first. Must not know: torch, text, HTTP.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fastserve.core.messages import RequestUpdate
-from fastserve.core.request import Handle
+from fastserve.core.request import Arrival, Handle
 from fastserve.engine.engine import Engine
 from fastserve.engine.length_file import LengthFile
 from fastserve.host.garbage_collector import quiet_garbage_collector
@@ -186,13 +187,20 @@ class Loop:
         return self.engine.abort(handle)
 
     def _add(self, command: Add) -> None:
+        arrival = command.arrival
+        self._add_one(command.number, arrival)
+        for number, seed in command.siblings:
+            params = dataclasses.replace(arrival.params, seed=seed, prompt_logprobs=None)
+            self._add_one(number, dataclasses.replace(arrival, params=params))
+
+    def _add_one(self, number: RequestNumber, arrival: Arrival) -> None:
         try:
-            handle = self.engine.add(command.arrival)
+            handle = self.engine.add(arrival)
         except ValueError as error:
-            self._outbox.send(Rejected(command.number, str(error)))
+            self._outbox.send(Rejected(number, str(error)))
             return
-        self._handles[command.number] = handle
-        self._numbers[handle] = command.number
+        self._handles[number] = handle
+        self._numbers[handle] = number
 
     def _forget(self, handle: Handle) -> None:
         del self._handles[self._numbers.pop(handle)]

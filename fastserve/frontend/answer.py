@@ -1,8 +1,8 @@
 """One answer in the making: the engine's updates become text, scores and an end.
 
 Rules: the server and `LLM` put their answers together here, so that both stop, count and score
-alike. A stop string is found here, and the engine must be told (`finish_at`). Choice i of a request
-draws by seed + i. Must not know: the engine, HTTP, how answers are shaped.
+alike. A stop string is found here, and the engine must be told (`finish_at`).
+Must not know: the engine, HTTP, how answers are shaped.
 """
 
 from __future__ import annotations
@@ -40,11 +40,6 @@ class Answer:
             self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
             self.metrics, self.error = update.metrics, update.error
         return delta
-
-
-def shifted_seed(seed: int, index: int) -> int:
-    """Return the seed of choice `index` of a request, within 64 bits."""
-    return (seed + index + 2**63) % 2**64 - 2**63
 
 
 def ranked_logprobs(

@@ -3,11 +3,13 @@
 Rules: what cannot be honoured is refused with a 400 that names the field; the fields that are not
 read at all are judged in refused_fields.py, when the body is. What any engine request must keep to
 (vocabulary, window, KV pool) is judged in request_checks.py, for `LLM` too; here its words become
-the client's. Must not know: how answers are shaped.
+the client's. The price (price.py) is judged twice: by the fields alone, before any prompt is read,
+and by the prompts, before anything is made for a choice. Must not know: how answers are shaped.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -23,7 +25,8 @@ from fastserve.frontend.request_checks import (
     fitted,
 )
 from fastserve.server.errors import invalid
-from fastserve.server.prompts import Prompt
+from fastserve.server.price import Demand
+from fastserve.server.prompts import Prompt, num_chars
 from fastserve.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -32,6 +35,10 @@ from fastserve.server.protocol import (
 from fastserve.wire.engine_messages import EngineInfo
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+MAX_ENTRIES = {"stop_token_ids": 256, "logit_bias": 1024}
+MAX_USER_CHARS = 1024
+MAX_METADATA_PAIRS = 16  # OpenAI's, and so is the next
+MAX_METADATA_CHARS = 512  # of one value
 
 SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
@@ -49,8 +56,13 @@ def refused_with_400() -> Iterator[None]:
         raise invalid(str(error), error.param, error.code) from error
 
 
-def check_fields(body: GenerationRequest, num_prompts: int) -> None:
-    """Refuse what the request's own fields show to be impossible."""
+def check_fields(
+    body: GenerationRequest, num_prompts: int, num_known_tokens: int, info: EngineInfo, price: int
+) -> None:
+    """Refuse what the request's own fields show to be impossible, or to cost more than `price`.
+
+    `num_known_tokens` is what all prompts have together at least, in tokens.
+    """
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options is only allowed when stream is true.", "stream_options")
     n = 1 if body.n is None else body.n
@@ -61,6 +73,54 @@ def check_fields(body: GenerationRequest, num_prompts: int) -> None:
         check_logprobs(body)
         check_stop_strings([body.stop] if isinstance(body.stop, str) else body.stop or [])
         check_cache_salt(body.cache_salt)
+    check_sizes(body)
+    asked, _ = asked_tokens(body, info)
+    room = info.max_request_tokens - num_known_tokens  # at least so much, of each prompt
+    least = 1 if asked is None else max(1, min(asked, room))
+    check_price(demand_of(body, num_prompts, num_known_tokens, least), price)
+
+
+def check_sizes(body: GenerationRequest) -> None:
+    """Refuse what every choice would carry along, or hold every token against, at a cost."""
+    for name, limit in MAX_ENTRIES.items():
+        if len(getattr(body, name) or ()) > limit:
+            raise invalid(f"{name} must have at most {limit} entries.", name)
+    if body.user is not None and len(body.user) > MAX_USER_CHARS:
+        raise invalid(f"user must have at most {MAX_USER_CHARS} characters.", "user")
+    metadata = (body.model_extra or {}).get("metadata")
+    if not isinstance(metadata, dict):
+        return
+    if len(metadata) > MAX_METADATA_PAIRS:
+        raise invalid(f"metadata must have at most {MAX_METADATA_PAIRS} pairs.", "metadata")
+    if any(len(key) + num_chars(value) > MAX_METADATA_CHARS for key, value in metadata.items()):
+        raise invalid(
+            f"a pair of metadata must have at most {MAX_METADATA_CHARS} characters.", "metadata"
+        )
+
+
+def demand_of(
+    body: GenerationRequest, num_prompts: int, prompt_tokens: int, max_tokens: int
+) -> Demand:
+    """Return what a request asks for; of choices, as many as it says, at least one."""
+    return Demand(
+        num_prompts=num_prompts,
+        n=body.n or 1,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        logprobs=num_logprobs(body) or 0,
+        prompt_logprobs=num_prompt_logprobs(body) or 0,
+    )
+
+
+def check_price(demand: Demand, price: int) -> None:
+    """Raise 400 for a request that asks for more than one may."""
+    if demand.price > price:
+        raise invalid(
+            f"This request asks for {demand} tokens and scores; one request may ask for at most "
+            f"{price}.",
+            demand.lever,
+            "request_too_expensive",
+        )
 
 
 def check_logprobs(body: GenerationRequest) -> None:
@@ -95,18 +155,32 @@ def num_logprobs(body: GenerationRequest) -> int | None:
 
 
 def sampling_params(
-    body: GenerationRequest, prompts: Sequence[Prompt], info: EngineInfo, *, has_tokenizer: bool
+    body: GenerationRequest,
+    prompts: Sequence[Prompt],
+    info: EngineInfo,
+    *,
+    has_tokenizer: bool,
+    price: int,
 ) -> list[SamplingParams]:
-    """Return the parameters of each prompt's first choice."""
+    """Return the parameters of each prompt's first choice; all of them cost at most `price`.
+
+    A limit that the request did not set is cut to what that leaves.
+    """
     is_chat = isinstance(body, ChatCompletionRequest)
     part = "messages" if is_chat else "prompt"
     asked, param = asked_tokens(body, info)
+    num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    demand = demand_of(body, len(prompts), num_prompt_tokens, 1)
+    check_price(demand, price)
+    if not sets_limit(body):
+        affordable = demand.affordable_tokens(price)
+        asked = affordable if asked is None else min(asked, affordable)
     params = common_params(body, info, asked, param)
     with refused_with_400():
         check_params(params, info, has_tokenizer=has_tokenizer)
         for prompt in prompts:
             check_prompt(prompt.token_ids, info, part)
-        return [
+        each = [
             fitted(
                 params,
                 len(prompt.token_ids),
@@ -116,6 +190,9 @@ def sampling_params(
             )
             for prompt in prompts
         ]
+    longest = max(params.max_tokens or 1 for params in each)
+    check_price(dataclasses.replace(demand, max_tokens=longest), price)
+    return each
 
 
 def common_params(
@@ -128,19 +205,30 @@ def common_params(
     values = {name: defaults[name] for name in SAMPLING_FIELDS if name in defaults}
     given = {name: getattr(body, name) for name in SAMPLING_FIELDS}
     values.update({name: value for name, value in given.items() if value is not None})
-    prompt_logprobs = body.prompt_logprobs
-    if isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None:
-        prompt_logprobs = max(body.logprobs, prompt_logprobs or 0)
     try:
         return SamplingParams(
             **values,
             n=1,
             logprobs=num_logprobs(body),
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=num_prompt_logprobs(body),
             max_tokens=max_tokens,
         )
     except ValueError as error:
         raise invalid(str(error), str(error).partition(" ")[0]) from error
+
+
+def num_prompt_logprobs(body: GenerationRequest) -> int | None:
+    """Return how many alternatives each prompt token needs; None for no scores at all."""
+    if isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None:
+        return max(body.logprobs, body.prompt_logprobs or 0)
+    return body.prompt_logprobs
+
+
+def sets_limit(body: GenerationRequest) -> bool:
+    """Whether the request says itself how long an answer may be."""
+    if isinstance(body, ChatCompletionRequest) and body.max_completion_tokens is not None:
+        return True
+    return body.max_tokens is not None
 
 
 def asked_tokens(body: GenerationRequest, info: EngineInfo) -> tuple[int | None, str]:

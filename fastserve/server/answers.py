@@ -10,7 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from fastserve.server.admission import num_logprobs
+import msgspec
+
+from fastserve.server.admission import num_logprobs, num_prompt_logprobs
 from fastserve.server.generation import Choice, News
 from fastserve.server.logprobs import TokenNames, prompt_logprobs
 from fastserve.server.prompts import Prompt
@@ -65,6 +67,12 @@ class Tally:
         self._created = int(time.time())
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._num_prompts = len(prompts)
+        self._prompt_logprobs: dict[int, msgspec.Raw] = {}  # by prompt
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether log probabilities were asked for, which make an answer long."""
+        return num_logprobs(self.body) is not None or num_prompt_logprobs(self.body) is not None
 
     def answer(self, kind: str, choices: Sequence[Extras]) -> Answer:
         """Return a body with these choices."""
@@ -135,12 +143,15 @@ class Tally:
         if self.body.return_token_ids:
             target.prompt_token_ids = choice.prompt.token_ids
         if self.body.prompt_logprobs is not None:
-            target.prompt_logprobs = prompt_logprobs(
-                self.names,
-                choice.prompt.token_ids,
-                choice.prompt_logprobs,
-                self.body.prompt_logprobs,
-            )
+            made = self._prompt_logprobs.get(choice.prompt_index)
+            if made is None:
+                made = self._prompt_logprobs[choice.prompt_index] = prompt_logprobs(
+                    self.names,
+                    choice.prompt.token_ids,
+                    choice.prompt_logprobs,
+                    self.body.prompt_logprobs,
+                )
+            target.prompt_logprobs = made
 
 
 def joined(deltas: Sequence[TextDelta]) -> TextDelta:

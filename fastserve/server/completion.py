@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastserve.core.messages import TokenLogprobs
 from fastserve.server.admission import is_echo_alone
 from fastserve.server.answers import Tally
 from fastserve.server.echo import Echo, echo_of
 from fastserve.server.generation import Choice, News
-from fastserve.server.logprobs import completion_logprobs
+from fastserve.server.logprobs import completion_logprobs, following
 from fastserve.server.protocol import CompletionRequest
-from fastserve.server.responses import Answer, CompletionChoice
+from fastserve.server.responses import Answer, CompletionChoice, CompletionLogprobs
 from fastserve.text.tokenizer import Tokenizer
 
 KIND = "text_completion"
@@ -32,6 +31,7 @@ class CompletionShape:
         self._tokenizer = tokenizer
         self._is_echo_alone = is_echo_alone(body)
         self._echoes: dict[int, Echo] = {}  # by prompt
+        self._echoed_logprobs: dict[int, CompletionLogprobs] = {}  # by prompt
         tally.counts_output = not self._is_echo_alone
 
     def chunks(self, news: News) -> Sequence[Answer]:
@@ -67,21 +67,28 @@ class CompletionShape:
         if self._is_echo_alone and delta.finish_reason is not None:
             made.finish_reason, made.stop_reason = "length", None
         if self._body.logprobs is not None:
-            tokens: list[tuple[int, TokenLogprobs | None]] = []
-            offsets: list[int] = []
-            if self._body.echo and is_first:
-                tokens.extend(
-                    zip(choice.prompt.token_ids, (None, *choice.prompt_logprobs), strict=True)
-                )
-                offsets.extend(echo.offsets)
-            tokens.extend((sample.token_id, sample.logprobs) for sample in delta.samples)
-            offsets.extend(len(echo.text) + offset for offset in delta.offsets)
             made.logprobs = completion_logprobs(
-                self.tally.names, tokens, offsets, self._body.logprobs
+                self.tally.names,
+                [(sample.token_id, sample.logprobs) for sample in delta.samples],
+                [len(echo.text) + offset for offset in delta.offsets],
+                self._body.logprobs,
             )
+            if self._body.echo and is_first:
+                made.logprobs = following(self._logprobs_of_echo(choice, echo), made.logprobs)
         self.tally.fill(made, news._replace(delta=delta))
         if is_first:
             self.tally.fill_prompt(made, choice)
+        return made
+
+    def _logprobs_of_echo(self, choice: Choice, echo: Echo) -> CompletionLogprobs:
+        """Return the scores of a choice's prompt; the choices of one prompt share them."""
+        made = self._echoed_logprobs.get(choice.prompt_index)
+        if made is None:
+            assert self._body.logprobs is not None
+            tokens = zip(choice.prompt.token_ids, (None, *choice.prompt_logprobs), strict=True)
+            made = self._echoed_logprobs[choice.prompt_index] = completion_logprobs(
+                self.tally.names, list(tokens), echo.offsets, self._body.logprobs
+            )
         return made
 
     def _echo(self, choice: Choice) -> Echo:

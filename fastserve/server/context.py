@@ -61,13 +61,23 @@ class ServerContext:
             raise unavailable(f"The model is loading ({stage}, {fraction:.0%}).", "loading")
         return self.engine.info
 
-    def require_place(self) -> None:
-        """Raise 429 while as many requests as are allowed have not ended."""
-        if self.engine.num_requests >= self.server_config.max_queued_requests:
+    def max_price(self, info: EngineInfo) -> int:
+        """Return what a request may cost at most: one plain answer may fill the window."""
+        return max(self.server_config.max_request_price, info.max_request_tokens)
+
+    def require_place(self, num_choices: int) -> None:
+        """Raise 429 while there is no place for so many more, 400 where there never will be."""
+        limit = self.server_config.max_queued_requests
+        if num_choices > limit:
+            raise invalid(
+                f"{num_choices} choices are more than the {limit} that this server holds at most.",
+                "n",
+            )
+        if self.engine.num_requests + num_choices > limit:
             raise ApiError(
                 429,
-                f"The server holds {self.engine.num_requests} requests and takes no more; "
-                "retry later.",
+                f"The server holds {self.engine.num_requests} of at most {limit} requests and has "
+                f"no place for {num_choices} more; retry later.",
                 kind="rate_limit_error",
                 code="queue_full",
                 headers={"Retry-After": "1"},

@@ -16,7 +16,7 @@ from starlette.types import Receive
 from fastserve.client.interfaces import UpdateStream
 from fastserve.core.messages import RequestFailedError, RequestMetrics, RequestUpdate, TokenLogprobs
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
-from fastserve.frontend.answer import Answer, shifted_seed
+from fastserve.frontend.answer import Answer
 from fastserve.server.context import ServerContext
 from fastserve.server.errors import invalid
 from fastserve.server.prompts import Prompt
@@ -33,21 +33,39 @@ class ClientGoneError(Exception):
 
 
 @dataclasses.dataclass(slots=True, eq=False)
+class PromptScores:
+    """The scores of a prompt, which its first choice brings and all of its choices show."""
+
+    logprobs: Sequence[TokenLogprobs]
+    are_complete: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
 class Choice:
     """One choice of an answer: one request of the engine."""
 
     index: int
     prompt_index: int
     prompt: Prompt
-    params: SamplingParams
     stream: UpdateStream
     answer: Answer
+    scores: PromptScores
     has_begun: bool = False  # something of it was sent
 
     @property
     def prompt_logprobs(self) -> Sequence[TokenLogprobs]:
         """The scores of the prompt that have come so far."""
-        return self.answer.prompt_logprobs
+        return self.scores.logprobs
+
+    @property
+    def shows_scores(self) -> bool:
+        """Whether the next piece of its answer, the first, is to show the scores of its prompt."""
+        return not self.has_begun and bool(self.scores.logprobs)
+
+    @property
+    def brings_scores(self) -> bool:
+        """Whether the scores of its prompt, if there are any, come with this choice."""
+        return self.scores.logprobs is self.answer.prompt_logprobs
 
     @property
     def metrics(self) -> RequestMetrics | None:
@@ -57,6 +75,8 @@ class Choice:
     def take(self, update: RequestUpdate) -> TextDelta:
         """Turn one update into what the client may see of it; RequestFailedError if it failed."""
         delta = self.answer.take(update)
+        if delta.samples or delta.finish_reason is not None:  # a token follows the whole prompt
+            self.scores.are_complete.set()
         if self.answer.finish_reason is FinishReason.ERROR:
             raise RequestFailedError(f"The engine failed to run this request: {update.error}.")
         if self.answer.finish_at is not None:
@@ -82,22 +102,28 @@ def submit(
     client: str,
     cache_salt: str,
 ) -> list[Choice]:
-    """Hand every choice of every prompt to the engine; choice i of a prompt draws by seed + i."""
-    context.require_place()
+    """Hand every prompt to the engine, once for all of its choices."""
+    context.require_place(n * len(prompts))
     choices: list[Choice] = []
     try:
-        for prompt_index, (prompt, first) in enumerate(zip(prompts, params, strict=True)):
-            for i in range(n):
-                seed = None if first.seed is None else shifted_seed(first.seed, i)
-                own = dataclasses.replace(first, seed=seed)
-                text = TextStream(context.tokenizer, prompt.token_ids, own, info.eos_token_ids)
-                arrival = Arrival(
-                    prompt.token_ids, own, priority=priority, client=client, cache_salt=cache_salt
+        for prompt_index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+            answers = [
+                Answer(TextStream(context.tokenizer, prompt.token_ids, own, info.eos_token_ids))
+                for _ in range(n)
+            ]
+            scores = PromptScores(answers[0].prompt_logprobs)
+            if own.prompt_logprobs is None:
+                scores.are_complete.set()
+            arrival = Arrival(
+                prompt.token_ids, own, priority=priority, client=client, cache_salt=cache_salt
+            )
+            streams = context.engine.submit_choices(arrival, n)
+            choices += [
+                Choice(index, prompt_index, prompt, stream, answer, scores)
+                for index, (stream, answer) in enumerate(
+                    zip(streams, answers, strict=True), len(choices)
                 )
-                stream = context.engine.submit(arrival)
-                choices.append(
-                    Choice(len(choices), prompt_index, prompt, own, stream, Answer(text))
-                )
+            ]
     except Exception as error:
         abort_all(choices)
         if isinstance(error, ValueError):
@@ -140,9 +166,14 @@ async def news_of(choices: Sequence[Choice]) -> AsyncGenerator[News]:
 async def pump(
     choice: Choice, queue: asyncio.Queue[tuple[Choice, RequestUpdate | Exception | None]]
 ) -> None:
-    """Put a choice's updates on the queue, then None, or the error that ended them."""
+    """Put a choice's updates on the queue, then None, or the error that ended them.
+
+    What shows the scores of its prompt waits for them.
+    """
     end: Exception | None = None
     try:
+        if not choice.brings_scores:
+            await choice.scores.are_complete.wait()
         async for update in choice.stream:
             await queue.put((choice, update))
     except Exception as error:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from fastserve.core.messages import Sample, TokenLogprobs
 from fastserve.frontend.answer import ranked_logprobs
 from fastserve.server.responses import (
     ChatLogprobs,
     CompletionLogprobs,
-    PromptLogprobs,
     RankedLogprob,
     TokenLogprob,
     TopLogprob,
@@ -92,6 +93,16 @@ def completion_logprobs(
     return logprobs
 
 
+def following(before: CompletionLogprobs, after: CompletionLogprobs) -> CompletionLogprobs:
+    """Return the lists of two texts of which one follows the other."""
+    return CompletionLogprobs(
+        [*before.tokens, *after.tokens],
+        [*before.token_logprobs, *after.token_logprobs],
+        [*before.top_logprobs, *after.top_logprobs],
+        [*before.text_offset, *after.text_offset],
+    )
+
+
 def top_of(entry: TokenLogprobs, num_top: int) -> list[tuple[int, float]]:
     """Return the best ids and their scores, best first."""
     ids, values = entry.top_ids[:num_top], entry.top_logprobs[:num_top]
@@ -121,15 +132,17 @@ def chat_logprobs(names: TokenNames, samples: Sequence[Sample], num_top: int) ->
 
 def prompt_logprobs(
     names: TokenNames, token_ids: Sequence[int], entries: Sequence[TokenLogprobs], num_top: int
-) -> PromptLogprobs:
-    """Return vLLM's list: per prompt token, the scores of the best ids and of the token itself."""
-    result: PromptLogprobs = [None]
+) -> msgspec.Raw:
+    """Return vLLM's list: per prompt token, the scores of the best ids and of the token itself.
+
+    It is JSON already, for it may be long, and each choice of the prompt shows it.
+    """
+    encoded = [b"null"]
     for token_id, entry in scored(token_ids[1:], entries):
         assert entry is not None
-        result.append(
-            {
-                str(ranked_id): RankedLogprob(max(LEAST, value), rank, names.decoded(ranked_id))
-                for ranked_id, (value, rank) in ranked_logprobs(token_id, entry, num_top).items()
-            }
-        )
-    return result
+        ranked = {
+            str(ranked_id): RankedLogprob(max(LEAST, value), rank, names.decoded(ranked_id))
+            for ranked_id, (value, rank) in ranked_logprobs(token_id, entry, num_top).items()
+        }
+        encoded.append(msgspec.json.encode(ranked))
+    return msgspec.Raw(b"[" + b",".join(encoded) + b"]")

@@ -53,10 +53,17 @@ async def completion_prompts(
     return prompts
 
 
-def num_prompts(body: CompletionRequest) -> int:
-    """Count the prompts of a completion request before anything is done about them."""
+def least_size(body: CompletionRequest) -> tuple[int, int]:
+    """Return how many prompts there are, and the tokens of them that can be told without a look.
+
+    A text may be one token.
+    """
     prompt = body.prompt
-    return 1 if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else len(prompt)
+    if isinstance(prompt, str):
+        return 1, 1
+    if prompt and isinstance(prompt[0], int):
+        return 1, len(prompt)
+    return len(prompt), sum(len(one) if isinstance(one, list) else 1 for one in prompt)
 
 
 async def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:

@@ -13,8 +13,6 @@ from msgspec import UNSET, UnsetType
 
 from fastserve.core.messages import RequestMetrics
 
-PromptLogprobs = list[dict[str, "RankedLogprob"] | None]
-
 
 class PromptTokensDetails(msgspec.Struct):
     """How much of the prompts was not computed anew."""
@@ -88,7 +86,7 @@ class CompletionChoice(Extras, kw_only=True):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     prompt_token_ids: Sequence[int] | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_logprobs: msgspec.Raw | UnsetType = UNSET
 
 
 class Said(msgspec.Struct, kw_only=True):
@@ -136,7 +134,15 @@ class Answer(msgspec.Struct, kw_only=True):
     choices: Sequence[Extras]
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: Sequence[int] | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_logprobs: msgspec.Raw | UnsetType = UNSET
+
+    def pieces(self) -> list[bytes]:
+        """Return its JSON in pieces: to make and to send it as one may hold up other requests."""
+        around = msgspec.json.encode(msgspec.structs.replace(self, choices=()))
+        head, tail = around.split(b'"choices":[]', 1)  # no string within JSON can spell this
+        made = [b"," + msgspec.json.encode(choice) for choice in self.choices]
+        made[0] = made[0].removeprefix(b",")
+        return [head + b'"choices":[', *made, b"]" + tail]
 
 
 class ModelCard(msgspec.Struct, kw_only=True):

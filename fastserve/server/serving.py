@@ -6,11 +6,11 @@ headers is one error event, then [DONE]. Must not know: what bodies look like in
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -32,7 +32,7 @@ from fastserve.server.generation import (
     unless_gone,
 )
 from fastserve.server.logprobs import TokenNames
-from fastserve.server.prompts import Prompt, chat_prompt, completion_prompts, num_prompts
+from fastserve.server.prompts import Prompt, chat_prompt, completion_prompts, least_size
 from fastserve.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -43,13 +43,16 @@ from fastserve.text.tokenizer import TextDelta
 
 logger = logging.getLogger(__name__)
 
+MIN_PIECE_BYTES = 2**16
+
 
 async def complete(body: CompletionRequest, context: ServerContext, request: Request) -> Response:
     """Answer POST /v1/completions."""
     context.check_model(body.model)
     info = context.require_engine()
-    context.require_place()
-    check_fields(body, num_prompts(body))
+    num_prompts, num_known_tokens = least_size(body)
+    check_fields(body, num_prompts, num_known_tokens, info, context.max_price(info))
+    context.require_place(num_prompts * (body.n or 1))
     if body.echo:
         context.require_tokenizer("echo")
     prompts = await completion_prompts(body, context, info)
@@ -61,9 +64,9 @@ async def complete(body: CompletionRequest, context: ServerContext, request: Req
 async def chat(body: ChatCompletionRequest, context: ServerContext, request: Request) -> Response:
     """Answer POST /v1/chat/completions."""
     context.check_model(body.model)
-    context.require_engine()
-    context.require_place()
-    check_fields(body, 1)
+    info = context.require_engine()
+    check_fields(body, 1, 1, info, context.max_price(info))
+    context.require_place(body.n or 1)
     prompt = await chat_prompt(
         body.messages,
         context,
@@ -85,7 +88,13 @@ def start(
 ) -> tuple[list[Choice], Tally]:
     """Make the parameters, and hand every choice to the engine; `prefix` begins the answer's id."""
     info = context.require_engine()  # it may have died while the prompt was read
-    params = sampling_params(body, prompts, info, has_tokenizer=context.tokenizer is not None)
+    params = sampling_params(
+        body,
+        prompts,
+        info,
+        has_tokenizer=context.tokenizer is not None,
+        price=context.max_price(info),
+    )
     choices = submit(
         context,
         info,
@@ -117,16 +126,16 @@ async def respond(
     if body.stream:
         return EventStream(choices, shape)
     try:
-        content = await unless_gone(request.receive, whole_answer(choices, shape))
+        pieces = await unless_gone(request.receive, whole_answer(choices, shape))
     except ClientGoneError:
         return Response(status_code=499)  # not sent, only logged
     finally:
         abort_all(choices)
-    return Response(content, media_type="application/json")
+    return WholeAnswer(pieces)
 
 
-async def whole_answer(choices: Sequence[Choice], shape: Shape) -> bytes:
-    """Return the body of a response that is not streamed."""
+async def whole_answer(choices: Sequence[Choice], shape: Shape) -> list[bytes]:
+    """Return the body of a response that is not streamed, in pieces."""
     deltas: list[list[TextDelta]] = [[] for _ in choices]
     try:
         async with contextlib.aclosing(news_of(choices)) as all_news:
@@ -138,7 +147,9 @@ async def whole_answer(choices: Sequence[Choice], shape: Shape) -> bytes:
             raise
         raise failure from error
     whole = [News(choice, joined(deltas[choice.index])) for choice in choices]
-    return msgspec.json.encode(shape.whole(whole))
+    if shape.tally.has_scores:  # which make it long
+        return await asyncio.to_thread(lambda: shape.whole(whole).pieces())
+    return shape.whole(whole).pieces()
 
 
 async def events(choices: Sequence[Choice], shape: Shape) -> AsyncGenerator[bytes]:
@@ -146,9 +157,12 @@ async def events(choices: Sequence[Choice], shape: Shape) -> AsyncGenerator[byte
     try:
         async with contextlib.aclosing(news_of(choices)) as all_news:
             async for news in all_news:
-                chunks = shape.chunks(news)
-                if chunks:
-                    yield b"".join(map(sse, chunks))
+                if news.choice.shows_scores:
+                    piece = await asyncio.to_thread(encoded, shape, news)
+                else:
+                    piece = encoded(shape, news)
+                if piece:
+                    yield piece
         usage = shape.tally.usage_chunk(shape.kind)
         yield DONE if usage is None else sse(usage) + DONE
     except Exception as error:
@@ -157,6 +171,41 @@ async def events(choices: Sequence[Choice], shape: Shape) -> AsyncGenerator[byte
             logger.exception("a stream failed")
             failure = ApiError(500, "The server failed.", code="internal_error")
         yield b"data: " + error_body(failure) + b"\n\n" + DONE
+
+
+def encoded(shape: Shape, news: News) -> bytes:
+    """Return the events for some news; none where there is nothing to send."""
+    return b"".join(map(sse, shape.chunks(news)))
+
+
+class WholeAnswer(Response):
+    """Sends a body in pieces: as fast as the client takes them, where they are long."""
+
+    media_type = "application/json"
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        super().__init__(headers={"Content-Length": str(sum(map(len, pieces)))})
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the response."""
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        for piece in at_least(MIN_PIECE_BYTES, self._pieces):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def at_least(num_bytes: int, pieces: Sequence[bytes]) -> Iterator[bytes]:
+    """Yield the same bytes in pieces that are not shorter, but for the last one."""
+    gathered: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        gathered.append(piece)
+        size += len(piece)
+        if size >= num_bytes:
+            yield b"".join(gathered)
+            gathered, size = [], 0
+    yield b"".join(gathered)
 
 
 class EventStream(Response):

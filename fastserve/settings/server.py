@@ -30,6 +30,12 @@ class ServerConfig:
     max_queued_requests: int = option(
         10_000, "requests in the server beyond which new ones get 429", minimum=1
     )
+    max_request_price: int = option(
+        2**22,
+        "most tokens, of all choices with their prompts, that a request may ask for; each counts "
+        "once more for every alternative to it that is scored. More gets 400",
+        minimum=1,
+    )
     max_body_bytes: int = option(16 * 2**20, "largest request body; more gets 413", minimum=1024)
     timeout_keep_alive: int = option(
         5, "seconds that a connection without a request stays open", minimum=1

@@ -2,7 +2,8 @@
 
 Rules: every message is one of the structs below, msgpack with a tag; unknown tags and wrong types
 are refused by the decoder. What the core already defines (updates, params, stats) travels as it
-is. One `Updates` a step carries the news of all requests. A request is named by the number that the
+is. One `Updates` a step carries the news of all requests; the choices of a prompt come with it in
+one `Add`. A request is named by the number that the
 API process gave it, so that it keeps its name over a restart; the handle within an update is the
 engine's own, and means nothing to the API process.
 Must not know: sockets' owners, the scheduler, text.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NewType
+from typing import Any, NamedTuple, NewType
 
 import msgspec
 
@@ -67,11 +68,27 @@ RequestNumber = NewType("RequestNumber", int)
 """Names a request for the API process, and on this wire; it outlives the engine process."""
 
 
+class Sibling(NamedTuple):
+    """A further choice of a prompt: all that it has of its own."""
+
+    number: RequestNumber
+    seed: int
+
+
 class Add(msgspec.Struct, frozen=True, tag="add"):
-    """Run a request, or go on with one that an engine process before this one had."""
+    """Run a request, or go on with one that an engine process before this one had.
+
+    Its `siblings` arrive with it, and are as it is but for their seed; they score no prompt.
+    """
 
     number: RequestNumber
     arrival: Arrival
+    siblings: tuple[Sibling, ...] = ()
+
+    @property
+    def numbers(self) -> tuple[RequestNumber, ...]:
+        """The requests that this adds."""
+        return (self.number, *(sibling.number for sibling in self.siblings))
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -423,6 +423,35 @@ def test_a_request_without_a_seed_is_given_one() -> None:
     run(body)
 
 
+def test_choices_of_a_prompt_draw_by_seed_plus_index() -> None:
+    """They are sent with one message, and one of them scores the prompt; a death changes nothing.
+
+    Without a seed, one is drawn for all.
+    """
+
+    async def body() -> None:
+        async with running() as engine:
+            await engine.ready()
+            first = Arrival([1, 2, 3], SamplingParams(seed=7, max_tokens=400, prompt_logprobs=0))
+            streams = engine.submit_choices(first, 3)
+            await asyncio.gather(*(read_at_least(stream, 5) for stream in streams))
+            assert [stream.params.prompt_logprobs for stream in streams] == [0, None, None]
+            kill(engine)
+            ends = await asyncio.gather(*(read(stream) for stream in streams))
+            assert {reason for _, reason in ends} == {FinishReason.LENGTH}
+            assert [stream.output_token_ids for stream in streams] == [
+                expected(7 + index, 400) for index in range(3)
+            ]
+            assert [stream.num_engines for stream in streams] == [2, 2, 2]
+            unseeded = engine.submit_choices(Arrival([1], SamplingParams(max_tokens=5)), 2)
+            seeds = [stream.params.seed for stream in unseeded]
+            assert seeds[0] is not None
+            assert seeds[1] == seeds[0] + 1
+            await asyncio.gather(*(read(stream) for stream in unseeded))
+
+    run(body)
+
+
 def test_close_ends_open_streams_and_the_process() -> None:
     """Closing leaves no process, and no reader waiting."""
 

@@ -87,6 +87,20 @@ class DispatcherMachine(RuleBasedStateMachine):
         assert stream.number == number
         self.requests.append(Served(stream))
 
+    @rule(n=st.integers(1, 3))
+    def submit_choices(self, n: int) -> None:
+        """A prompt arrives of which several answers are wanted: it is sent once, or not at all."""
+        first = len(self.requests)
+        num_commands = len(self.notes.commands)
+        streams = self.dispatcher.submit_choices(
+            Arrival([first], SamplingParams(seed=first + i, max_tokens=50)) for i in range(n)
+        )
+        assert [stream.number for stream in streams] == list(range(first, first + n))
+        self.requests += map(Served, streams)
+        sent = self.notes.commands[num_commands:]
+        numbers = [add.numbers for add in sent if isinstance(add, Add)]
+        assert numbers in ([], [tuple(range(first, first + n))])
+
     @precondition(lambda self: self.link is None)
     @rule()
     def load(self) -> None:
@@ -151,11 +165,14 @@ class DispatcherMachine(RuleBasedStateMachine):
             assert served.stream.output_token_ids == served.ids
             assert (served.stream.number in self.dispatcher.streams) == is_open[number]
         adds = [c for c in self.notes.commands if isinstance(c, Add)]
-        assert len({add.number for add in adds}) == len(adds)
+        numbers = [number for add in adds for number in add.numbers]
+        known = set(numbers)
+        assert len(known) == len(numbers)
         for add in adds:
             ids = list(add.arrival.output_token_ids)
             assert ids == self.requests[add.number].ids[: len(ids)]
-        known = {add.number for add in adds}
+            assert add.arrival.params.seed == add.number
+            assert all(sibling.seed == sibling.number for sibling in add.siblings)
         told = [c for c in self.notes.commands if isinstance(c, (Abort, Finish))]
         assert all(command.number in known for command in told)
 

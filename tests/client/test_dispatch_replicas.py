@@ -169,6 +169,25 @@ def test_equal_requests_are_spread_evenly() -> None:
     assert {replicas.place(stream) for stream in late} == {1}
 
 
+def test_choices_are_spread_and_their_prompt_goes_once_to_each_replica() -> None:
+    """Twelve choices over three replicas are three messages."""
+    replicas = Replicas()
+    for replica in range(3):
+        replicas.load(replica)
+    streams = replicas.dispatcher.submit_choices(
+        Arrival([1, 2, 3], SamplingParams(seed=seed, max_tokens=50)) for seed in range(12)
+    )
+    places = [replicas.place(stream) for stream in streams]
+    assert [places.count(replica) for replica in range(3)] == [4, 4, 4]
+    for replica, notes in replicas.notes.items():
+        (add,) = notes.commands
+        assert isinstance(add, Add)
+        own = [stream for stream in streams if replicas.place(stream) == replica]
+        assert add.numbers == tuple(stream.number for stream in own)
+        seeds = [add.arrival.params.seed, *(sibling.seed for sibling in add.siblings)]
+        assert seeds == [stream.params.seed for stream in own]
+
+
 def test_what_moved_goes_on_from_its_ids() -> None:
     """The next replica is told all ids so far; what it says then is counted as its own."""
     replicas = Replicas(2)

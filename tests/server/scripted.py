@@ -37,9 +37,9 @@ Script = Callable[["ScriptedStream"], Sequence[Item]]
 class ScriptedStream:
     """One request: yields its script, then waits until finished or aborted."""
 
-    def __init__(self, arrival: Arrival) -> None:
+    def __init__(self, arrival: Arrival, index: int) -> None:
         self.prompt_token_ids = list(arrival.prompt_token_ids)
-        self.params = arrival.params
+        self.params = arrival.params.of_choice(index)
         self.priority = arrival.priority
         self.client = arrival.client
         self.cache_salt = arrival.cache_salt
@@ -91,14 +91,17 @@ class ScriptedEngine:
         self.progress = ("loading weights", 0.5)
         self.metrics = EngineMetrics("tiny")
         self.streams: list[ScriptedStream] = []
+        self.num_submissions = 0
         self.num_requests = 0
 
-    def submit(self, arrival: Arrival) -> ScriptedStream:
-        stream = ScriptedStream(arrival)
-        self.streams.append(stream)
-        for item in self.script(stream):
-            stream.items.put_nowait(item)
-        return stream
+    def submit_choices(self, arrival: Arrival, n: int) -> list[ScriptedStream]:
+        self.num_submissions += 1
+        streams = [ScriptedStream(arrival, index) for index in range(n)]
+        for stream in streams:
+            self.streams.append(stream)
+            for item in self.script(stream):
+                stream.items.put_nowait(item)
+        return streams
 
 
 def scored(stream: ScriptedStream, token_id: int) -> Sample:

@@ -36,7 +36,11 @@ def error_of(response, status: int) -> dict:
         ({"prompt": [True]}, "prompt", "prompt[0]"),
         ({"prompt": [300]}, "prompt", "out of vocabulary"),
         ({"repetition_penalty": 1e-300}, "repetition_penalty", "1e-6"),
-        ({"min_tokens": 1, "stop_token_ids": list(range(300))}, "min_tokens", "no token"),
+        ({"stop_token_ids": list(range(257))}, "stop_token_ids", "at most 256"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias", "at most 1024"),
+        ({"user": "x" * 1025}, "user", "1024"),
+        ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "16"),
+        ({"metadata": {"a": "x" * 512}}, "metadata", "512"),
         ({"n": 0}, "n", "at least 1"),
         ({"n": 2049}, "n", "2048"),
         ({"prompt": ["x"] * 1025, "n": 2}, "prompt", "2048"),
@@ -68,6 +72,15 @@ def test_invalid_values_name_their_field(change, param, says_so):
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert says_so in error["message"]
     assert not engine.streams
+
+
+def test_a_minimum_leaves_some_token_to_be_drawn():
+    """A small vocabulary, every token of which would stop."""
+    engine = ScriptedEngine(vocab_size=200)
+    body = {"prompt": [5], "min_tokens": 1, "stop_token_ids": list(range(200))}
+    error = error_of(post(engine, COMPLETIONS, body), 400)
+    assert error["param"] == "min_tokens"
+    assert "no token" in error["message"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"prompt":"\\ud800"}', b"\xff"])
@@ -144,6 +157,20 @@ def test_a_full_queue_is_a_429():
     assert post(engine, COMPLETIONS, {"prompt": "x"}, max_queued_requests=2).status_code == 200
 
 
+@pytest.mark.parametrize("body", [{"prompt": "x", "n": 4}, {"prompt": ["x", "y"], "n": 2}])
+def test_every_choice_takes_a_place(body):
+    """A 429 while all of them do not fit, a 400 where they never will."""
+    engine = ScriptedEngine()
+    engine.num_requests = 4
+    assert post(engine, COMPLETIONS, body, max_queued_requests=8).status_code == 200
+    engine.num_requests = 5
+    error = error_of(post(engine, COMPLETIONS, body, max_queued_requests=8), 429)
+    assert "no place for 4 more" in error["message"]
+    engine.num_requests = 0
+    error = error_of(post(engine, COMPLETIONS, body, max_queued_requests=3), 400)
+    assert (error["param"], len(engine.streams)) == ("n", 4)
+
+
 @pytest.mark.parametrize("state", ["loading", "draining", "dead"])
 def test_no_engine_is_a_503(state):
     """For work and for those who ask whether there may be some; models and metrics still answer."""
@@ -207,7 +234,7 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing():
 
 
 def test_a_rejected_submission_leaves_nothing_running():
-    """The choices before it are aborted."""
+    """The prompts before it are aborted."""
     engine = ScriptedEngine()
     script = engine.script
 
@@ -217,5 +244,5 @@ def test_a_rejected_submission_leaves_nothing_running():
         return script(stream)
 
     engine.script = refuse_third
-    error_of(post(engine, COMPLETIONS, {"prompt": "x", "n": 4}), 400)
+    error_of(post(engine, COMPLETIONS, {"prompt": ["a", "b", "c", "d"]}), 400)
     assert [stream.is_aborted for stream in engine.streams] == [True, True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from fastserve.core.messages import TokenLogprobs
@@ -31,6 +32,6 @@ def test_prompt_logprobs_have_the_text_of_their_ids(as_ids):
     """They are keyed by id anyway; return_tokens_as_token_ids is about names."""
     entry = TokenLogprobs(-0.5, 1, [LETTER], [-0.5])
     names = TokenNames(TOKENIZER, as_ids)
-    _, ranked = prompt_logprobs(names, [BYTE, LETTER], [entry], num_top=1)
-    assert ranked is not None
-    assert ranked[str(LETTER)].decoded_token == "a"
+    made = prompt_logprobs(names, [BYTE, LETTER], [entry], num_top=1)
+    _, ranked = msgspec.json.decode(made)
+    assert ranked[str(LETTER)]["decoded_token"] == "a"

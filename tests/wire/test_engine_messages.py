@@ -34,6 +34,7 @@ from fastserve.wire.engine_messages import (
     Ready,
     Rejected,
     RequestNumber,
+    Sibling,
     Updates,
     checked,
     decode_command,
@@ -80,6 +81,7 @@ PARAMS = SamplingParams(
 COMMANDS: list[Command] = [
     Configure(EngineConfig(model="some/where", num_device_blocks=7, starvation_limit=1.0), 1),
     Add(RequestNumber(0), Arrival([1, 2**31], PARAMS, age_s=12.25)),
+    Add(RequestNumber(0), Arrival([1], PARAMS), (Sibling(RequestNumber(1), -(2**63)),)),
     Add(
         RequestNumber(1),
         Arrival(
