@@ -26,6 +26,7 @@ from fastserve.core.lengths import LengthModel
 from fastserve.engine import process
 from fastserve.engine.engine import Engine, MonotonicClock
 from fastserve.engine.length_file import LengthFile, length_path
+from fastserve.host.log_lines import log_from
 from fastserve.host.machine import num_cores
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
 # libgomp takes a tenth of them as soon as a second thread of the process has used torch.
 WAITING = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
 SERVER_CORES = 1  # the API process': text, HTTP and the other end of the socket
-LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"  # a request's line fits 80 columns
-LOG_TIME = "%Y-%m-%d %H:%M:%S"
 logger = logging.getLogger(__name__)
 
 
@@ -310,11 +309,6 @@ def _tokenizer_dir(config: EngineConfig) -> Path:
     return checkpoint.locate(config.tokenizer, holds=("tokenizer.json", "vocab.json"))
 
 
-def log_from(level: str) -> None:
-    """Write messages of this level and above to stderr."""
-    logging.basicConfig(level=level, format=LOG_FORMAT, datefmt=LOG_TIME, stream=sys.stderr)
-
-
 def serve(config: EngineConfig, server_config: ServerConfig) -> int:
     """Serve over HTTP until a signal; return the exit status.
 
@@ -324,13 +318,15 @@ def serve(config: EngineConfig, server_config: ServerConfig) -> int:
         return run_host(config, server_config.log_level)
     from fastserve.server import listen
     from fastserve.server.app import create_app
+    from fastserve.server.key_sources import read_keys
 
-    level = server_config.log_level.upper()
-    log_from(level)
+    log_from(server_config.log_level.upper())
+    server_config = dataclasses.replace(server_config, api_key=read_keys(server_config, os.environ))
     tokenizer = open_tokenizer(config, server_config.chat_template)
     with listen.bind(server_config.host, server_config.port) as listener:
         listen.warn_if_exposed(listener, server_config)
-        engine = open_async_engine(config, next(iter(server_config.served_model_name), None))
+        names = (*server_config.served_model_name, checkpoint.public_name(config.model))
+        engine = open_async_engine(config, names[0])
         app = create_app(engine, tokenizer, config, server_config)
 
         def refuse_work() -> None:
@@ -369,9 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end.add_argument("--engine-fd", type=int, help="inherited socket to be the engine process on")
     end.add_argument("--rank-fd", type=int, help="inherited socket to be a rank on")
     args = parser.parse_args(argv)
-    logging.basicConfig(
-        level=logging.WARNING, format=LOG_FORMAT, datefmt=LOG_TIME, stream=sys.stderr
-    )
+    log_from(logging.WARNING)
     if args.rank_fd is not None:
         return run_rank(args.rank_fd)
     return process.run(args.engine_fd, open_served_engine)

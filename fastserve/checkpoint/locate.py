@@ -53,6 +53,12 @@ def locate(
     return directory
 
 
+def public_name(model: str) -> str:
+    """Return what everybody may call a model: of a directory only its own name, not where it is."""
+    path = _expanded(model)
+    return path.resolve().name or model if path.is_dir() else model
+
+
 def _expanded(model: str) -> Path:
     """Return the path that a model's name is, if it is one."""
     if not model:

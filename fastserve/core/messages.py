@@ -90,8 +90,12 @@ class TokenLogprobs(NamedTuple):
     top_logprobs: Sequence[float]
 
 
+NO_TOKEN = -1  # the token_id of a Sample for which none could be drawn, as the sampler says it
+NOT_FINITE = "the model's logits are not finite numbers"  # the error of a request that got one
+
+
 class Sample(NamedTuple):
-    """The id drawn for one Work."""
+    """The id drawn for one Work, or NO_TOKEN."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
@@ -142,6 +146,10 @@ Fact = Arrival | Aborted | Finished | ExecutorOutput
 
 class RequestFailedError(RuntimeError):
     """The engine failed to run this one request; the message is one line."""
+
+
+class NotFiniteError(RequestFailedError):
+    """The model computed no numbers for this one request."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from fastserve.core.memory.memory import KVCacheManager
 from fastserve.core.memory.table import BlockTable
 from fastserve.core.messages import (
     NO_STEP,
+    NO_TOKEN,
+    NOT_FINITE,
     ExecutorOutput,
     NewRequest,
     RequestUpdate,
@@ -256,6 +258,10 @@ class Scheduler:
             if table.is_closed:
                 continue
             request.attained_s += device_s
+            if sample is not None and sample.token_id == NO_TOKEN:
+                self.cache.distrust(request)
+                updates.append(self._end(request, FinishReason.ERROR, (), now, error=NOT_FINITE))
+                continue
             before = request.num_computed_tokens
             end = before + work.num_tokens
             advance(request, table, end)

@@ -62,7 +62,7 @@ class PendingStep:
             return
         token_ids: list[int] = self._drawn.tolist()
         for (state, position), token_id in zip(self._owners, token_ids, strict=True):
-            state.token_ids[position] = token_id
+            state.token_ids[position] = max(token_id, 0)  # as in ModelRunner._take
         self.samples = [Sample(token_id) for token_id in token_ids]
 
 
@@ -107,7 +107,7 @@ class AsyncModelRunner(ModelRunner):
         """Leave the ids on the device, and note whose they are."""
         if self._is_waiting:
             return super()._take(drawn, states, positions)
-        self._device_model.remember(drawn)
+        self._device_model.remember(drawn.clamp(min=0))
         self._late_ids = to_host(drawn)
         self._late_owners = list(zip(states, positions, strict=True))
         places = [~place for place in range(len(states))]

@@ -20,7 +20,7 @@ from fastserve.executor.request_table import RequestState, RequestTable
 from fastserve.model.attention.interfaces import PagedKV
 from fastserve.model.families.architectures import Network
 from fastserve.model.input_batch import InputBatch, IntArray, build_input_batch, order_rows
-from fastserve.model.sampler import Adjustments, Draws, ScoredTokens, sample, score
+from fastserve.model.sampler import NO_TOKEN, Adjustments, Draws, ScoredTokens, sample, score
 
 
 class ModelRunner:
@@ -129,9 +129,9 @@ class ModelRunner:
         )
         token_ids = self._take(drawn, states, positions.tolist())
         num_logprobs = table.num_logprobs[rows]
-        wanting = np.flatnonzero(num_logprobs >= 0)
         samples = [Sample(token_id) for token_id in token_ids]
-        if len(wanting):
+        if (num_logprobs >= 0).any():
+            wanting = np.flatnonzero((num_logprobs >= 0) & (drawn.cpu().numpy() != NO_TOKEN))
             chosen = torch.from_numpy(wanting).to(self.device)
             scores = score(logits[chosen], drawn[chosen], int(num_logprobs.max()))
             for place, index in enumerate(wanting.tolist()):
@@ -142,10 +142,13 @@ class ModelRunner:
     def _take(
         self, drawn: Tensor, states: Sequence[RequestState], positions: Sequence[int]
     ) -> list[int]:
-        """Bring drawn ids to the host, and add each to what is known of its request."""
+        """Bring drawn ids to the host, and add each to what is known of its request.
+
+        Where there is none a step may still follow, of which nobody will hear: it gets id 0.
+        """
         token_ids: list[int] = drawn.tolist()
         for state, position, token_id in zip(states, positions, token_ids, strict=True):
-            state.token_ids[position:] = (token_id,)
+            state.token_ids[position:] = (max(token_id, 0),)
         return token_ids
 
     def _draws(self, rows: IntArray, positions: IntArray) -> Draws | None:

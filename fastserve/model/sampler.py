@@ -2,7 +2,8 @@
 
 Rules: a row's token depends on its logits, its settings, its seed and the position drawn for, and
 on nothing else in the batch: filters cut at a value and keep ties, and the token is the id whose
-logit is largest after Gumbel noise, which is a hash of (seed, position, id), was added.
+logit is largest after Gumbel noise, which is a hash of (seed, position, id), was added. A row whose
+largest logit is not finite has no token: NaN counts as the largest of all.
 Order of operations as in vLLM: log probabilities are of the raw distribution; then bias, banned
 ids, penalties, temperature, min-p, top-k, top-p.
 Must not know: requests, what an id means.
@@ -22,6 +23,9 @@ FloatArray = npt.NDArray[np.float32]
 
 NUM_CANDIDATES = 256
 """Best logits of a row that get their own noise, and that top-p looks at before it sorts all."""
+
+NO_TOKEN = -1
+"""In place of an id where none can be drawn."""
 
 _REST = 2**40
 """Ids from here on are streams of noise that no real id uses."""
@@ -70,16 +74,20 @@ class ScoredTokens:
 def sample(
     logits: Tensor, draws: Draws | None, adjustments: Adjustments | None
 ) -> Tensor:  # [num_rows]
-    """Return one id per row of `logits` [num_rows, vocab]; no draws: all rows are greedy."""
+    """Return one id per row of `logits` [num_rows, vocab]; no draws: all rows are greedy.
+
+    It is NO_TOKEN for a row from which none can be drawn.
+    """
     if adjustments is not None:
         logits = adjust(logits, adjustments)
     best = _argmax(logits)
-    if draws is None:
-        return best
-    drawn = _draw(logits, draws)
-    if not draws.is_greedy.any():
-        return drawn
-    return torch.where(_to(logits, draws.is_greedy), best, drawn)
+    largest = logits.gather(1, best[:, None])[:, 0]
+    drawn = best
+    if draws is not None:
+        drawn = _draw(logits, draws)
+        if draws.is_greedy.any():
+            drawn = torch.where(_to(logits, draws.is_greedy), best, drawn)
+    return drawn.masked_fill_(~largest.isfinite(), NO_TOKEN)
 
 
 def _argmax(logits: Tensor) -> Tensor:
@@ -160,8 +168,6 @@ def _draw(logits: Tensor, draws: Draws) -> Tensor:
     seeds = _to(logits, draws.seeds)[:, None]
     positions = _to(logits, draws.positions)[:, None]
     best, ids = scaled.topk(min(NUM_CANDIDATES, scaled.shape[1]), dim=-1)
-    if not bool(best[:, 0].isfinite().all()):
-        raise RuntimeError("the model's logits are not numbers; no token can be drawn")
     noisy, winner = (best + gumbel(seeds, positions, ids)).max(dim=-1, keepdim=True)
     drawn = ids.gather(1, winner)
     rest = scaled.scatter_(1, ids, -torch.inf)

@@ -12,11 +12,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import fastserve
+from fastserve.checkpoint.locate import public_name
 from fastserve.client.interfaces import EngineClient
 from fastserve.server import protocol, serving, text_routes
 from fastserve.server.context import ServerContext
 from fastserve.server.errors import answer_http_exception
 from fastserve.server.gate import Gate
+from fastserve.server.host_names import HostNames
 from fastserve.server.openapi import describe
 from fastserve.server.reading import read_body
 from fastserve.server.responses import ModelCard, ModelList, Ready, Version
@@ -52,6 +54,7 @@ def create_app(
     add_status_routes(app, context)
     app.add_middleware(
         Gate,
+        host_names=HostNames(server_config.host, server_config.allowed_hosts),
         api_keys=server_config.api_key,
         max_body_bytes=server_config.max_body_bytes,
         logs_requests=not server_config.disable_log_requests,
@@ -103,7 +106,7 @@ def add_model_routes(app: FastAPI, context: ServerContext) -> None:
         return ModelCard(
             id=name,
             created=context.created,
-            root=context.config.model,
+            root=public_name(context.config.model),
             max_model_len=None if info is None else info.max_model_len,
         )
 
@@ -118,7 +121,7 @@ def add_model_routes(app: FastAPI, context: ServerContext) -> None:
 
 
 def add_status_routes(app: FastAPI, context: ServerContext) -> None:
-    """Add the routes that say how the server is; they need no key."""
+    """Add the routes that say how the server is."""
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")

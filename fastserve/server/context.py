@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from fastserve.checkpoint.locate import public_name
 from fastserve.client.interfaces import EngineClient
-from fastserve.server.errors import ApiError, invalid, unavailable
+from fastserve.server.errors import ApiError, engine_dead, invalid, unavailable
 from fastserve.server.refused_fields import UnreadFields
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.server import ServerConfig
@@ -33,7 +34,7 @@ class ServerContext:
     @property
     def model_names(self) -> tuple[str, ...]:
         """The names clients use."""
-        return self.server_config.served_model_name or (self.config.model,)
+        return self.server_config.served_model_name or (public_name(self.config.model),)
 
     @property
     def model_name(self) -> str:
@@ -41,7 +42,13 @@ class ServerContext:
         return self.model_names[0]
 
     def check_model(self, name: str | None) -> None:
-        """Raise 404 for another model's name; none means the one there is."""
+        """Raise 404 for another model's name; none means the one there is.
+
+        Where it has no names of its own, what it was started by will do too, as in vLLM.
+        """
+        is_named = bool(self.server_config.served_model_name)
+        if not is_named and name == self.config.model:
+            return
         if name is not None and name not in self.model_names:
             raise ApiError(
                 404,
@@ -53,7 +60,7 @@ class ServerContext:
     def require_engine(self) -> EngineInfo:
         """Return what the engine is; 503 while it is not there."""
         if self.engine.is_dead:
-            raise unavailable(f"The engine is dead: {self.engine.error}", "engine_dead", 30)
+            raise engine_dead()
         if self.is_draining:
             raise unavailable("The server is shutting down.", "draining")
         if self.engine.info is None or not self.engine.is_ready:

@@ -1,7 +1,9 @@
 """What clients are told when something is wrong: one shape, OpenAI's, for every failure.
 
 Rules: {"error": {"message", "type", "param", "code"}} and a status that says whose fault it is:
-400 never 422; 503 with Retry-After while there is no engine to ask.
+400 never 422; 503 with Retry-After while there is no engine to ask. A body is no longer than
+MAX_BODY_BYTES, whatever it repeats of the request; what went wrong inside the engine is for the
+log. Clients are told what they can act on.
 Must not know: routes, what was asked.
 """
 
@@ -16,9 +18,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fastserve.client.interfaces import EngineDeadError
-from fastserve.core.messages import RequestFailedError
+from fastserve.core.messages import NotFiniteError, RequestFailedError
 
 INVALID = "invalid_request_error"
+ENGINE_FAILED = "The engine failed to run this request; the log of the server says why."
+MAX_BODY_BYTES = 4096
+MAX_MESSAGE_BYTES = 3072
+MAX_PARAM_BYTES = 512
+MAX_CHAR_BYTES = 6  # of one character in JSON: \u0000
 
 
 class ErrorDetail(msgspec.Struct):
@@ -66,6 +73,11 @@ def unavailable(message: str, code: str, retry_after_s: int = 5) -> ApiError:
     return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after_s)})
 
 
+def engine_dead() -> ApiError:
+    """Return the 503 for good; the log has said why."""
+    return unavailable("The engine is dead; the log of the server says why.", "engine_dead", 30)
+
+
 def from_validation(error: ValidationError) -> ApiError:
     """Return the 400 for a body that does not fit its schema: the first fault, by name."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
@@ -83,18 +95,32 @@ def from_failure(error: Exception) -> ApiError | None:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineDeadError):
-        return unavailable(f"The engine is dead: {error}", "engine_dead")
+        return engine_dead()
+    if isinstance(error, NotFiniteError):
+        return ApiError(500, f"This request cannot be run: {error}.", code="engine_error")
     if isinstance(error, RequestFailedError):
-        return ApiError(500, str(error), code="engine_error")
+        return ApiError(500, ENGINE_FAILED, code="engine_error")
     if isinstance(error, ValueError):  # the engine refused a request that can never run
         return invalid(str(error))
     return None
 
 
+def shortened(text: str, max_bytes: int) -> str:
+    """Return a text whose JSON takes so many bytes at most: its beginning and its end."""
+    if len(text) * MAX_CHAR_BYTES <= max_bytes:
+        return text
+    short, num_kept = text, min(len(text), max_bytes)
+    while len(short) > max_bytes or len(msgspec.json.encode(short)) > max_bytes:
+        num_kept = num_kept * 3 // 4
+        short = f"{text[: num_kept * 2 // 3]} … {text[len(text) - num_kept // 3 :]}"
+    return short
+
+
 def error_body(error: ApiError) -> bytes:
     """Return the JSON of an error."""
-    detail = ErrorDetail(error.message, error.kind, error.param, error.code)
-    return msgspec.json.encode(ErrorBody(detail))
+    param = None if error.param is None else shortened(error.param, MAX_PARAM_BYTES)
+    message = shortened(error.message, MAX_MESSAGE_BYTES)
+    return msgspec.json.encode(ErrorBody(ErrorDetail(message, error.kind, param, error.code)))
 
 
 def error_response(error: ApiError) -> Response:

@@ -1,4 +1,4 @@
-"""What every request passes: it gets a name, shows the key, has its body measured, is logged.
+"""What every request passes: it calls the server by its name, shows the key, is measured, logged.
 
 Rules: plain ASGI, so that streams pass through untouched; keys are compared in constant time;
 a body is measured as it is read, whatever its headers say; a path means the same with a slash
@@ -18,23 +18,34 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastserve.server.errors import ApiError, error_response
+from fastserve.server.errors import ApiError, error_response, shortened
+from fastserve.server.host_names import HostNames
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/ready"})  # need no key
+WATCHED_PATHS = OPEN_PATHS | {"/version", "/metrics"}  # asked again and again: no line for each
 OUR_ID = re.compile("[0-9a-f]{32}")
-MAX_REQUEST_ID = 128  # characters of a client's own
+CLIENTS_ID = re.compile("[A-Za-z0-9._-]{1,128}")
+MAX_SHOWN_HOST_BYTES = 256
+MAX_SHOWN_PATH_BYTES = 512
 
 
 class Gate:
     """Middleware around the whole app."""
 
     def __init__(
-        self, app: ASGIApp, *, api_keys: Sequence[str], max_body_bytes: int, logs_requests: bool
+        self,
+        app: ASGIApp,
+        *,
+        host_names: HostNames,
+        api_keys: Sequence[str],
+        max_body_bytes: int,
+        logs_requests: bool,
     ) -> None:
         """Guard `app`; no keys: open to all."""
         self._app = app
+        self._host_names = host_names
         self._keys = [key.encode() for key in dict.fromkeys(api_keys)]
         self._max_body_bytes = max_body_bytes
         self._logs_requests = logs_requests
@@ -71,7 +82,7 @@ class Gate:
             failure = ApiError(500, "The server failed.", code="internal_error")
             await error_response(failure)(scope, receive, send_named)
         finally:
-            if self._logs_requests and scope["path"] not in OPEN_PATHS:
+            if self._logs_requests and scope["path"] not in WATCHED_PATHS:
                 spent_ms = 1e3 * (time.monotonic() - began)
                 logger.info(
                     "%s %s %d %.1f ms %s",
@@ -81,9 +92,17 @@ class Gate:
     def _check(self, path: str, headers: Headers) -> str:
         """Return which key was shown, where there are several: its number, for it is a secret.
 
-        Raises ApiError for a missing or wrong key, or a body announced as too large.
+        Raises ApiError for a name that is not this server's, a missing or wrong key, or a body
+        announced as too large.
         """
         tenant = ""
+        if not self._host_names.has(host := headers.get("host")):
+            raise ApiError(
+                403,
+                f"This server is not called {shortened(host or '', MAX_SHOWN_HOST_BYTES)}; "
+                "--allowed-hosts names what else it may be called.",
+                code="unknown_host",
+            )
         if self._keys and path not in OPEN_PATHS:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             is_bearer = scheme.lower() == "bearer"
@@ -128,8 +147,8 @@ class Gate:
 
 
 def chosen_id(given: str | None) -> str:
-    """Return the client's request id if it can be echoed, else a new one."""
-    if given and len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable():
+    """Return the client's request id if it is a plain word, else a new one."""
+    if given and CLIENTS_ID.fullmatch(given):
         return given
     return uuid.uuid4().hex
 
@@ -145,7 +164,7 @@ def shown_id(request_id: str) -> str:
 def shown_path(scope: Scope) -> str:
     """Return the path as it was sent: decoded, it could hold the end of the line."""
     sent: bytes = scope.get("raw_path") or scope["path"].encode()
-    return sent.decode("ascii", errors="backslashreplace")
+    return shortened(sent.decode("ascii", errors="backslashreplace"), MAX_SHOWN_PATH_BYTES)
 
 
 def request_id_of(scope: Scope) -> str:

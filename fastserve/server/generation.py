@@ -14,7 +14,14 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.types import Receive
 
 from fastserve.client.interfaces import UpdateStream
-from fastserve.core.messages import RequestFailedError, RequestMetrics, RequestUpdate, TokenLogprobs
+from fastserve.core.messages import (
+    NOT_FINITE,
+    NotFiniteError,
+    RequestFailedError,
+    RequestMetrics,
+    RequestUpdate,
+    TokenLogprobs,
+)
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.frontend.answer import Answer
 from fastserve.server.context import ServerContext
@@ -78,7 +85,8 @@ class Choice:
         if delta.samples or delta.finish_reason is not None:  # a token follows the whole prompt
             self.scores.are_complete.set()
         if self.answer.finish_reason is FinishReason.ERROR:
-            raise RequestFailedError(f"The engine failed to run this request: {update.error}.")
+            kind = NotFiniteError if update.error == NOT_FINITE else RequestFailedError
+            raise kind(update.error)
         if self.answer.finish_at is not None:
             self.stream.finish(self.answer.finish_at)
         return delta

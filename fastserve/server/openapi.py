@@ -34,6 +34,7 @@ BEARER = "bearer"
 ERRORS: Mapping[int, str] = {
     400: "The request cannot be honoured; the error names the field.",
     401: "No API key, or a wrong one.",
+    403: "The Host header names another server.",
     404: "There is no such model.",
     413: "The body is larger than the server takes.",
     415: "The body is not announced as plain JSON.",
@@ -198,7 +199,7 @@ def answers(route: Route, is_guarded: bool) -> dict[str, Any]:
         told["200"]["content"] = {route.media_type: {"schema": {"type": "string"}}}
     if route.events is not None:
         told["200"]["content"][EVENTS] = {"itemSchema": event(route.events.__name__)}
-    for status in sorted({*route.errors, *((401,) if is_guarded else ())}):
+    for status in sorted({403, *route.errors, *((401,) if is_guarded else ())}):
         told[str(status)] = {"description": ERRORS[status], "content": content("ErrorBody")}
     return told
 

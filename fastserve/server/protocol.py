@@ -1,12 +1,14 @@
 """What clients send: OpenAI's request bodies with vLLM's extra fields.
 
-Rules: types only; values are judged in admission.py, where the engine's limits are known. Fields
-that are not here are kept aside; refused_fields.py says which of them are refused.
+Rules: types only, and strictly: "10" is no number and true is not 1. Values are judged in
+admission.py, where the engine's limits are known. Fields that are not here are kept aside;
+refused_fields.py says which of them are refused.
 Must not know: the engine, the tokenizer.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
@@ -28,7 +30,19 @@ class FirstFault(FailFast):
     __hash__ = object.__hash__
 
 
-Int64 = Annotated[int, Ge(-(2**63)), Lt(2**63)]
+def whole(value: Any) -> Any:
+    """Read 2.0 as 2: JSON knows one kind of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def key_id(value: Any) -> Any:
+    """Read the key of an object as an id: it cannot be but a string."""
+    is_id = isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value)
+    return int(value) if is_id else value
+
+
+Int64 = Annotated[int, BeforeValidator(whole), Ge(-(2**63)), Lt(2**63)]
+IdKey = Annotated[int, BeforeValidator(key_id)]
 TokenIds = Annotated[list[Annotated[StrictInt, Ge(0), Lt(2**63)]], FirstFault()]
 
 
@@ -56,14 +70,16 @@ def kind_of_text(value: Any) -> str:
 
 
 def off_is_none(value: Any) -> Any:
-    """Read false as no logprobs at all, and not as 0; true stays 1, as in vLLM."""
-    return None if value is False else value
+    """Read false as no logprobs at all, and true as 1, as vLLM does."""
+    return (1 if value else None) if isinstance(value, bool) else value
 
 
 class Body(BaseModel):
     """Any request body."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=(), hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="allow", strict=True, protected_namespaces=(), hide_input_in_errors=True
+    )
 
 
 class StreamOptions(Body):
@@ -86,7 +102,7 @@ class GenerationRequest(Body):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: Int64 | None = None
-    logit_bias: dict[Int64, float] | None = None
+    logit_bias: dict[IdKey, float] | None = None
     max_tokens: Int64 | None = None
     min_tokens: Int64 | None = None
     ignore_eos: bool | None = None

@@ -2,22 +2,26 @@
 
 Rules: only JSON that says it is JSON is taken: a web page can post a form or plain text to any
 address without asking, but not this. Bodies are parsed here and not by the framework, so that every
-fault has one shape. Must not know: routes, what is done with a body.
+fault has one shape. A key that is there twice is a fault: who has read the body before, as a proxy
+that checks it, may have read the other value. Must not know: routes, what is done with a body.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+import json
+from collections import Counter
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import Headers
 
-from fastserve.server.errors import ApiError, from_validation
+from fastserve.server.errors import ApiError, from_validation, invalid, shortened
 from fastserve.server.protocol import Body
 from fastserve.server.refused_fields import UnreadFields
 
 B = TypeVar("B", bound=Body)
+MAX_SHOWN_KEY_BYTES = 256
 
 
 async def read_body(request: Request, model: type[B], unread: UnreadFields) -> B:
@@ -32,8 +36,26 @@ async def read_body(request: Request, model: type[B], unread: UnreadFields) -> B
         body = model.model_validate_json(content)
     except ValidationError as error:
         raise from_validation(error) from error
+    check_keys(content)
     unread.check(body)
     return body
+
+
+def check_keys(content: bytes) -> None:
+    """Raise 400 for JSON, known to be whole, in which an object has a key twice."""
+    try:
+        json.loads(content, object_pairs_hook=single)
+    except ValueError as error:  # a number, too, of more digits than Python reads
+        raise invalid(f"The request body cannot be read: {error}.") from error
+
+
+def single(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; ValueError for a key that it has twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {shortened(twice, MAX_SHOWN_KEY_BYTES)!r} is there twice")
+    return found
 
 
 def check_media_type(headers: Headers) -> None:

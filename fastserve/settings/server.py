@@ -5,9 +5,12 @@ Rules: frozen, resolved once. Must not know: torch, the model's files, the machi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastserve.settings.option import ConfigError, check_ranges, option
+
+KEY_VARIABLE = "FASTSERVE_API_KEY"  # of the environment: one key, or several between blanks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +19,17 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to bind")
     port: int = option(8000, "port to bind; 0 picks a free one", minimum=0, maximum=65535)
-    api_key: tuple[str, ...] = option((), "bearer tokens, one of which requests must carry")
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "names by which clients may call the server besides this machine's own; *.NAME: all below "
+        "it, *: any (any where --host can be reached from other machines)",
+    )
+    api_key: tuple[str, ...] = option(
+        (),
+        "bearer tokens, one of which requests must carry; other users of this machine see these, "
+        "and not those of --api-key-file or of the variable FASTSERVE_API_KEY",
+    )
+    api_key_file: str | None = option(None, "file with more such tokens, one a line")
     served_model_name: tuple[str, ...] = option(
         (), "model names that clients use; answers bear the first"
     )
@@ -50,9 +63,14 @@ class ServerConfig:
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
         check_ranges(self)
-        for key in self.api_key:
-            if key != key.strip() or not (key.isascii() and key.isprintable()):
-                raise ConfigError(
-                    "--api-key: a key that no header can carry; it must be printable ASCII, "
-                    "with no blank at either end"
-                )
+        check_keys(self.api_key, "--api-key")
+
+
+def check_keys(keys: Iterable[str], source: str) -> None:
+    """Raise ConfigError for a key that no header can carry; the line does not repeat it."""
+    for key in keys:
+        if key != key.strip() or not (key.isascii() and key.isprintable()):
+            raise ConfigError(
+                f"{source}: a key that no header can carry; it must be printable ASCII, "
+                "with no blank at either end"
+            )

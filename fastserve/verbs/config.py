@@ -35,6 +35,9 @@ class TopConfig:
     """What `top` watches."""
 
     url: str = option("http://127.0.0.1:8000", "address of the server", positional=True)
+    api_key: str | None = option(
+        None, "bearer token, where it asks for one (the first of the variable FASTSERVE_API_KEY)"
+    )
     interval: float = option(1.0, "seconds between two looks", minimum=0.1)
     once: bool = option(False, "print one picture and end")
 

@@ -8,6 +8,7 @@ Must not know: the engine.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -22,6 +23,7 @@ from rich.text import Text
 
 from fastserve.host.http_client import open_client
 from fastserve.settings.option import ConfigError
+from fastserve.settings.server import KEY_VARIABLE
 from fastserve.verbs.config import TopConfig
 from fastserve.verbs.server_snapshot import Snapshot, rate, read_snapshot
 
@@ -241,7 +243,8 @@ class Watched:
             raise ValueError(f"no server answers at {self.url}: {reason}") from error
         if answer.status_code != httpx.codes.OK:
             said = f"{answer.status_code} {answer.reason_phrase}"
-            raise ValueError(f"{self.url}/metrics answers {said}")
+            hint = "; --api-key shows one" if answer.status_code == httpx.codes.UNAUTHORIZED else ""
+            raise ValueError(f"{self.url}/metrics answers {said}{hint}")
         now = read_snapshot(answer.text, time.monotonic())
         self._before, self._now = self._now, now
         if now.started_at is not None:
@@ -267,6 +270,8 @@ def watch(config: TopConfig) -> int:
     url = url if "://" in url else f"http://{url}"
     console = Console()
     with open_client(url, timeout_s=TIMEOUT_S) as client:
+        if key := config.api_key or next(iter(os.environ.get(KEY_VARIABLE, "").split()), None):
+            client.headers["Authorization"] = f"Bearer {key}"
         watched = Watched(url, client)
         try:
             watched.look()

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from fastserve.core.build import build_scheduler
-from fastserve.core.messages import ExecutorOutput, Sample, StepDone
+from fastserve.core.messages import NO_TOKEN, NOT_FINITE, ExecutorOutput, Sample, StepDone
 from fastserve.core.policies.parts import Deadlines
 from fastserve.core.request import Arrival, FinishReason, Handle, SamplingParams
 from fastserve.settings.scheduler import pool_window
 from tests.core.builders import one_second
 from tests.core.harness import UNIT_COST, Harness, small_config
+from tests.fake_executor import default_token
 
 EOS, STOP = 900, 901
 PIPELINES = ((1, 0), (1, 1), (2, 0))
@@ -266,6 +267,51 @@ def test_prefix_hits_are_counted_and_spare_work() -> None:
     assert last is not None
     assert last.metrics is not None
     assert last.metrics.cached_tokens == 12
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_logits_that_are_no_numbers_end_one_request(pipeline: tuple[int, int]) -> None:
+    """It ends with an error and no token more; the others get theirs when they would have anyway.
+
+    Nobody finds its KV afterwards, nor what it had found itself.
+    """
+    num_slots, lookahead = pipeline
+    config = small_config(enable_prefix_caching=True, num_slots=num_slots, lookahead=lookahead)
+    finished = []
+    for last in (NO_TOKEN, EOS):  # of the request in the middle, its third
+
+        def token(seed: int, position: int, last: int = last) -> int:
+            return last if (seed, position) == (2, 2) else default_token(seed, position)
+
+        harness = Harness(
+            replace(config, eos_token_ids=frozenset((EOS,))),
+            64,
+            step_s=one_second,
+            token=token,
+        )
+        harness.add(range(12), 1, seed=9)
+        harness.drain()
+        handles = [harness.add(range(100, 110), 9, seed=1), harness.add(range(16), 9, seed=2)]
+        handles.append(harness.add(range(200, 210), 9, seed=3))
+        harness.drain()
+        ends = [harness.expected[handle].last for handle in handles]
+        finished.append([end.metrics.finished for end in ends if end and end.metrics])
+        again = harness.add(range(16), 2, seed=4)
+        harness.drain()
+        works = [work for plan in harness.executor.plans for work in plan.work]
+        first = next(work for work in works if work.handle == again)
+        reasons = [end.finish_reason for end in ends if end]
+        if last == EOS:
+            assert (reasons[1], first.start) == (FinishReason.STOP, 12)
+            continue
+        assert reasons == [FinishReason.LENGTH, FinishReason.ERROR, FinishReason.LENGTH]
+        bad = ends[1]
+        assert bad is not None
+        assert bad.metrics is not None
+        assert (bad.error, bad.samples, bad.metrics.cached_tokens) == (NOT_FINITE, (), 12)
+        assert len(harness.expected[handles[1]].received) == 2
+        assert first.start == 0
+    assert finished[0] == finished[1]
 
 
 def test_a_prefix_is_found_under_its_own_salt_only() -> None:

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastserve.core import messages
 from fastserve.model import sampler
-from fastserve.model.sampler import Adjustments, Draws, adjust, gumbel, sample, score
+from fastserve.model.sampler import NO_TOKEN, Adjustments, Draws, adjust, gumbel, sample, score
 
 VOCAB = 60
 
@@ -227,10 +228,26 @@ def test_draws_survive_the_last_bits():
     assert int((sample(logits.clone(), config, None) != moved).sum()) <= 1
 
 
-def test_logits_that_are_not_numbers_raise():
-    """NaN logits are an error, not token 0."""
-    with pytest.raises(RuntimeError, match="not numbers"):
-        sample(torch.full((1, VOCAB), torch.nan), draws(1), None)
+@pytest.mark.parametrize("is_greedy", [True, False, None])
+def test_a_row_without_numbers_has_no_token_and_harms_no_other(is_greedy):
+    """One NaN, one infinity, or no logit that is finite: NO_TOKEN; -inf alone is a banned id."""
+    logits = torch.randn(6, VOCAB)
+    config = None if is_greedy is None else draws(6, top_p=0.9, is_greedy=np.full(6, is_greedy))
+    whole = sample(logits.clone(), config, None).tolist()
+    logits[1, 3] = torch.nan
+    logits[2] = torch.nan
+    logits[3, 5] = torch.inf
+    logits[4] = -torch.inf
+    logits[5, (whole[5] + 1) % VOCAB] = -torch.inf
+    drawn = sample(logits.clone(), config, None).tolist()
+    assert drawn[1:5] == [NO_TOKEN] * 4
+    assert drawn[0] == whole[0]
+    assert 0 <= drawn[5] < VOCAB
+
+
+def test_no_token_is_said_in_one_way():
+    """What the sampler draws is what a Sample says."""
+    assert NO_TOKEN == messages.NO_TOKEN
 
 
 def test_adjustments():

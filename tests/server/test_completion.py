@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from fastserve.core.messages import RequestUpdate, Sample
+from fastserve.core.messages import NOT_FINITE, RequestUpdate, Sample
 from fastserve.core.request import FinishReason, Handle
 from fastserve.text.tokenizer import Tokenizer
 from tests import tiny_tokenizers
@@ -165,18 +165,20 @@ def test_a_prompt_that_fills_the_window_can_be_scored():
 
 
 def test_a_request_whose_step_failed_is_a_500():
-    """It is told why, whole or streamed: what there was of it is not passed off as an answer."""
+    """Whole or streamed: what there was of it is not passed off as an answer.
 
-    def script(stream):
-        yield RequestUpdate(Handle(0), [Sample(40)])
-        yield RequestUpdate(Handle(0), (), FinishReason.ERROR, error="ValueError: no")
-
-    response = post(ScriptedEngine(script), PATH, {"prompt": "x"})
-    assert response.status_code == 500
-    assert response.json()["error"]["code"] == "engine_error"
-    assert "ValueError: no" in response.json()["error"]["message"]
-    events = sse_events(post(ScriptedEngine(script), PATH, {"prompt": "x", "stream": True}))
-    assert events[-1]["error"]["code"] == "engine_error"
+    Why is for the log; that the model has no numbers for it is for the client too.
+    """
+    for reason, is_told in (("ValueError: /a/path", False), (NOT_FINITE, True)):
+        end = RequestUpdate(Handle(0), (), FinishReason.ERROR, error=reason)
+        script = lambda stream, end=end: [RequestUpdate(Handle(0), [Sample(40)]), end]  # noqa: E731
+        response = post(ScriptedEngine(script), PATH, {"prompt": "x"})
+        assert response.status_code == 500
+        error = response.json()["error"]
+        assert (error["type"], error["code"]) == ("server_error", "engine_error")
+        assert (reason in error["message"]) is is_told
+        events = sse_events(post(ScriptedEngine(script), PATH, {"prompt": "x", "stream": True}))
+        assert events[-1]["error"] == error
 
 
 def test_a_stream():

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from fastserve import launch
+from fastserve.host.log_lines import LineFormatter
 from tests.server.scripted import ScriptedEngine, call, make_app
 
 BODY = {"prompt": "x"}
@@ -85,17 +85,59 @@ def test_a_slash_behind_a_path_changes_nothing(method, path, body):
         assert given.json()["object"] == "list"
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/metrics"])
+@pytest.mark.parametrize("path", ["/health", "/ready"])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_watchers_need_no_key(path, method):
-    """They see no one's text."""
+def test_who_asks_whether_it_runs_needs_no_key(path, method):
+    """That is all they are told."""
     assert call(make_app(ScriptedEngine(), api_key=("key",)), method, path).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/docs", "/openapi.json", "/nowhere", "/health/x"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/models", "/docs", "/openapi.json", "/version", "/metrics", "/nowhere", "/health/x"],
+)
 def test_all_else_needs_the_key(path):
-    """Also what does not exist."""
+    """Also what does not exist; without keys nothing does."""
     assert call(make_app(ScriptedEngine(), api_key=("key",)), "GET", path).status_code == 401
+    assert call(make_app(ScriptedEngine()), "GET", path).status_code != 401
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200), ("localhost:8000", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200),
+        ("LOCALHOST.", 200), ("app.localhost", 200),
+        ("evil.example", 403), ("evil.example:8000", 403), ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example", 403), ("192.168.0.7", 403), ("[::1", 403), ("", 403),
+    ],
+)  # fmt: skip
+def test_a_server_of_this_machine_has_no_other_names(host, status):
+    """A page that lets a name of its own mean this machine gets nothing: it needs no key."""
+    app = make_app(ScriptedEngine())
+    answer = call(app, "POST", "/v1/completions", json=BODY, headers={"Host": host})
+    assert answer.status_code == status
+    if status == 403:
+        assert answer.json()["error"]["code"] == "unknown_host"
+
+
+@pytest.mark.parametrize(
+    ("bound_to", "given", "host", "status"),
+    [
+        ("127.0.0.1", ("api.example", "*.test"), "API.example:80", 200),
+        ("127.0.0.1", ("api.example", "*.test"), "a.b.test", 200),
+        ("127.0.0.1", ("api.example", "*.test"), "test", 403),
+        ("127.0.0.1", ("api.example", "*.test"), "x.api.example", 403),
+        ("127.0.0.1", ("*",), "evil.example", 200),
+        ("0.0.0.0", (), "api.example", 200),
+        ("0.0.0.0", ("api.example",), "evil.example", 403),
+        ("0.0.0.0", ("api.example",), "localhost", 200),
+        ("10.0.0.5", ("api.example",), "10.0.0.5:8000", 200),
+    ],
+)
+def test_a_server_may_be_given_names(bound_to, given, host, status):
+    """One that others reach takes any, until it is given some."""
+    app = make_app(ScriptedEngine(), host=bound_to, allowed_hosts=given)
+    assert call(app, "GET", "/version", headers={"Host": host}).status_code == status
 
 
 @pytest.mark.parametrize("is_announced", [True, False])
@@ -116,10 +158,14 @@ def test_the_size_of_a_body(is_announced):
 
 
 @pytest.mark.parametrize(
-    ("given", "is_echoed"), [("abc-1", True), ("x" * 200, False), ("é", False), (None, False)]
-)
+    ("given", "is_echoed"),
+    [
+        ("abc-1._Z", True), ("x" * 128, True), ("x" * 129, False), ("é", False), (None, False),
+        ("a b", False), ('a"b', False), ("a%0Ab", False), ("a/b", False), ("", False),
+    ],
+)  # fmt: skip
 def test_request_ids(given, is_echoed):
-    """The client's own if it can be echoed, else a new one; errors carry one too."""
+    """The client's own if it is one plain word, else a new one; errors carry one too."""
     headers = {} if given is None else {"X-Request-Id": given.encode()}
     for path in ("/version", "/nowhere"):
         echoed = call(make_app(ScriptedEngine()), "GET", path, headers=headers)
@@ -147,7 +193,7 @@ def test_a_line_of_the_log_fits_a_terminal(caplog, given):
     with caplog.at_level(logging.INFO, logger="fastserve.server.gate"):
         answer = call(app, "POST", "/v1/chat/completions", json={}, headers=headers)
     [record] = caplog.records
-    line = logging.Formatter(launch.LOG_FORMAT, launch.LOG_TIME).format(record)
+    line = LineFormatter().format(record)
     assert len(line) <= 80
     echoed = answer.headers["x-request-id"]
     assert line.endswith(f" ms {given if given == 'req-2024-000017' else echoed[:8]}")

@@ -124,7 +124,7 @@ def test_an_idle_connection_stays_open_as_long_as_asked(cache: Path) -> None:
     with serving(cache, (*FLAGS, "--timeout-keep-alive", "1")) as process:
         port = int(wait_for_line(process, r"Serving demo on http://127\.0\.0\.1:(\d+)")[1])
         with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-            connection.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
             began = time.monotonic()
             while connection.recv(4096):
                 pass

@@ -63,7 +63,7 @@ def test_every_route_is_described():
     assert described.keys() == ROUTES.keys()
     for key, operation in described.items():
         statuses = set(operation["responses"])
-        assert statuses == {"200", *map(str, ROUTES[key].errors)}
+        assert statuses == {"200", "403", *map(str, ROUTES[key].errors)}
         assert "422" not in statuses
 
 
@@ -73,7 +73,7 @@ def test_the_key_is_asked_for_where_it_is_needed(has_key):
     schema = description(**({"api_key": ("key",)} if has_key else {}))
     for path, methods in schema["paths"].items():
         for operation in methods.values():
-            is_guarded = has_key and path not in ("/health", "/ready", "/version", "/metrics")
+            is_guarded = has_key and path not in ("/health", "/ready")
             assert operation.get("security") == ([{"bearer": []}] if is_guarded else None)
             assert ("401" in operation["responses"]) is is_guarded
     schemes = schema["components"].get("securitySchemes")

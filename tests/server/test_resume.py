@@ -64,7 +64,8 @@ async def answers(url: str, on_event: Callable[[int], None]) -> list[str]:
 
 def total(url: str, name: str) -> float:
     """Return a counter of a server."""
-    exposition = httpx.get(url + "/metrics").text
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    exposition = httpx.get(url + "/metrics", headers=headers).text
     found = re.search(rf"^fastserve:{name}_total{{.*}} (\S+)$", exposition, re.MULTILINE)
     assert found, exposition
     return float(found.group(1))

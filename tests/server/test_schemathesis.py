@@ -124,7 +124,7 @@ def live_url() -> Iterator[str]:
     with serving("--max-model-len", "64", "--max-body-bytes", "200000") as (_, url):
         assert httpx.get(f"{url}/openapi.json", headers=HEADERS).json() == APP.openapi()
         yield url
-        exposition = httpx.get(f"{url}/metrics").text
+        exposition = httpx.get(f"{url}/metrics", headers=HEADERS).text
         assert re.search(r"^fastserve:engine_restarts_total{.*} 0\.0$", exposition, re.MULTILINE)
 
 

@@ -455,6 +455,14 @@ class KVCacheManager:
                 self.pool.publish(table.blocks[index], request.block_hashes[index])
         table.num_published = num_full
 
+    def distrust(self, request: Request) -> None:
+        """Let nothing of a request be found as a prefix any more: its KV may be no numbers.
+
+        What it found itself goes too, for that may be where they came from.
+        """
+        for block_hash in request.block_hashes:
+            self.pool.unpublish(block_hash)
+
     def worked(self, device_s: float) -> None:
         """Note the device seconds of a step that is done."""
         self._eviction.worked(device_s)

@@ -131,6 +131,17 @@ class BlockPool:
             block.hash = block_hash
             self._by_hash[block_hash] = block
 
+    def unpublish(self, block_hash: bytes) -> None:
+        """Let nobody find this content any more; its places are free where no table names it."""
+        block = self._by_hash.get(block_hash)
+        if block is None:
+            return
+        self._unpublish(block)
+        if not (block.refs or block.is_moving):
+            for drawer in (self._cached, self._unsaved, self._saved):
+                drawer.pop(block, None)
+            self._file(block)
+
     def unsaved(self) -> Iterator[Block]:
         """Yield what only the prefix cache of the device has, the next to be displaced first."""
         return iter(self._unsaved)

@@ -63,6 +63,17 @@ class Model:
             self.findable[block_hash] = block
         assert (self.findable.get(block_hash) is block) == (block.hash == block_hash)
 
+    def unpublish(self, number: int) -> None:
+        """A content is not to be trusted."""
+        block = self.findable.pop(HASHES[number % len(HASHES)], None)
+        self.pool.unpublish(HASHES[number % len(HASHES)])
+        if block is None:
+            return
+        assert block.hash is None
+        is_copied = block in [copying.block for copying in self.copies]
+        if block not in self.names and not is_copied:
+            self.forget(block)
+
     def retain(self, number: int) -> None:
         """A table finds its beginning, on whichever tier."""
         block = self.pool.find(HASHES[number % len(HASHES)])
@@ -273,6 +284,7 @@ class Model:
 OPERATIONS = (
     *(Model.take, Model.take, Model.publish, Model.publish, Model.retain, Model.release),
     *(Model.save, Model.leave, Model.stay, Model.drop, Model.load, Model.forget_host, Model.end),
+    Model.unpublish,
 )
 
 
