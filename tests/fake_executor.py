@@ -1,16 +1,16 @@
 """A device that computes no network but checks every plan against a naive model of KV.
 
-It remembers which ids every block slot was written for, so a table that names the wrong block, a
-block that is reused too early, or a position that was never computed is an assertion, not a
+It remembers which ids every position of a place was written for, so a table that names the wrong
+place, one that is reused too early, or a position that was never computed is an assertion, not a
 wrong token. Its samples are a function of (request, position), like a seeded sampler's, so a
-preempted request must produce what an undisturbed one does. Copies move what the slots hold to
-places of a host tier and back, when their time has come. Time is virtual.
+preempted request must produce what an undisturbed one does. Copies move what places hold to
+a host tier and back, when their time has come. Time is virtual.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from math import inf
 
@@ -26,7 +26,7 @@ from fastserve.core.messages import (
     TokenLogprobs,
     Work,
 )
-from fastserve.core.request import Handle
+from fastserve.core.request import FinishReason, Handle, SamplingParams
 from fastserve.sim.clock import VirtualClock
 
 
@@ -37,6 +37,19 @@ class _State:
     new: NewRequest
     token_ids: list[int]
     table: list[int] = field(default_factory=list)
+    chain: list[int] = field(default_factory=list)  # position → hash of its id and all before it
+
+    def know(self, start: int, token_ids: Sequence[int]) -> None:
+        """Put ids at positions from `start` on."""
+        self.token_ids[start : start + len(token_ids)] = token_ids
+        del self.chain[start:]
+
+    def chained(self, start: int, stop: int) -> list[int]:
+        """Return what identifies the KV of positions [start, stop)."""
+        chain, token_ids = self.chain, self.token_ids
+        while len(chain) < stop:
+            chain.append(hash((chain[-1] if chain else 0, token_ids[len(chain)])))
+        return chain[start:stop]
 
 
 @dataclass
@@ -115,8 +128,8 @@ class FakeExecutor:
         self.num_copied = 0  # blocks, both ways
         self.token = token
         self.states: dict[int, _State] = {}
-        self.slots: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, offset) → ids so far
-        self.host_slots: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.device_kv: dict[int, list[int]] = {}  # place → what its positions were written for
+        self.host_kv: dict[int, list[int]] = {}
         self.running: list[_Running] = []
         self.copying: list[_Copying] = []
         self.plans: list[SchedulerOutput] = []  # those with work
@@ -187,14 +200,11 @@ class FakeExecutor:
         self.num_copied += len(copy.src)
 
     def _end_copy(self, copying: _Copying) -> None:
-        copy, source, target = copying.copy, self.slots, self.host_slots
+        copy, source, target = copying.copy, self.device_kv, self.host_kv
         if not copying.is_out:
             source, target = target, source
         for src, dst in zip(copy.src, copy.dst, strict=True):
-            for offset in range(self.block_size):
-                target.pop((dst, offset), None)
-                if (src, offset) in source and not copying.has_failed:
-                    target[dst, offset] = source[src, offset]
+            target[dst] = [] if copying.has_failed else list(source.get(src, ()))
 
     def _fail(self, run: _Running) -> None:
         """Lose the requests of a step: what it was to compute is nowhere, nor is their state."""
@@ -204,8 +214,8 @@ class FakeExecutor:
             state = self.states.pop(work.handle, None)
             self.lost[work.handle] = work.epoch
             if state is not None:
-                for position in range(work.start, work.start + work.num_tokens):
-                    self.slots.pop(self._slot(state, position), None)
+                for place, first, _ in self._places(state, work.start, work.num_tokens):
+                    del self.device_kv[place][first % self.block_size :]
 
     def _execute(self, work: Work, run: _Running) -> None:
         state = self.states[work.handle]
@@ -220,20 +230,21 @@ class FakeExecutor:
             assert len(state.token_ids) == stop
         else:
             assert len(known) == work.num_tokens
-            state.token_ids[work.start : work.start + len(known)] = known
+            state.know(work.start, known)
         assert len(state.token_ids) >= stop
         assert len(state.table) * self.block_size >= stop, "no block for a position"
-        for position in range(work.start):
-            slot = self._slot(state, position)
-            expected = tuple(state.token_ids[: position + 1])
+        for place, first, end in self._places(state, 0, work.start):
             if self.is_checked:
-                assert self.slots.get(slot) == expected, f"KV of position {position} is not there"
-            run.read.add(slot[0])
-        for position in range(work.start, stop):
-            slot = self._slot(state, position)
-            self.slots[slot] = tuple(state.token_ids[: position + 1])
-            run.written.add(slot[0])
-        self._check_races(work, run)
+                kv = self.device_kv.get(place, [])[: end - first]
+                assert kv == state.chained(first, end), f"KV of [{first}, {end}) is not there"
+            run.read.add(place)
+        fresh = set()
+        for place, first, end in self._places(state, work.start, work.num_tokens):
+            kv = self.device_kv.setdefault(place, [])
+            kv[first % self.block_size :] = state.chained(first, end)
+            fresh.add(place)
+        run.written |= fresh
+        self._check_races(work, fresh, run)
         if work.logits == "all":
             scored = range(max(work.start, 1), min(stop, state.new.num_prompt_tokens))
             run.scores[work.handle] = [prompt_score(state.token_ids[p], p) for p in scored]
@@ -245,35 +256,36 @@ class FakeExecutor:
             state.token_ids.append(sample)
             run.samples.append(Sample(sample))
 
-    def _check_races(self, work: Work, run: _Running) -> None:
+    def _check_races(self, work: Work, fresh: set[int], run: _Running) -> None:
         """No block may be written while an earlier step of another request touches it.
 
         Nor may a step touch a block that is being copied.
         """
-        table = set(self.states[work.handle].table)
         for copying in self.copying:
             assert not copying.is_disturbed_by(run), "the block moves"
         for other in self.running:
             mine = any(earlier.handle == work.handle for earlier in other.plan.work)
             if not mine:
-                fresh = {
-                    self._slot(self.states[work.handle], p)[0]
-                    for p in range(work.start, work.start + work.num_tokens)
-                }
-                assert fresh <= table
                 assert not fresh & (other.written | other.read), "a block is reused in flight"
 
-    def _slot(self, state: _State, position: int) -> tuple[int, int]:
-        return state.table[position // self.block_size], position % self.block_size
+    def _places(self, state: _State, start: int, num_tokens: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the places of some positions, each with its first and the end of those in it."""
+        size, stop = self.block_size, start + num_tokens
+        for index in range(start // size, -(-stop // size)):
+            yield state.table[index], max(start, index * size), min(stop, (index + 1) * size)
+
+    @property
+    def next_end(self) -> float:
+        """When the next step or copy is done; inf where none is under way."""
+        next_step = self.running[0].finishes_at if self.running else inf
+        return min([next_step, *(copying.finishes_at for copying in self.copying)])
 
     def wait(self, until: float) -> ExecutorOutput | None:
         """Let time pass to what finishes next, to `until`, or not at all when woken."""
         if self.is_woken:
             self.is_woken = False
             return None
-        next_step = self.running[0].finishes_at if self.running else inf
-        next_copy = min((copying.finishes_at for copying in self.copying), default=inf)
-        if not self.clock.wait(min(next_step, next_copy), until):
+        if not self.clock.wait(self.next_end, until):
             return None
         ended = [copying for copying in self.copying if copying.finishes_at <= self.clock.time]
         for copying in ended:
@@ -296,6 +308,25 @@ class FakeExecutor:
 
     def close(self) -> None:
         """There is nothing to free."""
+
+
+def undisturbed(
+    params: SamplingParams, token: Callable[[int, int], int], eos_token_ids: Set[int]
+) -> tuple[list[int], FinishReason, int | None]:
+    """Return the ids, why they end and at which stop id, of a request alone on the machine."""
+    assert params.seed is not None
+    assert params.max_tokens is not None
+    eos = frozenset() if params.ignore_eos else eos_token_ids
+    ids: list[int] = []
+    while len(ids) < params.max_tokens:
+        ids.append(token(params.seed, len(ids)))
+        if len(ids) < params.min_tokens:
+            continue
+        if ids[-1] in eos:
+            return ids, FinishReason.STOP, None
+        if ids[-1] in params.stop_token_ids:
+            return ids, FinishReason.STOP, None if ids[-1] in eos_token_ids else ids[-1]
+    return ids, FinishReason.LENGTH, None
 
 
 def random_durations(rng: random.Random) -> Callable[[SchedulerOutput], float]:

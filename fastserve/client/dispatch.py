@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from fastserve.client.engine_link import EngineLink
 from fastserve.client.interfaces import EngineDeadError
@@ -40,10 +40,12 @@ logger = logging.getLogger(__name__)
 class Dispatcher:
     """The open requests and the replicas that run them: one for each of the `metrics`."""
 
-    def __init__(self, *metrics: EngineMetrics) -> None:
-        self.streams = OpenStreams()
+    def __init__(self, *metrics: EngineMetrics, now: Callable[[], float] = time.monotonic) -> None:
+        """`now` tells the seconds of a steady clock."""
+        self.streams = OpenStreams(now)
         self.num_blamed = 0  # deaths that were one request's fault
         self._metrics = metrics
+        self._now = now
         self._router = Router(len(metrics))
         self._suspects = Suspects()
         self._links: list[EngineLink | None] = [None] * len(metrics)  # those that have loaded
@@ -138,7 +140,7 @@ class Dispatcher:
                 self._metrics[replica].resumed()
             link = self._links[replica]
             assert link is not None
-            link.give(first.as_command(time.monotonic(), siblings))
+            link.give(first.as_command(self._now(), siblings))
 
     def _route(self, stream: RequestStream) -> int | None:
         """Return the replica that a request is to run in; None where none may, or need."""

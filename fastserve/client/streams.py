@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from fastserve.client.metrics import EngineMetrics
@@ -116,6 +116,8 @@ class RequestStream:
         """Take one update in."""
         if update.prompt_logprobs:
             update = self._unseen(update)
+            if not (update.prompt_logprobs or update.samples or update.finish_reason):
+                return
         self.output_token_ids.extend(sample.token_id for sample in update.samples)
         self._pending.append(update)
         self.is_ended = update.finish_reason is not None
@@ -142,7 +144,8 @@ class OpenStreams:
     What is counted of a request is counted with the engine that has it, which the caller names.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
         self._streams: dict[RequestNumber, RequestStream] = {}
         self._all_ended = asyncio.Event()
         self._all_ended.set()
@@ -166,7 +169,7 @@ class OpenStreams:
 
     def open(self, arrival: Arrival, owner: StreamOwner) -> RequestStream:
         """Take a request in, and give it a number."""
-        stream = RequestStream(owner, self._next_number, arrival, time.monotonic())
+        stream = RequestStream(owner, self._next_number, arrival, self._now())
         self._streams[stream.number] = stream
         self._next_number = RequestNumber(self._next_number + 1)
         self._all_ended.clear()
@@ -178,7 +181,7 @@ class OpenStreams:
         """Hand an update to its request, which has not ended; a terminal one ends it."""
         stream = self._streams[number]
         if update.samples:
-            _count_tokens(stream, len(update.samples), metrics)
+            _count_tokens(stream, len(update.samples), metrics, self._now())
         stream.push(update)
         if update.finish_reason is not None:
             self._close(stream, update.finish_reason, metrics, update.metrics)
@@ -211,14 +214,15 @@ class OpenStreams:
             reason,
             len(stream.prompt_token_ids),
             len(stream.output_token_ids),
-            time.monotonic() - stream.arrived_at,
+            self._now() - stream.arrived_at,
             told,
             stream.params,
         )
 
 
-def _count_tokens(stream: RequestStream, num_tokens: int, metrics: EngineMetrics) -> None:
-    now = time.monotonic()
+def _count_tokens(
+    stream: RequestStream, num_tokens: int, metrics: EngineMetrics, now: float
+) -> None:
     metrics.generated(num_tokens)
     if stream.first_token_at is None:
         stream.first_token_at = now

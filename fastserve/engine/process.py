@@ -144,17 +144,22 @@ class Loop:
 
     def run(self) -> None:
         """Serve until the other end has gone."""
+        self._inbox.on_arrival = self.engine.executor.wake
+        while self.turn():
+            pass
+
+    def turn(self, until: float = math.inf) -> bool:
+        """Take in what was said, step once, and say what is new; False: the other end has gone."""
         engine = self.engine
-        self._inbox.on_arrival = engine.executor.wake
-        while True:
-            news = [update for command in self._inbox.drain() if (update := self._apply(command))]
-            if self._inbox.is_closed:
-                return
-            news += engine.step(self._next_due())
-            self._send(news)
-            # Without news a step is under way, or there is none to hold up.
-            if self._lengths is not None and not news:
-                self._lengths.keep(engine.clock.now())
+        news = [update for command in self._inbox.drain() if (update := self._apply(command))]
+        if self._inbox.is_closed:
+            return False
+        news += engine.step(min(until, self.next_due))
+        self._send(news)
+        # Without news a step is under way, or there is none to hold up.
+        if self._lengths is not None and not news:
+            self._lengths.keep(engine.clock.now())
+        return True
 
     def close(self) -> None:
         """Keep what was learned, and let go of everything that was opened."""
@@ -164,7 +169,9 @@ class Loop:
         finally:
             self.engine.close()
 
-    def _next_due(self) -> float:
+    @property
+    def next_due(self) -> float:
+        """When it has something to say or to keep, though nothing happens until then."""
         return min(self._stats_due, math.inf if self._lengths is None else self._lengths.due_at)
 
     def running(self) -> tuple[RequestNumber, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from fastserve.client.streams import RequestStream, merged
@@ -70,6 +72,24 @@ def test_a_restart_keeps_ages_whatever_the_clock_of_the_engine(origin: float) ->
             assert update.metrics is not None
             ages.append(origin - update.metrics.arrival)
     assert ages == [40.0, 30.0, 20.0]
+
+
+def test_an_update_of_scores_that_were_seen_wakes_nobody() -> None:
+    """It would reach the client as an event without anything in it."""
+    params = SamplingParams(max_tokens=5, prompt_logprobs=0)
+    stream = RequestStream(Owner(), RequestNumber(3), Arrival([1, 2], params), now=0.0)
+    scored = RequestUpdate(Handle(0), (), prompt_logprobs=[TokenLogprobs(-1.0, 1, (), ())])
+    stream.as_command(now=0.0)
+    stream.push(scored)
+
+    async def read() -> list[RequestUpdate]:
+        first = await anext(stream)
+        stream.as_command(now=1.0)
+        stream.push(scored)
+        stream.end()
+        return [first] + [update async for update in stream]
+
+    assert asyncio.run(read()) == [scored]
 
 
 def test_merged_updates_keep_every_sample() -> None:

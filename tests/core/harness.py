@@ -23,6 +23,7 @@ from tests.fake_executor import (
     default_token,
     prompt_score,
     random_durations,
+    undisturbed,
 )
 
 UNIT_COST = CostModel(base_s=0.5, prefill_token_s=0.01, decode_seq_s=0.02, decode_context_s=0.0001)
@@ -122,29 +123,14 @@ class Harness:
         seed = self.rng.randrange(2**31) if seed is None else seed
         params = SamplingParams(max_tokens=max_tokens, seed=seed, **kw)
         handle = self.engine.add(Arrival(prompt, params, priority=priority, cache_salt=cache_salt))
-        owed, reason, stop_reason = self.undisturbed(params, seed, max_tokens)
+        owed, reason, stop_reason = undisturbed(
+            params, self.executor.token, self.config.eos_token_ids
+        )
         scores = [prompt_score(token_id, p) for p, token_id in enumerate(prompt) if p]
         if params.prompt_logprobs is None:
             scores = []
         self.expected[handle] = Expected(seed, max_tokens, owed, reason, stop_reason, scores)
         return handle
-
-    def undisturbed(
-        self, params: SamplingParams, seed: int, max_tokens: int
-    ) -> tuple[list[int], FinishReason, int | None]:
-        """Return the ids, and why they end, of a request that has the machine to itself."""
-        eos = frozenset() if params.ignore_eos else self.config.eos_token_ids
-        ids: list[int] = []
-        while len(ids) < max_tokens:
-            ids.append(self.executor.token(seed, len(ids)))
-            if len(ids) < params.min_tokens:
-                continue
-            if ids[-1] in eos:
-                return ids, FinishReason.STOP, None
-            if ids[-1] in params.stop_token_ids:
-                is_eos = ids[-1] in self.config.eos_token_ids
-                return ids, FinishReason.STOP, None if is_eos else ids[-1]
-        return ids, FinishReason.LENGTH, None
 
     def take(self, update: RequestUpdate | None, *, is_early: bool = False) -> None:
         """Hold an update against what the request is owed."""
@@ -217,18 +203,7 @@ class Harness:
             self.take(update)
         self.scheduler.check()
         self.check_seats()
-        self.spoil_free_places()
-
-    def spoil_free_places(self) -> None:
-        """Empty what the scheduler holds free on both tiers, so that one who reads it is seen."""
-        pool = self.scheduler.cache.pool
-        for slots, places in (
-            (self.executor.slots, pool._device),
-            (self.executor.host_slots, pool._host),
-        ):
-            for place in places._given_back:
-                for offset in range(self.config.block_size):
-                    slots.pop((place, offset), None)
+        spoil_free_places(self.scheduler, self.executor)
 
     def check_seats(self) -> None:
         """Assert that no more requests hold KV than may."""
@@ -245,25 +220,39 @@ class Harness:
 
     def check_at_rest(self) -> None:
         """Assert that nothing is owed and nothing is held."""
-        self.scheduler.check()
-        assert self.scheduler.num_requests == 0
+        check_at_rest(self.scheduler)
         assert all(expected.finish_reason is not None for expected in self.expected.values())
         stats = self.scheduler.stats()
-        assert stats.device_blocks_used == 0
-        assert stats.device_blocks_moving == 0
-        assert stats.device_blocks_free + stats.device_blocks_cached == stats.device_blocks_total
-        assert (stats.host_blocks_used, stats.host_blocks_moving) == (0, 0)
-        assert stats.host_blocks_free + stats.host_blocks_cached == stats.host_blocks_total
         assert stats.num_swaps >= sum(
             expected.last.metrics.num_swaps
             for expected in self.expected.values()
             if expected.last is not None and expected.last.metrics is not None
         )
-        assert (stats.num_running, stats.num_waiting, stats.num_preempted) == (0, 0, 0)
-        assert not stats.requests_by_level
-        assert stats.num_stalls == 0
-        check_forgotten(self.scheduler)
         assert not self.executor.states
+
+
+def spoil_free_places(scheduler: Scheduler, executor: FakeExecutor) -> None:
+    """Empty what the scheduler holds free on both tiers, so that one who reads it is seen."""
+    pool = scheduler.cache.pool
+    for kv, places in ((executor.device_kv, pool._device), (executor.host_kv, pool._host)):
+        for place in places._given_back:
+            kv.pop(place, None)
+
+
+def check_at_rest(scheduler: Scheduler) -> None:
+    """Assert that no request is there, and all places are free or hold what anybody may find."""
+    scheduler.check()
+    assert scheduler.num_requests == 0
+    stats = scheduler.stats()
+    assert stats.device_blocks_used == 0
+    assert stats.device_blocks_moving == 0
+    assert stats.device_blocks_free + stats.device_blocks_cached == stats.device_blocks_total
+    assert (stats.host_blocks_used, stats.host_blocks_moving) == (0, 0)
+    assert stats.host_blocks_free + stats.host_blocks_cached == stats.host_blocks_total
+    assert (stats.num_running, stats.num_waiting, stats.num_preempted) == (0, 0, 0)
+    assert not stats.requests_by_level
+    assert stats.num_stalls == 0
+    check_forgotten(scheduler)
 
 
 def check_forgotten(scheduler: Scheduler) -> None:

@@ -15,7 +15,7 @@ from fastserve.core.request import Arrival, FinishReason, Handle, SamplingParams
 from fastserve.settings.scheduler import pool_window
 from tests.core.builders import one_second
 from tests.core.harness import UNIT_COST, Harness, small_config
-from tests.fake_executor import default_token
+from tests.fake_executor import default_token, undisturbed
 
 EOS, STOP = 900, 901
 PIPELINES = ((1, 0), (1, 1), (2, 0))
@@ -122,7 +122,7 @@ def test_an_earlier_life_goes_on_where_it_was() -> None:
     """A request added with ids it had yields exactly the rest."""
     harness = Harness(small_config(), 64, step_s=one_second)
     params = SamplingParams(max_tokens=9, seed=5)
-    whole, _, _ = harness.undisturbed(params, 5, 9)
+    whole, _, _ = undisturbed(params, default_token, frozenset())
     harness.engine.add(Arrival([1, 2, 3], params, age_s=3.0, output_token_ids=whole[:4]))
     rest, last = [], None
     while harness.is_busy:

@@ -8,7 +8,7 @@ device as well and in use. Must not know: requests, policies, tensors, when a co
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 
 from fastserve.core.memory.block import NO_PLACE, Block, Event, State
@@ -374,7 +374,7 @@ class BlockPool:
         for block_hash, block in self._by_hash.items():
             assert block.hash == block_hash
             assert block in blocks
-        count = {state: sum(b.state is state for b in blocks) for state in State}
+        count = Counter(block.state for block in blocks)
         assert self._num_saving == count[State.SAVING]
         assert self.num_leaving == count[State.LEAVING]
         assert self._num_loading == count[State.LOADING]
