@@ -175,8 +175,8 @@ class _Stream(asyncio.Protocol):
     def _take_events(self, now: float) -> None:
         *whole, self._rest = (self._rest + b"".join(self._bodies)).split(b"\n\n")
         self._bodies.clear()
-        for line in whole:
-            data = line.removeprefix(b"data: ")
+        for event in whole:
+            data = event.rpartition(b"\n")[2].removeprefix(b"data: ")  # an id may stand before
             if data == b"[DONE]":
                 self.done.set_result(None)
                 return

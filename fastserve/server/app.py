@@ -21,7 +21,9 @@ from fastserve.server.gate import Gate
 from fastserve.server.host_names import HostNames
 from fastserve.server.openapi import describe
 from fastserve.server.reading import read_body
+from fastserve.server.replay import ReplayLimits
 from fastserve.server.responses import ModelCard, ModelList, Ready, Version
+from fastserve.server.resumption import LAST_EVENT_ID, ResumableStreams
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.server import ServerConfig
 from fastserve.text.tokenizer import Tokenizer
@@ -41,7 +43,8 @@ def create_app(
 
     `app.state.context.is_draining = True` refuses new work while what is under way ends.
     """
-    context = ServerContext(engine, tokenizer, config, server_config)
+    resumable = resumable_streams(server_config)
+    context = ServerContext(engine, tokenizer, config, server_config, resumable)
     app = FastAPI(
         title="FastServe",
         version=fastserve.__version__,
@@ -67,23 +70,39 @@ def create_app(
             allow_methods=server_config.allowed_methods or ANY,
             allow_headers=server_config.allowed_headers or ANY,
             allow_credentials=server_config.allow_credentials,
-            expose_headers=EXPOSED_HEADERS,
+            expose_headers=(*EXPOSED_HEADERS, *((LAST_EVENT_ID,) if resumable is not None else ())),
         )
     has_keys = bool(server_config.api_key)
-    app.openapi = lambda: describe(app, has_keys=has_keys)  # type: ignore[method-assign]
+    app.openapi = lambda: describe(  # type: ignore[method-assign]
+        app, has_keys=has_keys, resumes_streams=resumable is not None
+    )
     return app
+
+
+def resumable_streams(config: ServerConfig) -> ResumableStreams | None:
+    """Return what keeps streams for clients that come back, where settings allow them any time."""
+    if not config.stream_grace:
+        return None
+    return ResumableStreams(ReplayLimits(config.stream_grace, config.max_replay_bytes))
 
 
 def add_generation_routes(app: FastAPI, context: ServerContext) -> None:
     """Add the routes that read a body."""
 
+    async def resumed(request: Request) -> Response | None:
+        return None if context.resumable is None else await context.resumable.resume(request)
+
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
+        if (rest := await resumed(request)) is not None:
+            return rest
         body = await read_body(request, protocol.CompletionRequest, context.unread_fields)
         return await serving.complete(body, context, request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
+        if (rest := await resumed(request)) is not None:
+            return rest
         body = await read_body(request, protocol.ChatCompletionRequest, context.unread_fields)
         return await serving.chat(body, context, request)
 

@@ -13,6 +13,7 @@ from fastserve.checkpoint.locate import public_name
 from fastserve.client.interfaces import EngineClient
 from fastserve.server.errors import ApiError, engine_dead, invalid, unavailable
 from fastserve.server.refused_fields import UnreadFields
+from fastserve.server.resumption import ResumableStreams
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.server import ServerConfig
 from fastserve.text.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ class ServerContext:
     tokenizer: Tokenizer | None
     config: EngineConfig
     server_config: ServerConfig
+    resumable: ResumableStreams | None = None  # none: a client that is lost ends its stream
     unread_fields: UnreadFields = field(default_factory=UnreadFields)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False  # a stopping server finishes what it has and takes no more

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from typing import Any, NamedTuple, TypeVar
-
-from starlette.types import Receive
+from collections.abc import AsyncGenerator, Sequence
+from typing import NamedTuple
 
 from fastserve.client.interfaces import UpdateStream
 from fastserve.core.messages import (
@@ -30,13 +28,7 @@ from fastserve.server.prompts import Prompt
 from fastserve.text.tokenizer import TextDelta, TextStream
 from fastserve.wire.engine_messages import EngineInfo
 
-T = TypeVar("T")
-
 NEWS_QUEUE = 64  # updates waiting for a slow client; further ones merge in their streams
-
-
-class ClientGoneError(Exception):
-    """The client closed the connection and can be told nothing."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -187,25 +179,3 @@ async def pump(
     except Exception as error:
         end = error
     await queue.put((choice, end))
-
-
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Run `work`, and cancel it when the client leaves; then raises ClientGoneError."""
-    worker = asyncio.ensure_future(work)
-    watcher = asyncio.create_task(disconnected(receive))
-    try:
-        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if worker.done():
-            return worker.result()
-        watcher.result()
-        raise ClientGoneError
-    finally:
-        for task in (worker, watcher):
-            task.cancel()
-        await asyncio.gather(worker, watcher, return_exceptions=True)
-
-
-async def disconnected(receive: Receive) -> None:
-    """Return once the client has closed the connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

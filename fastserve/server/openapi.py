@@ -25,6 +25,7 @@ from fastserve.frontend.request_checks import (
 from fastserve.server import protocol, responses
 from fastserve.server.errors import ErrorBody
 from fastserve.server.gate import OPEN_PATHS
+from fastserve.server.resumption import LAST_EVENT_ID
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
@@ -41,6 +42,21 @@ ERRORS: Mapping[int, str] = {
     429: "The server holds as many requests as it takes; retry later.",
     500: "The server failed.",
     503: "There is no engine now: loading, stopping or dead.",
+}
+
+
+# What a request for the rest of a stream may get besides, where streams can be resumed.
+RESUMPTION: Mapping[int, str] = {
+    204: "Nothing comes after the event that Last-Event-ID names.",
+    404: "There is no such model, or no such stream to go on with.",
+    409: "Another request began the stream that Last-Event-ID names.",
+    410: "Events after the one that Last-Event-ID names are no longer there.",
+}
+LAST_EVENT_PARAMETER: Mapping[str, Any] = {
+    "name": LAST_EVENT_ID,
+    "in": "header",
+    "description": "The last event received of a stream; the same request gets the rest.",
+    "schema": {"type": "string"},
 }
 
 
@@ -123,7 +139,7 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def describe(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
+def describe(app: FastAPI, *, has_keys: bool, resumes_streams: bool) -> dict[str, Any]:
     """Return the OpenAPI description of an app."""
     schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schema["components"] = {"schemas": components()}
@@ -139,7 +155,18 @@ def describe(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
             operation["security"] = [{BEARER: []}]
         if route.body is not None:
             operation["requestBody"] = {"required": True, "content": content(route.body.__name__)}
+        if resumes_streams and route.events is not None:
+            add_resumption(operation)
     return schema
+
+
+def add_resumption(operation: dict[str, Any]) -> None:
+    """Say of a route that its streams can be resumed."""
+    operation["parameters"] = [LAST_EVENT_PARAMETER]
+    for status, text in RESUMPTION.items():
+        told = {} if status == 204 else {"content": content("ErrorBody")}
+        operation["responses"][str(status)] = {"description": text, **told}
+    operation["responses"] = dict(sorted(operation["responses"].items()))
 
 
 def components() -> dict[str, Any]:

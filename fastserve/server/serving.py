@@ -1,7 +1,7 @@
 """Serves one generation request: validate → prompts → engine → response or SSE.
 
-Rules: nothing is submitted before everything was judged; one write per update; a failure after the
-headers is one error event, then [DONE]. Must not know: what bodies look like inside.
+Rules: nothing is submitted before everything was judged; a failure after the headers is one error
+event, then [DONE]. Must not know: what bodies look like inside.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,16 +21,16 @@ from fastserve.server.answers import Shape, Tally, joined
 from fastserve.server.chat import ChatShape
 from fastserve.server.completion import CompletionShape
 from fastserve.server.context import ServerContext
-from fastserve.server.errors import ApiError, error_body, from_failure
+from fastserve.server.disconnect import ClientGoneError, unless_gone
+from fastserve.server.errors import ApiError, from_failure
+from fastserve.server.event_stream import EventStream, error_events
 from fastserve.server.gate import request_id_of, tenant_of
 from fastserve.server.generation import (
     Choice,
-    ClientGoneError,
     News,
     abort_all,
     news_of,
     submit,
-    unless_gone,
 )
 from fastserve.server.logprobs import TokenNames
 from fastserve.server.prompts import Prompt, chat_prompt, completion_prompts, least_size
@@ -58,7 +59,7 @@ async def complete(body: CompletionRequest, context: ServerContext, request: Req
     prompts = await completion_prompts(body, context, info)
     choices, tally = start(body, prompts, context, request.scope, "cmpl")
     shape = CompletionShape(body, tally, context.tokenizer)
-    return await respond(body, choices, shape, request)
+    return await respond(body, choices, shape, context, request)
 
 
 async def chat(body: ChatCompletionRequest, context: ServerContext, request: Request) -> Response:
@@ -76,7 +77,7 @@ async def chat(body: ChatCompletionRequest, context: ServerContext, request: Req
         variables=body.chat_template_kwargs,
     )
     choices, tally = start(body, [prompt], context, request.scope, "chatcmpl")
-    return await respond(body, choices, ChatShape(body, tally), request)
+    return await respond(body, choices, ChatShape(body, tally), context, request)
 
 
 def start(
@@ -120,11 +121,18 @@ def start(
 
 
 async def respond(
-    body: GenerationRequest, choices: Sequence[Choice], shape: Shape, request: Request
+    body: GenerationRequest,
+    choices: Sequence[Choice],
+    shape: Shape,
+    context: ServerContext,
+    request: Request,
 ) -> Response:
     """Return a stream, or the whole answer once there is one."""
     if body.stream:
-        return EventStream(choices, shape)
+        told, abort = events(choices, shape), partial(abort_all, choices)
+        if context.resumable is not None:
+            return await context.resumable.begin(request, told, abort)
+        return EventStream(told, abort)
     try:
         pieces = await unless_gone(request.receive, whole_answer(choices, shape))
     except ClientGoneError:
@@ -152,8 +160,8 @@ async def whole_answer(choices: Sequence[Choice], shape: Shape) -> list[bytes]:
     return shape.whole(whole).pieces()
 
 
-async def events(choices: Sequence[Choice], shape: Shape) -> AsyncGenerator[bytes]:
-    """Yield the body of a stream: one piece per update."""
+async def events(choices: Sequence[Choice], shape: Shape) -> AsyncGenerator[Sequence[bytes]]:
+    """Yield the events of a stream: those of one update together."""
     try:
         async with contextlib.aclosing(news_of(choices)) as all_news:
             async for news in all_news:
@@ -164,18 +172,18 @@ async def events(choices: Sequence[Choice], shape: Shape) -> AsyncGenerator[byte
                 if piece:
                     yield piece
         usage = shape.tally.usage_chunk(shape.kind)
-        yield DONE if usage is None else sse(usage) + DONE
+        yield (DONE,) if usage is None else (sse(usage), DONE)
     except Exception as error:
         failure = from_failure(error)
         if failure is None:
             logger.exception("a stream failed")
             failure = ApiError(500, "The server failed.", code="internal_error")
-        yield b"data: " + error_body(failure) + b"\n\n" + DONE
+        yield error_events(failure)
 
 
-def encoded(shape: Shape, news: News) -> bytes:
+def encoded(shape: Shape, news: News) -> Sequence[bytes]:
     """Return the events for some news; none where there is nothing to send."""
-    return b"".join(map(sse, shape.chunks(news)))
+    return tuple(map(sse, shape.chunks(news)))
 
 
 class WholeAnswer(Response):
@@ -206,30 +214,3 @@ def at_least(num_bytes: int, pieces: Sequence[bytes]) -> Iterator[bytes]:
             yield b"".join(gathered)
             gathered, size = [], 0
     yield b"".join(gathered)
-
-
-class EventStream(Response):
-    """Sends events while the client is there; aborts every choice once it is not."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, choices: Sequence[Choice], shape: Shape) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._choices = choices
-        self._shape = shape
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the response."""
-        with contextlib.suppress(ClientGoneError):
-            try:
-                await unless_gone(receive, self._send_all(send))
-            finally:
-                abort_all(self._choices)
-
-    async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with contextlib.aclosing(events(self._choices, self._shape)) as pieces:
-            async for piece in pieces:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})

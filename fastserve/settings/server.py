@@ -50,6 +50,16 @@ class ServerConfig:
         minimum=1,
     )
     max_body_bytes: int = option(16 * 2**20, "largest request body; more gets 413", minimum=1024)
+    stream_grace: float = option(
+        0.0,
+        "seconds that a stream goes on, and is kept, for a client that lost it and may come back "
+        "(0: it is aborted at once)",
+        minimum=0,
+        maximum=3600,
+    )
+    max_replay_bytes: int = option(
+        256 * 2**20, "memory for what such streams have said", minimum=2**20
+    )
     timeout_keep_alive: int = option(
         5, "seconds that a connection without a request stays open", minimum=1
     )

@@ -101,6 +101,12 @@ def test_events_may_be_cut_anywhere():
     assert asyncio.run(answer_with(raw))[1].output_tokens == 3
 
 
+def test_events_may_bear_ids():
+    """Those of streams that can be resumed do."""
+    body = b"".join(WHOLE).replace(b"data: ", b"id: NAME:7\ndata: ")
+    assert asyncio.run(answer_with(HEAD + chunked(body)))[1].output_tokens == 3
+
+
 def test_ids_without_text_are_a_piece():
     """A model without a tokenizer streams ids; an event with neither text nor ids is none."""
     bodies = (ids_event([5]), ids_event([]), ids_event([6, 7], "length"))
