@@ -7,7 +7,7 @@ Must not know: processes, sockets, HTTP, text, torch.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
 from typing import Protocol
 
 from fastserve.core.messages import RequestUpdate
@@ -38,6 +38,9 @@ class ServerMetrics(Protocol):
 
     def asked(self, n: int) -> None:
         """See a prompt that `n` choices are wanted of."""
+
+    def show(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Let a gauge of that name show a value of the server's own from now on."""
 
     def render(self) -> tuple[bytes, str]:
         """Return the exposition and its content type."""

@@ -20,16 +20,16 @@ class ReplicaMetrics:
         self, model_name: str, engines: Sequence[EngineMetrics], num_serving: Callable[[], int]
     ) -> None:
         self._engines = tuple(engines)
+        self._model_name = model_name
         self._registry = CollectorRegistry(auto_describe=False)
-        for name, text, value in (
-            ("replicas", "Engines behind this server, those that do not serve too.", self._count),
-            ("replicas_serving", "Engines that run requests at this moment.", num_serving),
-        ):
-            gauge = Gauge(name, text, ("model_name",), registry=self._registry)
-            gauge.labels(model_name=model_name).set_function(value)
+        text = "Engines behind this server, those that do not serve too."
+        self.show("replicas", text, lambda: len(self._engines))
+        self.show("replicas_serving", "Engines that run requests at this moment.", num_serving)
 
-    def _count(self) -> int:
-        return len(self._engines)
+    def show(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Let a gauge of that name show a value of the server's own from now on."""
+        gauge = Gauge(name, text, ("model_name",), registry=self._registry)
+        gauge.labels(model_name=self._model_name).set_function(value)
 
     def asked(self, n: int) -> None:
         """See a prompt that `n` choices are wanted of: counted with the first engine, once."""

@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import fastserve
 from fastserve.checkpoint.locate import public_name
-from fastserve.client.interfaces import EngineClient
+from fastserve.client.interfaces import EngineClient, ServerMetrics
 from fastserve.server import protocol, serving, text_routes
 from fastserve.server.context import ServerContext
 from fastserve.server.errors import answer_http_exception
@@ -43,7 +43,7 @@ def create_app(
 
     `app.state.context.is_draining = True` refuses new work while what is under way ends.
     """
-    resumable = resumable_streams(server_config)
+    resumable = resumable_streams(server_config, engine.metrics)
     context = ServerContext(engine, tokenizer, config, server_config, resumable)
     app = FastAPI(
         title="FastServe",
@@ -79,11 +79,15 @@ def create_app(
     return app
 
 
-def resumable_streams(config: ServerConfig) -> ResumableStreams | None:
-    """Return what keeps streams for clients that come back, where settings allow them any time."""
+def resumable_streams(config: ServerConfig, metrics: ServerMetrics) -> ResumableStreams | None:
+    """Return what keeps streams for clients that come back, where these have any time for it."""
     if not config.stream_grace:
         return None
-    return ResumableStreams(ReplayLimits(config.stream_grace, config.max_replay_bytes))
+    kept = ResumableStreams(ReplayLimits(config.stream_grace, config.max_replay_bytes))
+    text = "Streams that a client may go on with: those that are read, and others for the grace."
+    metrics.show("resumable_streams", text, lambda: len(kept))
+    metrics.show("replay_bytes", "Memory for what these have said.", lambda: kept.num_bytes)
+    return kept
 
 
 def add_generation_routes(app: FastAPI, context: ServerContext) -> None:

@@ -123,6 +123,11 @@ class ResumableStreams:
         """Return how many there are."""
         return len(self._streams)
 
+    @property
+    def num_bytes(self) -> int:
+        """What is held of all of them."""
+        return self._replays.num_bytes
+
     async def begin(
         self,
         request: Request,

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from fastserve.client.metrics import EngineMetrics
+from fastserve.client.replica_metrics import ReplicaMetrics
 from fastserve.core.messages import RequestMetrics, RequestUpdate, Sample, TokenLogprobs
 from fastserve.core.request import Arrival, FinishReason, Handle
 from fastserve.server.app import create_app
@@ -89,7 +90,7 @@ class ScriptedEngine:
         self.is_dead = False
         self.error: str | None = None
         self.progress = ("loading weights", 0.5)
-        self.metrics = EngineMetrics("tiny")
+        self.metrics = ReplicaMetrics("tiny", [EngineMetrics("tiny")], lambda: 1)
         self.streams: list[ScriptedStream] = []
         self.num_submissions = 0
         self.num_requests = 0

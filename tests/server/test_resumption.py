@@ -383,7 +383,7 @@ def test_an_engine_that_fails_is_told_to_who_comes_back():
         app = app_over(engine)
         first = Connection(app, ASKED)
         stream = await first.end()
-        at = stream.rindex(b"id: ", 0, stream.index(b"no memory"))
+        at = stream.rindex(b"id: ", 0, stream.index(b'"error"'))
         again = Connection(app, ASKED, last_id(first, stream[:at]))
         assert await again.end() == stream[at:]
 
@@ -412,9 +412,11 @@ def test_pages_may_read_the_id():
 
 
 def test_the_description_says_so():
-    """Header and statuses, of routes with streams, where the grace is not 0."""
+    """Header, statuses and metrics, where the grace is not 0."""
     for grace in (0, 5):
         app = make_app(ScriptedEngine(), stream_grace=grace)
+        shown = call(app, "GET", "/metrics").text
+        assert ("fastserve:resumable_streams{" in shown) is (grace > 0)
         paths = call(app, "GET", "/openapi.json").json()["paths"]
         for path, methods in paths.items():
             for operation in methods.values():
