@@ -162,7 +162,7 @@ def build_scheduler(
         make_policy = policy_factory(
             config, cost_model, num_device_blocks, lengths, length_model, num_host_blocks
         )
-        policy = PriorityClasses(make_policy, config.priority_aging)
+        policy = PriorityClasses(make_policy, config.priority_aging, config.priority_quantum)
     return Scheduler(
         config, policy, build_cache(config, cost_model, policy, num_device_blocks, num_host_blocks)
     )

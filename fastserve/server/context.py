@@ -59,6 +59,11 @@ class ServerContext:
                 code="model_not_found",
             )
 
+    def check_priority(self, priority: int | None) -> None:
+        """Raise 400 for a priority other than everybody's where none may be chosen."""
+        if priority and not self.server_config.enable_priority:
+            raise invalid("priority other than 0 is not enabled on this server.", "priority")
+
     def require_engine(self) -> EngineInfo:
         """Return what the engine is; 503 while it is not there."""
         if self.engine.is_dead:

@@ -50,6 +50,7 @@ MIN_PIECE_BYTES = 2**16
 async def complete(body: CompletionRequest, context: ServerContext, request: Request) -> Response:
     """Answer POST /v1/completions."""
     context.check_model(body.model)
+    context.check_priority(body.priority)
     info = context.require_engine()
     num_prompts, num_known_tokens = least_size(body)
     check_fields(body, num_prompts, num_known_tokens, info, context.max_price(info))
@@ -65,6 +66,7 @@ async def complete(body: CompletionRequest, context: ServerContext, request: Req
 async def chat(body: ChatCompletionRequest, context: ServerContext, request: Request) -> Response:
     """Answer POST /v1/chat/completions."""
     context.check_model(body.model)
+    context.check_priority(body.priority)
     info = context.require_engine()
     check_fields(body, 1, 1, info, context.max_price(info))
     context.require_place(body.n or 1)

@@ -115,6 +115,11 @@ class EngineConfig:
     priority_aging: float = option(
         10.0, "seconds without running that raise a request by one priority class", minimum=1e-3
     )
+    priority_quantum: float = option(
+        1.0,
+        "seconds of steps that a request so raised is given before it goes back to its class",
+        minimum=0.0,
+    )
     preemption_mode: str = option(
         "proactive",
         "what becomes of the KV of a request that loses its place",

@@ -72,6 +72,7 @@ class SchedulerConfig:
     mlfq_quantum: float | None = _DEFAULTS["mlfq_quantum"]
     mlfq_quantum_ratio: float = _DEFAULTS["mlfq_quantum_ratio"]
     priority_aging: float = _DEFAULTS["priority_aging"]
+    priority_quantum: float = _DEFAULTS["priority_quantum"]
     preemption_mode: str = _DEFAULTS["preemption_mode"]
     write_through: bool | None = _DEFAULTS["write_through"]
     max_recompute_share: float = _DEFAULTS["max_recompute_share"]

@@ -40,6 +40,9 @@ class ServerConfig:
     allowed_headers: tuple[str, ...] = option((), "headers that those pages may send (all)")
     allow_credentials: bool = option(False, "let those pages send cookies")
     chat_template: str | None = option(None, "file with a Jinja chat template")
+    enable_priority: bool = option(
+        False, "let requests say their `priority`, and go before those of a higher number"
+    )
     max_queued_requests: int = option(
         10_000, "requests in the server beyond which new ones get 429", minimum=1
     )

@@ -117,7 +117,7 @@ def test_parameters_reach_the_engine():
         "logit_bias": {"5": -1.5}, "priority": -3, "user": "ada", "presence_penalty": None,
         "cache_salt": "pepper",
     }  # fmt: skip
-    assert post(engine, PATH, body).status_code == 200
+    assert post(engine, PATH, body, enable_priority=True).status_code == 200
     first, second = engine.streams
     params = first.params
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.75, 0.25, 3, 0.125)

@@ -152,6 +152,21 @@ def test_a_model_of_several_names():
     error_of(call(app, "POST", COMPLETIONS, json={"prompt": "x", "model": "tiny"}), 404)
 
 
+def test_a_priority_is_refused_unless_it_is_enabled():
+    """Nobody goes before others because they say so; 0 is what all have."""
+    engine = ScriptedEngine()
+    for priority in (-1, 7):
+        error = error_of(post(engine, COMPLETIONS, {"prompt": "x", "priority": priority}), 400)
+        assert error["param"] == "priority"
+        chat = {"messages": [{"role": "user", "content": "x"}], "priority": priority}
+        error_of(post(engine, "/v1/chat/completions", chat), 400)
+    assert not engine.streams
+    assert post(engine, COMPLETIONS, {"prompt": "x", "priority": 0}).status_code == 200
+    enabled = post(engine, COMPLETIONS, {"prompt": "x", "priority": -1}, enable_priority=True)
+    assert enabled.status_code == 200
+    assert [stream.priority for stream in engine.streams] == [0, -1]
+
+
 def test_a_full_queue_is_a_429():
     """With a time to come back."""
     engine = ScriptedEngine()

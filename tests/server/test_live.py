@@ -240,7 +240,7 @@ def test_metrics_of_a_request(client):
         ({"logprobs": 100}, openai.BadRequestError, "logprobs"),
         ({"logit_bias": {"999999": 1}}, openai.BadRequestError, "logit_bias"),
         ({"extra_body": {"top_k": 2**40}}, None, None),
-        ({"extra_body": {"priority": 10**9}}, None, None),
+        ({"extra_body": {"priority": 10**9}}, openai.BadRequestError, "priority"),
         ({"extra_body": {"cache_salt": ""}}, openai.BadRequestError, "cache_salt"),
         ({"extra_body": {"cache_salt": 5}}, openai.BadRequestError, "cache_salt"),
         ({"extra_body": {"cache_salt": "x" * 1025}}, openai.BadRequestError, "cache_salt"),

@@ -144,6 +144,7 @@ def test_resolution_carries_every_shared_setting():
         "mlfq_quantum": 0.01,
         "mlfq_quantum_ratio": 3.0,
         "priority_aging": 2.5,
+        "priority_quantum": 0.5,
         "preemption_mode": "defer",
         "write_through": False,
         "max_recompute_share": 0.25,

@@ -1,16 +1,18 @@
 """Priority classes: one inner policy per user `priority`, lower values first.
 
 Every request belongs to the class it asked for, clamped to ±100. One that has not run for
-`aging_s` seconds is lifted by one class at a time until it runs, so no class waits for ever: with c
-classes above it, a request heads for the first class within c · aging_s. After it has run it
-returns to its own class. To move between classes is not to end: what the inner policy knows of a
-request goes with it.
+`aging_s` seconds is lifted by one class at a time until it runs, and stays there until it has had
+`quantum_s` of steps; then it returns to its own class. So no class waits for ever: with c classes
+above it, a request stands in the first one within c · aging_s of its last step, and from then on
+waits no longer than the inner policy lets one wait that has come when it did.
+To move between classes is not to end: what the inner policy knows of a request goes with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 from fastserve.core.messages import Forecasts
 from fastserve.core.policies.parts import Deadlines
@@ -26,16 +28,26 @@ from fastserve.core.request import FinishReason, Request
 MAX_PRIORITY = 100
 
 
+class _Lift(NamedTuple):
+    """When a request was last lifted, and the `attained_s` with which it goes home."""
+
+    lifted_at: float
+    until_s: float
+
+
 class PriorityClasses:
     """Strict order between classes, the inner policy's within one."""
 
-    def __init__(self, make_policy: Callable[[], ClassPolicy], aging_s: float) -> None:
+    def __init__(
+        self, make_policy: Callable[[], ClassPolicy], aging_s: float, quantum_s: float
+    ) -> None:
         """`make_policy` makes the policy of one class.
 
         What the classes are to learn together it hands to each of them.
         """
         self._make_policy = make_policy
         self._aging_s = aging_s
+        self._quantum_s = quantum_s
         self._spare: ClassPolicy | None = make_policy()  # of the first class that is asked for
         self.reservation = self._spare.reservation
         self._has_levels = self._spare.levels is not None
@@ -45,7 +57,7 @@ class PriorityClasses:
         self._class_of: dict[int, int] = {}
         self._members: dict[int, Request] = {}
         self._deadlines = Deadlines()
-        self._lifted: set[int] = set()
+        self._lifts: dict[int, _Lift] = {}
 
     @property
     def levels(self) -> Levels | None:
@@ -70,7 +82,7 @@ class PriorityClasses:
             self._deadlines.put(request.handle, now + self._aging_s)
 
     def ran(self, requests: Sequence[Request], now: float) -> None:
-        """Tell each class of its members, and send the lifted back to their own."""
+        """Tell each class of its members, and send those home that have had their quantum."""
         if len(self._ranks) == 1:
             self._classes[self._ranks[0]].ran(requests, now)
             return
@@ -79,9 +91,12 @@ class PriorityClasses:
             parts.setdefault(self._class_of[request.handle], []).append(request)
         for rank, members in parts.items():
             self._classes[rank].ran(members, now)
+        if not self._lifts:
+            return
         for request in requests:
-            if request.handle in self._lifted:
-                self._lifted.discard(request.handle)
+            lift = self._lifts.get(request.handle)
+            if lift is not None and request.attained_s >= lift.until_s:
+                del self._lifts[request.handle]
                 self._move(request, self._own_class(request))
                 self._deadlines.put(request.handle, now + self._aging_s)
 
@@ -90,7 +105,7 @@ class PriorityClasses:
         self._classes[self._class_of.pop(request.handle)].finished(request, reason)
         del self._members[request.handle]
         self._deadlines.discard(request.handle)
-        self._lifted.discard(request.handle)
+        self._lifts.pop(request.handle, None)
 
     def advance(self, now: float) -> None:
         """Lift those that have waited for `aging_s`, then let time act within each class."""
@@ -191,15 +206,19 @@ class PriorityClasses:
         looked_at: list[int] = []
         while (entry := self._deadlines.pop(now)) is not None:
             _, handle = entry
-            request = self._members[handle]
-            position = self._ranks.index(self._class_of[handle])
-            waits_until = request.last_ran_at + self._aging_s
-            if handle not in self._lifted and waits_until > now:
+            request, lift = self._members[handle], self._lifts.get(handle)
+            waits_since = request.last_ran_at
+            if lift is not None:
+                waits_since = max(waits_since, lift.lifted_at)
+            waits_until = waits_since + self._aging_s
+            if waits_until > now:
                 self._deadlines.put(handle, waits_until)
                 continue
             looked_at.append(handle)
+            position = self._ranks.index(self._class_of[handle])
             if position > 0 and not request.steps_in_flight:
-                self._lifted.add(handle)
+                until_s = request.attained_s + self._quantum_s if lift is None else lift.until_s
+                self._lifts[handle] = _Lift(now, until_s)
                 self._move(request, self._ranks[position - 1])
         for handle in looked_at:
             self._deadlines.put(handle, now + self._aging_s)

@@ -37,7 +37,7 @@ def make_inner(name: str) -> ClassPolicy:
 
 def in_classes(name: str) -> Policy:
     """Return priority classes of a policy."""
-    return PriorityClasses(factory(name), AGING)
+    return PriorityClasses(factory(name), AGING, 0.0)
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -215,7 +215,7 @@ class Learner(FCFS):
 def test_what_one_class_learns_all_know_and_a_move_is_no_end() -> None:
     """A part handed to every class hears of each end once, and why; of lifts it hears nothing."""
     tally = Tally()
-    policy = PriorityClasses(lambda: Learner(tally), AGING)
+    policy = PriorityClasses(lambda: Learner(tally), AGING, 0.0)
     high, low = make_request(0, priority=0), make_request(1, priority=1)
     admit(policy, [high, low])
     policy.advance(AGING)

@@ -16,6 +16,7 @@ from tests.core import builders
 from tests.core.builders import order, run
 
 AGING = 10.0
+ONE_STEP = 0.0  # a quantum that any step uses up
 
 
 def make_request(handle: int, priority: int) -> Request:
@@ -55,14 +56,14 @@ def land(policy: Policy, request: Request, now: float) -> None:
 
 def test_lower_values_go_first_and_extremes_are_clamped() -> None:
     """Strict between classes, first come first served within; beyond ±100 is ±100."""
-    policy = PriorityClasses(FCFS, AGING)
+    policy = PriorityClasses(FCFS, AGING, ONE_STEP)
     admit(policy, [0, 5, -3, 0, 100, 10_000, -100, -10_000, 5])
     assert order(policy) == [6, 7, 2, 0, 3, 1, 8, 4, 5]
 
 
 def test_waiting_lifts_by_one_class_at_a_time() -> None:
     """A request moves up a class every `aging_s`, and keeps its place by arrival there."""
-    policy = PriorityClasses(FCFS, AGING)
+    policy = PriorityClasses(FCFS, AGING, ONE_STEP)
     requests = admit(policy, [2, 1, 0])
     now = 0.0
     while now < AGING - 1:
@@ -82,7 +83,7 @@ def test_waiting_lifts_by_one_class_at_a_time() -> None:
 
 def test_a_lifted_request_goes_home_when_it_has_run() -> None:
     """After one step it is back in its class, and waits a full `aging_s` for the next lift."""
-    policy = PriorityClasses(FCFS, AGING)
+    policy = PriorityClasses(FCFS, AGING, ONE_STEP)
     low, high = admit(policy, [1, 0])
     for turn in range(1, 6):
         land(policy, high, turn * AGING)
@@ -93,9 +94,39 @@ def test_a_lifted_request_goes_home_when_it_has_run() -> None:
         assert order(policy, turn * AGING + AGING - 0.5) == [1, 0]
 
 
+def test_a_lifted_request_runs_for_a_whole_quantum() -> None:
+    """Three seconds of steps, however they are spread; then it is back, to wait for a full lift."""
+    policy = PriorityClasses(FCFS, AGING, 3.0)
+    low, high = admit(policy, [1, 0])
+    now = AGING
+    land(policy, high, now)
+    for turn in range(3):
+        assert order(policy, now) == [0, 1], f"lifted, and {turn} of 3 s used"
+        land(policy, high, now)  # a step without it takes nothing of its quantum
+        now += AGING / 2
+        land(policy, low, now)
+    assert order(policy, now) == [1, 0]
+    land(policy, high, now + AGING - 0.5)
+    assert order(policy, now + AGING - 0.5) == [1, 0]
+    assert order(policy, now + AGING) == [0, 1]
+
+
+def test_one_that_runs_is_lifted_no_further() -> None:
+    """It has got to the middle class, and runs there within every `aging_s`."""
+    policy = PriorityClasses(FCFS, AGING, 100.0)
+    low, middle, high = admit(policy, [2, 1, 0])
+    now = AGING
+    for _ in range(10):
+        land(policy, middle, now)
+        land(policy, high, now)
+        assert order(policy, now) == [2, 0, 1]
+        land(policy, low, now)
+        now += AGING - 1.0
+
+
 def test_every_lift_is_by_one_class_however_often_it_was_lifted() -> None:
     """The third lift of a request is no faster than its first."""
-    policy = PriorityClasses(FCFS, AGING)
+    policy = PriorityClasses(FCFS, AGING, ONE_STEP)
     requests = admit(policy, [3, 2, 1, 0])
     low, others = requests[0], requests[1:]
     now = 0.0
@@ -117,7 +148,7 @@ def test_the_lowest_class_heads_the_order_in_time(num_classes: int, seed: int) -
     The bound holds for any stream of arrivals, because the lifted keep their place by arrival.
     """
     rng = Random(seed)
-    policy = PriorityClasses(FCFS, AGING)
+    policy = PriorityClasses(FCFS, AGING, ONE_STEP)
     waiting = admit(policy, list(range(num_classes)))
     lowest, waiting = waiting[-1], waiting[:-1]
     now, handle, waited_since = 0.0, num_classes, 0.0
@@ -145,7 +176,7 @@ def test_the_lowest_class_heads_the_order_in_time(num_classes: int, seed: int) -
 
 def test_the_coldest_is_in_the_lowest_class() -> None:
     """Estimates do not contradict the order: no class loses KV before a lower one."""
-    policy = PriorityClasses(FCFS, 0.5)
+    policy = PriorityClasses(FCFS, 0.5, ONE_STEP)
     requests = admit(policy, [0] * 40 + [1] * 3 + [2] * 3)
     estimates = [policy.coldness(r, 0.0) for r in policy.ordered()]
     assert estimates == sorted(set(estimates))
@@ -156,7 +187,7 @@ def test_the_coldest_is_in_the_lowest_class() -> None:
 
 def test_seconds_are_told_where_no_class_is_above() -> None:
     """An estimate behind requests of a higher class would be a guess; behind none it is not."""
-    policy = PriorityClasses(make_mlfq, AGING)
+    policy = PriorityClasses(make_mlfq, AGING, ONE_STEP)
     low, high = admit(policy, [1, 0])
     assert policy.estimated_next_schedule_time(low, 0.0) is None
     assert policy.estimated_next_schedule_time(high, 0.0) == 0.0
@@ -166,7 +197,7 @@ def test_seconds_are_told_where_no_class_is_above() -> None:
 
 def test_a_lift_keeps_the_level_and_what_is_used_of_its_quantum() -> None:
     """Two of the four seconds of level 2 used, lifted, run once, sent back: one is left."""
-    policy = PriorityClasses(make_slow_mlfq, AGING)
+    policy = PriorityClasses(make_slow_mlfq, AGING, ONE_STEP)
     low, _ = admit(policy, [1, 0])
     for now in (1.0, 2.0, 3.0, 4.0):
         land(policy, low, now)
@@ -184,7 +215,7 @@ def test_a_lift_keeps_the_level_and_what_is_used_of_its_quantum() -> None:
 
 def test_one_class_is_the_inner_policy() -> None:
     """Where all have one priority, there is nothing between the scheduler and the policy."""
-    policy, bare = PriorityClasses(make_mlfq, AGING), make_mlfq()
+    policy, bare = PriorityClasses(make_mlfq, AGING, ONE_STEP), make_mlfq()
     requests = admit(policy, [7, 7, 7])
     builders.admit(bare, requests)
     for now in (1.0, 2.0, 3.0, 99.0):
@@ -204,7 +235,7 @@ def test_one_class_is_the_inner_policy() -> None:
 
 def test_those_who_came_before_the_second_class_age_too() -> None:
     """Aging begins with the second class, for all requests."""
-    policy = PriorityClasses(FCFS, AGING)
+    policy = PriorityClasses(FCFS, AGING, ONE_STEP)
     low = make_request(0, 5)
     builders.admit(policy, [low], 0.0)
     order(policy, 50.0)
@@ -217,7 +248,7 @@ def test_those_who_came_before_the_second_class_age_too() -> None:
 
 def test_nothing_is_left_of_those_who_ended() -> None:
     """Neither lifts nor ends leave entries behind."""
-    policy = PriorityClasses(make_mlfq, 1e9)
+    policy = PriorityClasses(make_mlfq, 1e9, ONE_STEP)
     for handle in range(5_000):
         request = make_request(handle, handle % 3)
         builders.admit(policy, [request], float(handle))
@@ -227,9 +258,9 @@ def test_nothing_is_left_of_those_who_ended() -> None:
     assert not len(policy._deadlines)
     assert not policy._members
     assert not policy._class_of
-    assert not policy._lifted
+    assert not policy._lifts
 
 
 def test_without_requests_time_changes_nothing() -> None:
     """Before the first request there is no class, and nothing to wake for."""
-    assert PriorityClasses(FCFS, AGING).next_event(1.0) == float("inf")
+    assert PriorityClasses(FCFS, AGING, ONE_STEP).next_event(1.0) == float("inf")

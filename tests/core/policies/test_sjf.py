@@ -81,7 +81,7 @@ def test_the_mean_decides_what_a_cached_prompt_is() -> None:
 def test_what_one_class_learns_all_know() -> None:
     """An end in a priority class moves the jobs of another."""
     factory = policy_factory(small_config(scheduling_policy="sjf", max_model_len=2000), COST, 1000)
-    policy = PriorityClasses(factory, 1e9)
+    policy = PriorityClasses(factory, 1e9, 0.0)
     bare, cached = make_request(0, 60), make_request(1, 1000, num_cached=990)
     first = bare_request(2, 5, priority=-1)
     admit(policy, [bare, cached, first])
