@@ -53,7 +53,9 @@ class _State:
 
 
 @dataclass
-class _Running:
+class Running:
+    """A step under way."""
+
     plan: SchedulerOutput
     finishes_at: float
     samples: list[Sample]
@@ -85,7 +87,7 @@ class _Copying:
         """The places on the host that are read or written."""
         return self.copy.dst if self.is_out else self.copy.src
 
-    def is_disturbed_by(self, run: _Running) -> bool:
+    def is_disturbed_by(self, run: Running) -> bool:
         """Whether a step touches what the copy writes, or writes what it reads."""
         touched = run.written if self.is_out else run.written | run.read
         return not touched.isdisjoint(self.device_blocks)
@@ -130,7 +132,7 @@ class FakeExecutor:
         self.states: dict[int, _State] = {}
         self.device_kv: dict[int, list[int]] = {}  # place → what its positions were written for
         self.host_kv: dict[int, list[int]] = {}
-        self.running: list[_Running] = []
+        self.running: list[Running] = []
         self.copying: list[_Copying] = []
         self.plans: list[SchedulerOutput] = []  # those with work
         self.forgotten: list[int] = []
@@ -168,7 +170,7 @@ class FakeExecutor:
         in_flight = {work.handle for run in self.running for work in run.plan.work}
         if self.num_slots > 1:
             assert not in_flight & {work.handle for work in plan.work}, "slots must be disjoint"
-        run = _Running(plan, 0.0, [], set(), set(), self.step_s(plan))
+        run = Running(plan, 0.0, [], set(), set(), self.step_s(plan))
         assert len({work.handle for work in plan.work}) == len(plan.work)
         for work in plan.work:
             if self.lost.get(work.handle) != work.epoch:
@@ -206,7 +208,7 @@ class FakeExecutor:
         for src, dst in zip(copy.src, copy.dst, strict=True):
             target[dst] = [] if copying.has_failed else list(source.get(src, ()))
 
-    def _fail(self, run: _Running) -> None:
+    def _fail(self, run: Running) -> None:
         """Lose the requests of a step: what it was to compute is nowhere, nor is their state."""
         self.fails_next = False
         run.error, run.samples, run.scores = "it was told to fail", [], {}
@@ -217,7 +219,7 @@ class FakeExecutor:
                 for place, first, _ in self._places(state, work.start, work.num_tokens):
                     del self.device_kv[place][first % self.block_size :]
 
-    def _execute(self, work: Work, run: _Running) -> None:
+    def _execute(self, work: Work, run: Running) -> None:
         state = self.states[work.handle]
         assert state.new.epoch == work.epoch
         assert work.num_tokens >= 1
@@ -256,7 +258,7 @@ class FakeExecutor:
             state.token_ids.append(sample)
             run.samples.append(Sample(sample))
 
-    def _check_races(self, work: Work, fresh: set[int], run: _Running) -> None:
+    def _check_races(self, work: Work, fresh: set[int], run: Running) -> None:
         """No block may be written while an earlier step of another request touches it.
 
         Nor may a step touch a block that is being copied.

@@ -10,18 +10,26 @@ handles, why something goes wrong.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Collection
 from functools import partial
 from heapq import heappop, heappush
 from math import inf
 
-from fastserve.core.messages import Copy, ExecutorOutput, SchedulerOutput, StepDone
+from fastserve.core.messages import (
+    NO_TOKEN,
+    Copy,
+    ExecutorOutput,
+    Sample,
+    SchedulerOutput,
+    StepDone,
+)
 from fastserve.core.request import Handle
 from fastserve.executor.in_flight import InFlight
 from fastserve.executor.tally import Tally
 from fastserve.sim.clock import VirtualClock
-from tests.dst.scenario import EOS, POISON, STEP_S, STOP_ID, Scenario
-from tests.fake_executor import FakeExecutor
+from tests.dst.scenario import EOS, POISON, STEP_S, STOP_ID, FaultKind, Scenario
+from tests.fake_executor import FakeExecutor, Running
 
 
 class PoisonError(RuntimeError):
@@ -37,23 +45,23 @@ def token(seed: int, position: int) -> int:
 
 
 class Device:
-    """Fits `Executor`; `on_step_failed` is told whose step failed."""
+    """Fits `Executor`; `on_failed` is told whose step failed. `seen` counts what went wrong."""
 
     def __init__(
         self,
         scenario: Scenario,
         clock: VirtualClock,
         rng: random.Random,
-        on_step_failed: Callable[[Collection[Handle]], None],
+        on_failed: Callable[[Collection[Handle]], None],
     ) -> None:
         config = scenario.config
-        self.num_failed_copies = 0
+        self.seen: Counter[FaultKind] = Counter()
         self.is_dead = False
-        self.is_poisoned = False
         self._clock = clock
         self._rng = rng
         self._layout = scenario.layout
-        self._on_step_failed = on_step_failed
+        self._on_failed = on_failed
+        self._spoils_next = False
         self._in_flight = InFlight(config.num_slots, config.lookahead)
         self._tally = Tally(scenario.layout, self._in_flight)
         self._words: list[tuple[float, int, Callable[[], None]]] = []  # of ranks, by their time
@@ -81,20 +89,19 @@ class Device:
     def submit(self, plan: SchedulerOutput) -> None:
         """Let the device carry a plan out, and settle when each rank will say so."""
         if any(POISON in work.token_ids for work in plan.work):
-            self.is_dead = self.is_poisoned = True
+            self.is_dead = True
+            self.seen[FaultKind.POISONED] += 1
             raise PoisonError("the device died of what it was to compute")
         self._in_flight.begin(plan)
-        fails = self.fake.fails_next and bool(plan.work)
         num_copying = len(self.fake.copying)
         self.fake.submit(plan)
         for copying in self.fake.copying[num_copying:]:
             self._expect_copy(copying.copy, copying.finishes_at, copying.has_failed)
         if plan.work:
             run = self.fake.running[-1]
+            self._fail_some(run)
             done = StepDone(plan.step_id, run.samples, run.device_s, run.scores, run.error)
             self._expect_step(done, run.finishes_at)
-        if fails:
-            self._on_step_failed([work.handle for work in plan.work])
 
     def wait(self, until: float) -> ExecutorOutput | None:
         """Return what all ranks have said by now: time passes elsewhere."""
@@ -109,7 +116,7 @@ class Device:
         assert [step.step_id for step in said.steps] == [step.step_id for step in ended.steps]
         assert sorted(said.copies) == sorted(ended.copies)
         assert sorted(said.failed_copies) == sorted(ended.failed_copies)
-        self.num_failed_copies += len(said.failed_copies)
+        self.seen[FaultKind.COPY_FAILED] += len(said.failed_copies)
         return said
 
     def wake(self) -> None:
@@ -129,11 +136,29 @@ class Device:
         """Let the next step that is submitted fail."""
         self.fake.fails_next = True
 
+    def spoil_next_sample(self) -> None:
+        """Let no id be drawn for some request of the next step that has any."""
+        self._spoils_next = True
+
     def lose_rank(self) -> None:
         """Let a rank leave: nothing more can be carried out."""
         self.is_dead = True
         rank = self._rng.randrange(self._layout.num_ranks)
         self._in_flight.fail(f"rank {rank} is gone")
+
+    def _fail_some(self, run: Running) -> None:
+        """Note a step that failed; spoil a sample of one that did not, if one is to be."""
+        works = run.plan.work
+        if run.error is not None:
+            self.seen[FaultKind.STEP_FAILED] += 1
+            self._on_failed([work.handle for work in works])
+        elif self._spoils_next and run.samples:
+            self._spoils_next = False
+            self.seen[FaultKind.NO_NUMBERS] += 1
+            sampled = [work.handle for work in works if work.sample]
+            spoilt = self._rng.randrange(len(sampled))
+            run.samples[spoilt] = Sample(NO_TOKEN)
+            self._on_failed([sampled[spoilt]])
 
     def _expect_copy(self, copy: Copy, finishes_at: float, has_failed: bool) -> None:
         ranks = list(range(self._layout.num_ranks))

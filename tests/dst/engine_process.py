@@ -99,7 +99,6 @@ class EngineProcess:
         config = scenario.config
         self.length_model = length_model
         self.failed_numbers: set[RequestNumber] = set()  # whose step failed
-        self.num_failed_steps = 0
         self.num_times_full = 0  # that the host tier came to be
         self.is_over = False  # it does nothing more
         self.stopped_until = -inf
@@ -175,7 +174,6 @@ class EngineProcess:
 
     def _note_failed(self, handles: Collection[Handle]) -> None:
         numbers = self._loop._numbers
-        self.num_failed_steps += 1
         self.failed_numbers.update(numbers[handle] for handle in handles if handle in numbers)
 
     # ── what it owes ─────────────────────────────────────────────────────────────────────────

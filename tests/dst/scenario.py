@@ -36,6 +36,7 @@ class FaultKind(StrEnum):
     """What can go wrong; those that are planned stand first, and WEIGHTS has them all."""
 
     STEP_FAILED = "step failed"
+    NO_NUMBERS = "no numbers for a request"
     ENGINE_KILLED = "engine killed"
     ENGINE_HUNG = "engine hung, then killed"
     RANK_LOST = "rank lost"
@@ -51,6 +52,7 @@ class FaultKind(StrEnum):
 
 WEIGHTS = {
     FaultKind.STEP_FAILED: 4.0,
+    FaultKind.NO_NUMBERS: 1.0,
     FaultKind.ENGINE_KILLED: 1.5,
     FaultKind.ENGINE_HUNG: 0.7,
     FaultKind.RANK_LOST: 0.8,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,12 @@ def test_a_lost_token_is_told_with_the_story_of_its_request(
     """A request that goes on one id too late repeats it: the seed, the request, what it went by."""
     as_command = RequestStream.as_command
 
-    def forgets_the_last(stream: RequestStream, now: float) -> Add:
+    def forgets_the_last(
+        stream: RequestStream, now: float, siblings: Sequence[RequestStream] = ()
+    ) -> Add:
         ids = stream.output_token_ids
         stream.output_token_ids = ids[:-1]
-        add = as_command(stream, now)
+        add = as_command(stream, now, siblings)
         stream.output_token_ids = ids
         return add
 

@@ -222,10 +222,8 @@ class World:
     def _close_accounts(self, process: EngineProcess) -> None:
         stats, faults = process.scheduler.stats(), self.outcome.faults
         self._count_stats(stats)
-        faults[FaultKind.STEP_FAILED] += process.num_failed_steps
-        faults[FaultKind.COPY_FAILED] += process.device.num_failed_copies
+        faults.update(process.device.seen)
         faults[FaultKind.HOST_FULL] += process.num_times_full
-        faults[FaultKind.POISONED] += process.device.is_poisoned
 
     def _count_stats(self, stats: SchedulerStats) -> None:
         for name in STATS:
@@ -247,8 +245,11 @@ class World:
             return
         if process is None or process.is_over or process.stopped_until > self.clock.time:
             return
-        if kind is FaultKind.STEP_FAILED:  # counted when it does
-            process.device.fake.fails_next = True
+        if kind is FaultKind.STEP_FAILED:  # counted when it does, as the next one
+            process.device.fail_next_step()
+            return
+        if kind is FaultKind.NO_NUMBERS:
+            process.device.spoil_next_sample()
             return
         self._count(kind, f"replica {replica}: {kind}")
         until = self.clock.time + fault.lasts_s
