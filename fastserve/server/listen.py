@@ -15,12 +15,16 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from fastserve.client.async_engine import AsyncEngine
 from fastserve.client.interfaces import EngineDeadError
+from fastserve.host.open_files import raise_open_files_limit
+from fastserve.server.connection import BoundedConnection, ConnectionLimits
 from fastserve.settings.option import ConfigError
 from fastserve.settings.server import ServerConfig
 
@@ -28,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 DRAIN_S = 30  # how long a stopping server waits for answers under way
 LAST_BYTES_S = 5  # and then for their clients to take the rest
+MAX_CONNECTIONS = 16_384  # where the limit on open files allows as many
 
 
 class SignalledServer(uvicorn.Server):
@@ -99,6 +104,11 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def num_connections(num_open_files: int) -> int:
+    """Return how many connections there may be; some files are left to engines and logs."""
+    return min(MAX_CONNECTIONS, num_open_files - min(256, num_open_files // 4))
+
+
 def address(listener: socket.socket) -> tuple[str, int]:
     """Return the host and the port of a bound socket."""
     host, port = listener.getsockname()[:2]
@@ -131,8 +141,11 @@ def run(
     uvicorn_logger = logging.getLogger("uvicorn.error")
     uvicorn_logger.setLevel(logging.WARNING)
     uvicorn_logger.addFilter(is_no_cancellation)
+    limits = ConnectionLimits(num_connections(raise_open_files_limit()))
     config = uvicorn.Config(
         app,
+        http=cast(type[asyncio.Protocol], partial(BoundedConnection, limits=limits)),
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",  # the app has none, and its task would be one more to cut off

@@ -1,0 +1,94 @@
+"""Attacks on a live server: bounded in memory and time, and its neighbours notice nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.server.conftest import API_KEY, serving
+from tests.server.neighbours import Seen, watching
+
+pytestmark = pytest.mark.processes
+
+MIB = 2**20
+P99_S = 0.5  # of /health under attack; other tests use the machine at the same time
+
+
+class Target(NamedTuple):
+    """A server under attack."""
+
+    process: subprocess.Popen[str]
+    url: str
+
+    def connect(self) -> socket.socket:
+        """Return a new connection."""
+        address = urlsplit(self.url)
+        assert address.hostname is not None
+        assert address.port is not None
+        return socket.create_connection((address.hostname, address.port), timeout=60)
+
+    def rss_bytes(self) -> int:
+        """Return the memory that the API process holds."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        [kib] = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")]
+        return int(kib) * 1024
+
+    @contextlib.contextmanager
+    def growing_at_most(self, num_bytes: int) -> Iterator[None]:
+        """Assert that the memory never exceeds what it is now by more than so many bytes."""
+        before = peak = self.rss_bytes()
+        is_over = threading.Event()
+
+        def sample() -> None:
+            nonlocal peak
+            while not is_over.wait(0.01):
+                peak = max(peak, self.rss_bytes())
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            sampler.join()
+        assert peak - before < num_bytes
+
+    @contextlib.contextmanager
+    def bounded(self, num_bytes: int) -> Iterator[Seen]:
+        """Attack within: memory is bounded, and neighbours are served as ever."""
+        with watching(self.url, API_KEY, p99_s=P99_S) as seen, self.growing_at_most(num_bytes):
+            yield seen
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[Target]:
+    """A server of this module's own, with the limits that servers have."""
+    with serving() as (process, url):
+        yield Target(process, url)
+
+
+@pytest.mark.parametrize(
+    ("start", "filler"),
+    [
+        (b"GET /health HTTP/1.1\r\nX: ", b"a" * 2**16),
+        (b"GET /health HTTP/1.1\r\n", b"a: b\r\n" * 2**13),
+    ],
+)
+def test_headers_without_end(target: Target, start: bytes, filler: bytes) -> None:
+    """128 MiB of them, from someone without a key."""
+    num_sent = 0
+    with target.bounded(16 * MIB), target.connect() as connection:
+        connection.sendall(start)
+        with contextlib.suppress(ConnectionError):
+            while num_sent < 128 * MIB:
+                connection.sendall(filler)
+                num_sent += len(filler)
+    assert num_sent < 16 * MIB
