@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -43,15 +43,20 @@ def copied_cache(warm: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def live_process(flags: Sequence[str], cache_home: Path | None = None) -> Iterator[LiveServer]:
+def live_process(
+    flags: Sequence[str],
+    cache_home: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[LiveServer]:
     """Run `fastserve serve` with these flags and yield it once it is ready.
 
-    `cache_home` stands for the user's ~/.cache; downloaded models stay where they are. Raises
-    RuntimeError with the end of its log when it ends or does not become ready.
+    `variables` are added to its environment. `cache_home` stands for the user's ~/.cache;
+    downloaded models stay where they are. Raises RuntimeError with the end of its log when it ends
+    or does not become ready.
     """
     host, port = "127.0.0.1", free_port()
     command = [sys.executable, "-m", "fastserve", "serve", "--host", host, "--port", str(port)]
-    environment = dict(os.environ)
+    environment = {**os.environ, **(variables or {})}
     if cache_home is not None:
         environment |= {"XDG_CACHE_HOME": str(cache_home), "HF_HOME": HF_HOME}
     with tempfile.TemporaryFile("w+") as log:

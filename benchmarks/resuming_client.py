@@ -72,11 +72,16 @@ async def receive(
     """
     if last_event_id is not None:
         endpoint = endpoint._replace(headers=(*endpoint.headers, ("Last-Event-ID", last_event_id)))
+    return await exchange(endpoint, http_request(endpoint, fields), num_bytes)
+
+
+async def exchange(endpoint: Endpoint, request: bytes, num_bytes: int | None = None) -> Received:
+    """Do the same for the bytes of a request."""
     received = Received()
     parser = httptools.HttpResponseParser(_Parts(received))
     reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
     try:
-        writer.write(http_request(endpoint, fields))
+        writer.write(request)
         while not received.is_whole:
             left = READ_BYTES if num_bytes is None else num_bytes - received.num_raw_bytes
             if not left:
