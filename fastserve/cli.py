@@ -25,6 +25,7 @@ from fastserve.host.streams import (
     interrupts_end_at_once,
     prepare_streams,
     require_working_directory,
+    write_stderr,
 )
 from fastserve.settings.command_line import Settings, add_arguments
 from fastserve.settings.engine import EngineConfig
@@ -80,7 +81,7 @@ def run(words: list[str]) -> int:
 
 def fail(error: Exception | str, code: int = EXIT_USAGE) -> int:
     """Print an error as one line and return its exit code."""
-    print(f"fastserve: error: {' '.join(str(error).split())}", file=sys.stderr)
+    write_stderr(f"fastserve: error: {' '.join(str(error).split())}")
     return code
 
 

@@ -14,28 +14,28 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastserve.checkpoint import locate as checkpoint
 from fastserve.client.async_engine import AsyncEngine
 from fastserve.core.build import build_scheduler
-from fastserve.core.journal import Journal
 from fastserve.core.lengths import LengthModel
 from fastserve.engine import process
 from fastserve.engine.engine import Engine, MonotonicClock
+from fastserve.engine.journal_file import open_journal
 from fastserve.engine.length_file import LengthFile, length_path
-from fastserve.host.log_lines import log_from
+from fastserve.host.log import open_log
 from fastserve.host.machine import num_cores
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.settings.scheduler import SchedulerConfig, pool_window
-from fastserve.settings.server import ServerConfig
+from fastserve.settings.server import ENGINE_TIMEOUT_S, ServerConfig
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.wire.child import be_child
 from fastserve.wire.driver_link import DriverLink
-from fastserve.wire.engine_messages import EngineInfo
+from fastserve.wire.engine_messages import Configure, EngineInfo
 
 if TYPE_CHECKING:
     from fastserve.executor.distributed import DistributedExecutor
@@ -115,10 +115,12 @@ def open_engine(
     *,
     reserved_cores: int = 0,
     length_model: LengthModel | None = None,
+    is_restart: bool = False,
 ) -> tuple[Engine, EngineInfo]:
     """Load a model into this process; `reserved_cores` are left to others.
 
-    A policy that learns begins with the `length_model`, or with nothing.
+    A policy that learns begins with the `length_model`, or with nothing. At a restart a journal
+    that cannot be written is left out: there are requests that wait.
     """
     directory = checkpoint.locate(config.model, config.revision)
     eos_token_ids = checkpoint.eos_token_ids(
@@ -161,7 +163,7 @@ def open_engine(
         observers = []
         if config.journal is not None:
             try:
-                journal = opened.enter_context(_open_journal(Path(config.journal)))
+                journal = opened.enter_context(open_journal(Path(config.journal)))
                 journal.open(
                     clock.now(),
                     scheduler_config,
@@ -171,8 +173,12 @@ def open_engine(
                     length_model,
                 )
             except OSError as error:
-                raise ConfigError(f"--journal {config.journal}: {error.strerror}") from error
-            observers.append(journal)
+                reason = f"--journal {config.journal}: {error.strerror}"
+                if not is_restart:
+                    raise ConfigError(reason) from error
+                logger.error("the engine goes on without its journal: %s", reason)
+            else:
+                observers.append(journal)
         scheduler = build_scheduler(
             scheduler_config,
             cost_model,
@@ -203,13 +209,14 @@ def open_engine(
 
 
 def open_served_engine(
-    config: EngineConfig, replica: int, on_progress: Callable[[str, float], None]
+    configure: Configure, on_progress: Callable[[str, float], None]
 ) -> process.Opened:
     """Load a model to serve: a policy that learns goes on where the last engine ended.
 
     Each replica learns from its own answers, in a file of its own; one that has none begins with
     that of replica 0.
     """
+    config, replica = configure.config, configure.replica
     lengths = None
     if config.scheduling_policy == "learned":
         identity = str(checkpoint.locate(config.model, config.revision).resolve())
@@ -220,25 +227,16 @@ def open_served_engine(
         on_progress,
         reserved_cores=SERVER_CORES,
         length_model=None if lengths is None else lengths.model,
+        is_restart=configure.is_restart,
     )
     return process.Opened(engine, info, lengths)
 
 
-@contextlib.contextmanager
-def _open_journal(path: Path) -> Iterator[Journal]:
-    """Append to a file; what could not be written was an error then, and is none at the end.
-
-    Whole lines survive a crash; a restarted engine's journal follows in the same file.
-    """
-    file = path.open("a", buffering=1)
-    try:
-        yield Journal(file.write)
-    finally:
-        with contextlib.suppress(OSError):
-            file.close()
-
-
-def open_async_engine(config: EngineConfig, model_name: str | None = None) -> AsyncEngine:
+def open_async_engine(
+    config: EngineConfig,
+    model_name: str | None = None,
+    engine_timeout_s: float = ENGINE_TIMEOUT_S,
+) -> AsyncEngine:
     """Return an engine that will run in processes of its own; `start` begins to load it."""
     return AsyncEngine(
         config,
@@ -248,6 +246,7 @@ def open_async_engine(config: EngineConfig, model_name: str | None = None) -> As
             replica_environment(config, replica) for replica in range(config.data_parallel_size)
         ],
         model_name=model_name,
+        engine_timeout_s=engine_timeout_s,
     )
 
 
@@ -320,13 +319,13 @@ def serve(config: EngineConfig, server_config: ServerConfig) -> int:
     from fastserve.server.app import create_app
     from fastserve.server.key_sources import read_keys
 
-    log_from(server_config.log_level.upper())
+    open_log(server_config.log_level.upper())
     server_config = dataclasses.replace(server_config, api_key=read_keys(server_config, os.environ))
     tokenizer = open_tokenizer(config, server_config.chat_template)
     with listen.bind(server_config.host, server_config.port) as listener:
         listen.warn_if_exposed(listener, server_config)
         names = (*server_config.served_model_name, checkpoint.public_name(config.model))
-        engine = open_async_engine(config, names[0])
+        engine = open_async_engine(config, names[0], server_config.engine_timeout)
         app = create_app(engine, tokenizer, config, server_config)
 
         def refuse_work() -> None:
@@ -340,7 +339,7 @@ def run_host(config: EngineConfig, log_level: str) -> int:
     from fastserve.executor.host_ranks import open_host_ranks
     from fastserve.wire.joining import JoinError
 
-    log_from(log_level.upper())
+    open_log(log_level.upper())
     model_dir = checkpoint.locate(config.model, config.revision)
     host, ranks = open_host_ranks(config, model_dir, _command("--rank-fd"), _environment())
     try:
@@ -365,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end.add_argument("--engine-fd", type=int, help="inherited socket to be the engine process on")
     end.add_argument("--rank-fd", type=int, help="inherited socket to be a rank on")
     args = parser.parse_args(argv)
-    log_from(logging.WARNING)
+    open_log("WARNING")
     if args.rank_fd is not None:
         return run_rank(args.rank_fd)
     return process.run(args.engine_fd, open_served_engine)

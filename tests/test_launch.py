@@ -189,6 +189,17 @@ def test_a_journal_that_cannot_be_begun_is_refused() -> None:
         open_engine(config)
 
 
+def test_a_restarted_engine_goes_on_without_a_journal(caplog: pytest.LogCaptureFixture) -> None:
+    """Requests wait for it, and a full disk is no reason to let them down: one line says so."""
+    config = dataclasses.replace(SMALL, journal="/dev/full")
+    engine, _ = open_engine(config, is_restart=True)
+    assert len(generate(engine, SamplingParams(max_tokens=5, ignore_eos=True))) == 5
+    engine.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "the engine goes on without its journal: --journal /dev/full: No space left on device"
+    ]
+
+
 def test_a_setting_that_cannot_be_honoured_closes_the_executor() -> None:
     """The error is the configuration's, and nothing keeps running behind it."""
     config = EngineConfig(

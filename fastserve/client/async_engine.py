@@ -19,14 +19,15 @@ import msgspec
 
 from fastserve.client.dispatch import Dispatcher
 from fastserve.client.engine_link import EngineLink
-from fastserve.client.interfaces import EngineDeadError
+from fastserve.client.interfaces import EngineDeadError, ShuttingDownError
 from fastserve.client.metrics import EngineMetrics
 from fastserve.client.replica_metrics import ReplicaMetrics
 from fastserve.client.streams import RequestStream
 from fastserve.client.supervisor import CLOSED, Supervisor
 from fastserve.core.request import Arrival
 from fastserve.settings.engine import EngineConfig
-from fastserve.wire.engine_messages import EngineInfo, EngineStats, checked
+from fastserve.settings.server import ENGINE_TIMEOUT_S
+from fastserve.wire.engine_messages import Configure, EngineInfo, EngineStats, checked
 
 
 class AsyncEngine:
@@ -44,11 +45,13 @@ class AsyncEngine:
         environment: Mapping[str, str] | None = None,
         replica_environments: Sequence[Mapping[str, str]] = (),
         model_name: str | None = None,
+        engine_timeout_s: float = ENGINE_TIMEOUT_S,
     ) -> None:
         self.config = config
         self._command = tuple(command)
         self._environment = {**os.environ, **(environment or {})}
         self._replica_environments = replica_environments
+        self._engine_timeout_s = engine_timeout_s
         self._seeds = random.Random(config.seed)
         name, num_replicas = model_name or config.model, config.data_parallel_size
         engine_metrics = [EngineMetrics(name, replica) for replica in range(num_replicas)]
@@ -60,7 +63,7 @@ class AsyncEngine:
                 self._dispatcher,
                 engine_metrics[replica],
                 replica=replica,
-                is_watched=num_replicas > 1,
+                engine_timeout_s=engine_timeout_s,
             )
             for replica in range(num_replicas)
         )
@@ -69,8 +72,13 @@ class AsyncEngine:
         environment = dict(self._environment)
         if self._replica_environments:
             environment |= self._replica_environments[replica]
-        config = replica_config(self.config, replica)
-        return await EngineLink.start(self._command, environment, config, replica)
+        configure = Configure(
+            replica_config(self.config, replica),
+            replica,
+            self._engine_timeout_s,
+            is_restart=self.replicas[replica].info is not None,
+        )
+        return await EngineLink.start(self._command, environment, configure)
 
     @property
     def info(self) -> EngineInfo | None:
@@ -154,6 +162,14 @@ class AsyncEngine:
     async def idle(self) -> None:
         """Wait until no request is left."""
         await self._dispatcher.streams.idle()
+
+    async def over(self) -> None:
+        """Wait until every replica is gone for good, or closed."""
+        await asyncio.gather(*(replica.over() for replica in self.replicas))
+
+    def end_requests(self) -> None:
+        """End all that have not ended: their streams raise ShuttingDownError."""
+        self._dispatcher.end_all("The server is shutting down.", ShuttingDownError)
 
     def submit(self, arrival: Arrival) -> RequestStream:
         """Accept one request, as `submit_choices` does."""

@@ -120,10 +120,11 @@ class Dispatcher:
                 self._fail(number, reason)
         self._hand_over()
 
-    def end_all(self, reason: str) -> None:
-        """End every open request with EngineDeadError: no process will run them."""
+    def end_all(self, reason: str, kind: type[Exception] = EngineDeadError) -> None:
+        """End every open request with an error: no process is to run them any more."""
         for stream in self.streams:
-            self._end(stream.number, FinishReason.ERROR, EngineDeadError(reason))
+            self.tell(Abort(stream.number))
+            self._end(stream.number, FinishReason.ERROR, kind(reason))
 
     def _place(self, streams: Sequence[RequestStream]) -> None:
         """Give requests to the replicas where the least work is expected, if any may run them.

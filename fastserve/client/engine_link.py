@@ -14,7 +14,6 @@ import subprocess
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
-from fastserve.settings.engine import EngineConfig
 from fastserve.wire.child import Child
 from fastserve.wire.engine_messages import (
     Abort,
@@ -40,18 +39,20 @@ LOADED = ("ready", 1.0)
 
 
 class EngineLink:
-    """A started engine process; `replica` says which, where several serve side by side."""
+    """A started engine process; `replica` says which, where several serve, and `name` in words."""
 
     def __init__(self, child: Child[Event], replica: int = 0, name: str = "engine") -> None:
         self.replica = replica
         self.heard_at = time.monotonic()  # when it last said anything
+        self.ready_at: float | None = None  # when it was loaded
         self.progress = STARTING
         self.info: EngineInfo | None = None  # what it said when it was loaded
         self.stats: EngineStats | None = None  # the latest snapshot; `at` says how old it is
         self.failure: Failed | None = None  # what it said of its own end
         self.is_serving = False
         self._child = child
-        self._name = name
+        self.name = name
+        self._fault: str | None = None  # why it was killed
         self._given: set[RequestNumber] = set()  # requests that have not ended
 
     @classmethod
@@ -59,13 +60,16 @@ class EngineLink:
         cls,
         command: Sequence[str],
         environment: Mapping[str, str],
-        config: EngineConfig,
-        replica: int = 0,
+        configure: Configure,
     ) -> EngineLink:
-        """Start a process, and let it load what `config` says as one of its replicas."""
-        name = "engine" if config.data_parallel_size == 1 else f"engine {replica}"
+        """Start a process, and let it load what the message says.
+
+        Raises OSError where this machine has no process or descriptor left.
+        """
+        replica = configure.replica
+        name = "engine" if configure.config.data_parallel_size == 1 else f"engine {replica}"
         link = cls(await Child.start(command, environment, decode_event, name), replica, name)
-        link._child.send(encode_frame(Configure(config, replica)))
+        link._child.send(encode_frame(configure))
         return link
 
     @property
@@ -109,10 +113,11 @@ class EngineLink:
             self.stats = event.stats or self.stats
         elif isinstance(event, Progress):
             if event.stage != self.progress[0]:
-                logger.info("%s: %s", self._name, event.stage)
+                logger.info("%s: %s", self.name, event.stage)
             self.progress = (event.stage, event.fraction)
         elif isinstance(event, Ready):
             self.info, self.progress = event.info, LOADED
+            self.ready_at = self.heard_at
             self.is_serving = True
         elif isinstance(event, Failed):
             self.failure = event
@@ -121,13 +126,23 @@ class EngineLink:
         """Ask the process to leave; its connection ends when it has."""
         self._child.close()
 
-    def kill(self) -> None:
-        """End the process at once, whatever it is at."""
+    def kill(self, fault: str | None = None) -> None:
+        """End the process at once, whatever it is at; `fault` says in one line why."""
+        self._fault = fault
+        self.is_serving = False
         self._child.process.kill()
+
+    @property
+    def served_s(self) -> float:
+        """The seconds in which it served, as far as it was heard."""
+        return 0.0 if self.ready_at is None else self.heard_at - self.ready_at
 
     async def end(self) -> str:
         """Wait until the process is gone, and return in one line why."""
         self.is_serving = False
+        self.progress = STARTING  # of the next one
         self._child.close()
         cause = await self._child.cause_of_death()
-        return cause if self.failure is None else self.failure.message
+        if self.failure is not None:
+            return self.failure.message
+        return cause if self._fault is None else self._fault

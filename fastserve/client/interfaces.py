@@ -19,11 +19,15 @@ class EngineDeadError(RuntimeError):
     """There is no engine and there will be none again; the message is one line."""
 
 
+class ShuttingDownError(RuntimeError):
+    """The server stops before the request is finished; the message is one line."""
+
+
 class UpdateStream(AsyncIterable[RequestUpdate], Protocol):
     """The updates of one request, to its end.
 
     Raises ValueError if the request can never run, RequestFailedError if it ends the engine it
-    runs in, and EngineDeadError if the engine is gone.
+    runs in, EngineDeadError if the engine is gone, and ShuttingDownError if it is let go first.
     """
 
     def finish(self, num_output_tokens: int) -> None:

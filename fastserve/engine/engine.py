@@ -104,10 +104,15 @@ class Engine:
         for observer in self.observers:
             try:
                 see(observer)
-            except Exception:
+            except Exception as error:
                 if self.scheduler.config.is_strict:
                     raise
-                logger.exception("observer %r failed; the engine goes on without it", observer)
+                logger.error(
+                    "the engine goes on without its %s: %s",
+                    type(observer).__name__,
+                    error,
+                    exc_info=not isinstance(error, OSError),  # a full disk needs no traceback
+                )
                 self.observers = tuple(item for item in self.observers if item is not observer)
 
     @property

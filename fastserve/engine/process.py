@@ -1,9 +1,10 @@
 """The engine process: loads what the first message names, then steps until the API leaves.
 
 Rules: the loop never polls and never blocks on the socket. One thread reads commands and wakes the
-executor, one writes what the loop has queued; the engine itself belongs to the loop's thread. The
-other end's departure ends the process, as does the death of the parent. Interrupts from a terminal
-are the parent's to answer: it drains first. Must not know: torch, text, HTTP.
+executor, one writes what the loop has queued, one says that the process lives; the engine itself
+belongs to the loop's thread. The other end's departure ends the process, as do the death of the
+parent, that of a thread, and work that hangs: another process may go on with it. Interrupts from a
+terminal are the parent's to answer: it drains first. Must not know: torch, text, HTTP.
 """
 
 from __future__ import annotations
@@ -11,19 +12,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
-import queue
-import socket
-import threading
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, NoReturn
 
 from fastserve.core.messages import RequestUpdate
 from fastserve.core.request import Arrival, Handle
+from fastserve.engine.boxes import Inbox, Outbox
 from fastserve.engine.engine import Engine
+from fastserve.engine.heartbeat import Heartbeat, where_threads_are
 from fastserve.engine.length_file import LengthFile
+from fastserve.engine.step_watch import Hang, StepWatch
 from fastserve.host.garbage_collector import quiet_garbage_collector
-from fastserve.settings.engine import EngineConfig
+from fastserve.host.log import end_process
 from fastserve.settings.option import ConfigError
 from fastserve.wire.child import be_child
 from fastserve.wire.engine_messages import (
@@ -32,7 +32,6 @@ from fastserve.wire.engine_messages import (
     Command,
     Configure,
     EngineInfo,
-    Event,
     Failed,
     Finish,
     Progress,
@@ -40,15 +39,17 @@ from fastserve.wire.engine_messages import (
     Rejected,
     RequestNumber,
     Updates,
-    decode_command,
+    beat_interval_s,
 )
-from fastserve.wire.frames import encode_frame, read_frame
 from fastserve.wire.joining import JoinError
 
 logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 0.5
-HEARTBEAT_S = 1.0
+COMPILING_S = 60.0
+"""What the first step may take more where a device compiles its kernels when they are needed."""
+LAST_WORDS_S = 1.0
+"""That a process that hangs has to say so."""
 
 
 class Opened(NamedTuple):
@@ -59,81 +60,22 @@ class Opened(NamedTuple):
     lengths: LengthFile | None = None
 
 
-OpenEngine = Callable[[EngineConfig, int, Callable[[str, float], None]], Opened]
-"""Loads what a configuration says as one of its replicas; told what loading is at."""
-
-
-class Inbox:
-    """Reads commands on a thread of its own; `on_arrival` is told of each, and of the end."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.has_ended = False  # the other end has gone
-        self.is_closed = False  # and everything it had sent was taken
-        self.on_arrival: Callable[[], None] = lambda: None
-        self._stream = connection.makefile("rb")
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, name="engine-inbox", daemon=True).start()
-
-    def _read(self) -> None:
-        try:
-            while (payload := read_frame(self._stream)) is not None:
-                self._commands.put(decode_command(payload))
-                self.on_arrival()
-        except (OSError, ValueError):
-            logger.exception("the connection to the API process broke")
-        finally:
-            self.has_ended = True
-            self._commands.put(None)
-            self.on_arrival()
-
-    def get(self) -> Command | None:
-        """Wait for one command; None when the other end has gone."""
-        command = self._commands.get()
-        self.is_closed |= command is None
-        return command
-
-    def drain(self) -> list[Command]:
-        """Return the commands that have arrived, without waiting."""
-        commands = []
-        while not self.is_closed and not self._commands.empty():
-            if (command := self.get()) is not None:
-                commands.append(command)
-        return commands
-
-
-class Outbox:
-    """Writes events on a thread of its own, so that a slow reader never holds up a step."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._write, name="engine-outbox", daemon=True)
-        self._thread.start()
-
-    def send(self, event: Event) -> None:
-        """Queue one event."""
-        self._events.put(event)
-
-    def close(self) -> None:
-        """Write what is queued, then stop."""
-        self._events.put(None)
-        self._thread.join()
-
-    def _write(self) -> None:
-        try:
-            while (event := self._events.get()) is not None:
-                self._connection.sendall(encode_frame(event))
-        except OSError as error:  # the inbox sees the same end and stops the loop
-            logger.debug("the API process is gone: %s", error)
+OpenEngine = Callable[[Configure, Callable[[str, float], None]], Opened]
+"""Loads what the first message says; the second argument is told what loading is at."""
 
 
 class Loop:
     """Carries commands to the engine and its news back, translating request numbers to handles."""
 
     def __init__(
-        self, engine: Engine, inbox: Inbox, outbox: Outbox, lengths: LengthFile | None = None
+        self,
+        engine: Engine,
+        inbox: Inbox,
+        outbox: Outbox,
+        lengths: LengthFile | None = None,
     ) -> None:
         self.engine = engine
+        self.on_turn: Callable[[float], None] = lambda now: None  # told when a wait is over
         self._lengths = lengths
         self._inbox = inbox
         self._outbox = outbox
@@ -155,6 +97,7 @@ class Loop:
         if self._inbox.is_closed:
             return False
         news += engine.step(min(until, self.next_due))
+        self.on_turn(engine.clock.now())
         self._send(news)
         # Without news a step is under way, or there is none to hold up.
         if self._lengths is not None and not news:
@@ -176,8 +119,12 @@ class Loop:
 
     def running(self) -> tuple[RequestNumber, ...]:
         """Return the requests whose steps are under way."""
-        handles = self.engine.scheduler.handles_in_flight
-        return tuple(self._numbers[handle] for handle in handles if handle in self._numbers)
+        return self.numbers_of(self.engine.scheduler.handles_in_flight)
+
+    def numbers_of(self, handles: Iterable[Handle]) -> tuple[RequestNumber, ...]:
+        """Return the numbers of those that have not ended; callable from any thread."""
+        numbers = map(self._numbers.get, handles)
+        return tuple(number for number in numbers if number is not None)
 
     def _apply(self, command: Command) -> RequestUpdate | None:
         self._touch()
@@ -238,19 +185,12 @@ class Loop:
             self._stats_due = self.engine.clock.now() + STATS_INTERVAL_S
 
 
-def say_alive(outbox: Outbox) -> None:
-    """Say so every HEARTBEAT_S, as long as the process runs: a step may take longer than that."""
-    never = threading.Event()
-    while not never.wait(HEARTBEAT_S):
-        outbox.send(Alive())
-
-
 def run(fd: int, open_engine: OpenEngine) -> int:
     """Be the engine process on the inherited socket `fd`; return the exit status."""
     connection = be_child(fd)
     inbox, outbox = Inbox(connection), Outbox(connection)
     try:
-        loop = _load(inbox, outbox, open_engine)
+        loaded = _load(inbox, outbox, open_engine)
     except ConfigError as error:  # which needs no more than its one line
         return _fail(outbox, Failed(_one_line(error), is_misconfiguration=True))
     except JoinError as error:  # found out here, and the matter of another host
@@ -258,14 +198,16 @@ def run(fd: int, open_engine: OpenEngine) -> int:
     except Exception as error:
         logger.exception("the engine could not be loaded")
         return _fail(outbox, Failed(_one_line(error)))
-    if loop is None:
+    if loaded is None:
         return 0
+    loop, heartbeat = loaded
     try:
         loop.run()
     except Exception as error:
         logger.exception("the engine failed")
         return _fail(outbox, Failed(_one_line(error), running=loop.running()))
     finally:
+        heartbeat.stop()
         loop.close()
     return 0
 
@@ -280,7 +222,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _load(inbox: Inbox, outbox: Outbox, open_engine: OpenEngine) -> Loop | None:
+def _load(inbox: Inbox, outbox: Outbox, open_engine: OpenEngine) -> tuple[Loop, Heartbeat] | None:
     """Load what the first message names; None when the other end leaves before it says."""
     first = inbox.get()
     if first is None:
@@ -290,19 +232,33 @@ def _load(inbox: Inbox, outbox: Outbox, open_engine: OpenEngine) -> Loop | None:
 
     def leave_if_abandoned() -> None:
         if inbox.has_ended:
-            os._exit(0)  # loading cannot be interrupted in any other way
+            end_process(0)  # loading cannot be interrupted in any other way
 
     inbox.on_arrival = leave_if_abandoned
     leave_if_abandoned()
-    opened = open_engine(
-        first.config,
-        first.replica,
-        lambda stage, fraction: outbox.send(Progress(stage, fraction)),
-    )
+    heartbeat = Heartbeat(lambda: outbox.send(Alive()), beat_interval_s(first.engine_timeout_s))
+    opened = open_engine(first, lambda stage, fraction: outbox.send(Progress(stage, fraction)))
     quiet_garbage_collector()
+    watch = StepWatch(
+        opened.info.cost_model,
+        first.engine_timeout_s,
+        opened.engine.clock.now(),
+        first_s=0.0 if opened.info.device == "cpu" else COMPILING_S,
+    )
+    loop = Loop(opened.engine, inbox, outbox, opened.lengths)
+    opened.engine.observers += (watch,)
+    loop.on_turn = watch.turned
+    heartbeat.overdue = lambda: watch.overdue(opened.engine.clock.now())
+    heartbeat.on_hang = lambda hang: _end_at(hang, loop, outbox)
     outbox.send(Ready(opened.info))
-    if first.config.data_parallel_size > 1:
-        threading.Thread(
-            target=say_alive, args=(outbox,), name="engine-heartbeat", daemon=True
-        ).start()
-    return Loop(opened.engine, inbox, outbox, opened.lengths)
+    return loop, heartbeat
+
+
+def _end_at(hang: Hang, loop: Loop, outbox: Outbox) -> NoReturn:
+    """End the process from another thread: the loop does not get on, and never may."""
+    logger.critical("%s; the process ends where its threads are:", hang.what)
+    for line in where_threads_are():
+        logger.critical("%s", line)
+    outbox.send(Failed(hang.what, running=loop.numbers_of(hang.handles)))
+    outbox.close(LAST_WORDS_S)
+    end_process(1)

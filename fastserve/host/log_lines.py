@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"  # a request's line fits 80 columns
 TIME = "%Y-%m-%d %H:%M:%S"
@@ -37,10 +36,3 @@ class LineFormatter(logging.Formatter):
         """Return the line of a record, and its traceback."""
         line, *traceback = super().format(record).split("\n")
         return "\n".join((line, *(TRACEBACK_MARK + one_line(text) for text in traceback)))
-
-
-def log_from(level: int | str) -> None:
-    """Write messages of this level and above to stderr."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LineFormatter())
-    logging.basicConfig(level=level, handlers=[handler])

@@ -10,6 +10,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import NoReturn
 from fastserve.settings.option import ConfigError
 
 EXIT_INTERRUPTED = 130
+UNREAD_S = 1.0
 
 
 def prepare_streams() -> None:
@@ -39,6 +41,22 @@ def prepare_streams() -> None:
         sys.stdin.reconfigure(errors="surrogateescape")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def write_stderr(line: str) -> None:
+    """Write a line to stderr, unless that would wait: nobody has read from its pipe for UNREAD_S.
+
+    What must end, or serve, does so unheard.
+    """
+    try:
+        descriptor = sys.stderr.fileno()
+    except (OSError, ValueError):
+        is_read = True  # it is in memory
+    else:
+        is_read = bool(select.select((), (descriptor,), (), UNREAD_S)[1])
+    if is_read:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
 
 def require_working_directory() -> None:

@@ -149,7 +149,7 @@ def add_status_routes(app: FastAPI, context: ServerContext) -> None:
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
-        context.require_engine()
+        context.require_life()
         return Response()
 
     @app.head("/ready", include_in_schema=False)

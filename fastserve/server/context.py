@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from fastserve.checkpoint.locate import public_name
 from fastserve.client.interfaces import EngineClient
-from fastserve.server.errors import ApiError, engine_dead, invalid, unavailable
+from fastserve.server.errors import ApiError, engine_dead, invalid, shutting_down, unavailable
 from fastserve.server.refused_fields import UnreadFields
 from fastserve.server.resumption import ResumableStreams
 from fastserve.settings.engine import EngineConfig
@@ -64,12 +64,16 @@ class ServerContext:
         if priority and not self.server_config.enable_priority:
             raise invalid("priority other than 0 is not enabled on this server.", "priority")
 
-    def require_engine(self) -> EngineInfo:
-        """Return what the engine is; 503 while it is not there."""
+    def require_life(self) -> None:
+        """Raise 503 once the engine is gone for good: only another process will help."""
         if self.engine.is_dead:
             raise engine_dead()
+
+    def require_engine(self) -> EngineInfo:
+        """Return what the engine is; 503 while it runs no requests, or is to take no more."""
+        self.require_life()
         if self.is_draining:
-            raise unavailable("The server is shutting down.", "draining")
+            raise shutting_down()
         if self.engine.info is None or not self.engine.is_ready:
             stage, fraction = self.engine.progress
             raise unavailable(f"The model is loading ({stage}, {fraction:.0%}).", "loading")

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastserve.client.interfaces import EngineDeadError
+from fastserve.client.interfaces import EngineDeadError, ShuttingDownError
 from fastserve.core.messages import NotFiniteError, RequestFailedError
 
 INVALID = "invalid_request_error"
@@ -78,6 +78,11 @@ def engine_dead() -> ApiError:
     return unavailable("The engine is dead; the log of the server says why.", "engine_dead", 30)
 
 
+def shutting_down() -> ApiError:
+    """Return the 503 for what a stopping server does not finish, or does not begin."""
+    return unavailable("The server is shutting down.", "shutting_down")
+
+
 def from_validation(error: ValidationError) -> ApiError:
     """Return the 400 for a body that does not fit its schema: the first fault, by name."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
@@ -94,6 +99,8 @@ def from_failure(error: Exception) -> ApiError | None:
     """Return what a client is told of an engine's failure; None for a fault of ours."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ShuttingDownError):
+        return shutting_down()
     if isinstance(error, EngineDeadError):
         return engine_dead()
     if isinstance(error, NotFiniteError):

@@ -1,8 +1,10 @@
-"""Runs the HTTP server: binds, answers signals, drains, and ends when the engine cannot load.
+"""Runs the HTTP server: listens, answers signals, drains, and ends when the engine is gone.
 
-Rules: the address is bound before anything is loaded, so that a port in use is known at once. After
-the first SIGTERM or SIGINT new work is refused and answers under way end, for a bounded time; the
-second ends at once. Must not know: routes, the engine's inside.
+Rules: the address is listened at before anything is loaded, so that a port in use is known at once.
+After the first SIGTERM or SIGINT new work is refused and answers under way end, for a bounded time,
+after which each is told that it is cut off; a second signal ends at once. An engine that is gone
+for good ends the server. The exit status tells these apart.
+Must not know: routes, the engine's inside.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import ipaddress
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
@@ -24,30 +25,38 @@ from fastapi import FastAPI
 from fastserve.client.async_engine import AsyncEngine
 from fastserve.client.interfaces import EngineDeadError
 from fastserve.host.open_files import raise_open_files_limit
+from fastserve.host.streams import write_stderr
 from fastserve.server.connection import BoundedConnection, ConnectionLimits
 from fastserve.settings.option import ConfigError
 from fastserve.settings.server import ServerConfig
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S = 30  # how long a stopping server waits for answers under way
-LAST_BYTES_S = 5  # and then for their clients to take the rest
+LAST_BYTES_S = 3  # that the clients of a server that ends have to take what it has said
+BACKLOG = 2048  # connections that wait to be accepted; uvicorn's own
 MAX_CONNECTIONS = 16_384  # where the limit on open files allows as many
 
 
 class SignalledServer(uvicorn.Server):
     """A uvicorn server that drains on a signal and then returns normally.
 
-    `ended_by` is the number of the second signal, which did not let it drain.
+    `exit_status` is 0 where all that was accepted was answered whole, and 128 and the number of the
+    latest signal where something was cut off.
     """
 
     def __init__(
-        self, config: uvicorn.Config, engine: AsyncEngine, refuse_work: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        engine: AsyncEngine,
+        refuse_work: Callable[[], None],
+        shutdown_timeout_s: float,
     ) -> None:
         super().__init__(config)
+        self.exit_status = 0
         self._engine = engine
         self._refuse_work = refuse_work
-        self.ended_by: int | None = None
+        self._shutdown_timeout_s = shutdown_timeout_s
+        self._signal = 0  # the number of the latest one
         self._draining: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
@@ -65,21 +74,36 @@ class SignalledServer(uvicorn.Server):
 
     def _answer(self, number: int) -> None:
         name, count = signal.Signals(number).name, self._engine.num_requests
+        self._signal = number
         if self._draining is not None:
             logger.warning("%s again: ending at once, %d requests unfinished", name, count)
-            self.ended_by = number
+            self._cut_off()
             self.should_exit = self.force_exit = True
             self._engine.kill()
             return
-        under_way = f"finishing {count} requests, at most {DRAIN_S} s" if count else "stopping"
+        limit_s = self._shutdown_timeout_s
+        under_way = f"finishing {count} requests, at most {limit_s:g} s" if count else "stopping"
         logger.warning("%s: %s; a second signal ends at once", name, under_way)
         self._refuse_work()
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._engine.idle(), DRAIN_S)
+        try:
+            await asyncio.wait_for(self._engine.idle(), self._shutdown_timeout_s)
+        except TimeoutError:
+            logger.warning("time is up: %d requests are cut off", self._engine.num_requests)
+            self._cut_off()
+            self._engine.end_requests()
         self.should_exit = True
+
+    def _cut_off(self) -> None:
+        self.exit_status = 128 + self._signal
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close every connection once its client has what was said, for a bounded time."""
+        await super().shutdown(sockets)
+        if self.server_state.tasks and self._signal:  # of clients that take nothing
+            self._cut_off()
 
 
 def is_no_cancellation(record: logging.LogRecord) -> bool:
@@ -88,7 +112,10 @@ def is_no_cancellation(record: logging.LogRecord) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket; ConfigError if there can be none."""
+    """Return a listening socket; ConfigError if there can be none.
+
+    Two sockets may be bound to one port as long as neither listens.
+    """
     listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -97,6 +124,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
         if listener is not None:
             listener.close()
@@ -119,9 +147,9 @@ def warn_if_exposed(listener: socket.socket, config: ServerConfig) -> None:
     """Warn on stderr when others can reach the server and it asks for no key."""
     host, _ = address(listener)
     if not config.api_key and not ipaddress.ip_address(host).is_loopback:
-        sys.stderr.write(
+        write_stderr(
             f"warning: {config.host} can be reached from other machines and no --api-key is set; "
-            "anyone who reaches it can use the model\n"
+            "anyone who reaches it can use the model"
         )
 
 
@@ -134,7 +162,8 @@ def run(
 ) -> int:
     """Serve until a signal, upon which `refuse_work` is called; return the exit status.
 
-    That is 0 after a signal, and 128 and its number after a second one.
+    That is 0 after a signal where all that was accepted was answered whole, 128 and the signal's
+    number where something was cut off, and 1 once the engine is gone for good.
     Raises ConfigError when the engine cannot honour its settings.
     """
     # Its startup lines tell of processes, not of the model; its warnings are wanted.
@@ -152,37 +181,47 @@ def run(
         timeout_keep_alive=server_config.timeout_keep_alive,
         timeout_graceful_shutdown=LAST_BYTES_S,
     )
+    server = SignalledServer(config, engine, refuse_work, server_config.shutdown_timeout)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        return runner.run(_serve(SignalledServer(config, engine, refuse_work), engine, listener))
+        return runner.run(_serve(server, engine, listener))
 
 
 async def _serve(server: SignalledServer, engine: AsyncEngine, listener: socket.socket) -> int:
     await engine.start()
-    watcher = asyncio.create_task(_watch_loading(server, engine, listener))
+    watchers = [
+        asyncio.create_task(_announce(engine, listener)),
+        asyncio.create_task(_end_with(engine, server)),
+    ]
     try:
         await server.serve(sockets=[listener])
     finally:
-        watcher.cancel()
-        has_loaded = engine.info is not None
+        for watcher in watchers:
+            watcher.cancel()
         error = engine.error
         await engine.close()
-    if error is not None and engine.is_misconfigured:
+    if error is None:
+        return server.exit_status
+    if engine.is_misconfigured:
         raise ConfigError(error)
-    if error is not None and not has_loaded:
-        sys.stderr.write(f"fastserve: error: {error}\n")
-        return 1
-    return 0 if server.ended_by is None else 128 + server.ended_by
+    write_stderr(f"fastserve: error: {error}")
+    return 1
 
 
-async def _watch_loading(
-    server: uvicorn.Server, engine: AsyncEngine, listener: socket.socket
-) -> None:
+async def _announce(engine: AsyncEngine, listener: socket.socket) -> None:
+    """Say where the model is served, once it is."""
     try:
         info = await engine.ready()
     except EngineDeadError:
-        server.should_exit = True  # it would never serve anything
         return
     host, port = address(listener)
     name = f"[{host}]" if ":" in host else host
-    sys.stderr.write(f"Serving {info.model} on http://{name}:{port} (Ctrl-C stops)\n")
-    sys.stderr.flush()
+    write_stderr(f"Serving {info.model} on http://{name}:{port} (Ctrl-C stops)")
+
+
+async def _end_with(engine: AsyncEngine, server: uvicorn.Server) -> None:
+    """Let the server end once no replica of its engine will ever run again.
+
+    Every stream has been told by then; what supervises this process can start another.
+    """
+    await engine.over()
+    server.should_exit = True

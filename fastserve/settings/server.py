@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fastserve.settings.option import ConfigError, check_ranges, option
 
 KEY_VARIABLE = "FASTSERVE_API_KEY"  # of the environment: one key, or several between blanks
+ENGINE_TIMEOUT_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,16 @@ class ServerConfig:
     )
     timeout_keep_alive: int = option(
         5, "seconds that a connection without a request stays open", minimum=1
+    )
+    engine_timeout: float = option(
+        ENGINE_TIMEOUT_S,
+        "seconds without a sign of life, or in a step beyond ten times what is expected of it, "
+        "after which an engine is started again",
+        minimum=0.5,
+        maximum=1e6,
+    )
+    shutdown_timeout: float = option(
+        25.0, "seconds that a stopping server lets answers go on", minimum=0.0, maximum=1e6
     )
     disable_log_requests: bool = option(False, "no line per request")
     log_level: str = option(

@@ -2,7 +2,8 @@
 
 Rules: closing the parent's end of the socket asks the child to leave; one that does not follow is
 killed. The child gets no signal of the terminal's: those are for the parent, which drains first. It
-does not outlive its parent. Both ends are here; what they say to each other is a schema handed in.
+does not outlive its parent, nor a thread of its own that raised: nobody would do that one's work.
+Both ends are here; what they say to each other is a schema handed in.
 Must not know: what messages mean, when a child is replaced.
 """
 
@@ -10,16 +11,22 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
+from fastserve.host.log import end_process
 from fastserve.wire.frames import receive_frame
 
+logger = logging.getLogger(__name__)
+
 EXIT_GRACE_S = 5.0
+THREAD_DIED = 70  # the exit status of a child whose thread raised; sysexits' internal error
 PR_SET_PDEATHSIG = 1
 
 Event = TypeVar("Event")
@@ -52,7 +59,13 @@ class Child(Generic[Event]):
     ) -> Child[Event]:
         """Start `command`; `decode` reads what it says, `name` says in messages what it is."""
         process, connection = spawn(command, environment)
-        reader, writer = await asyncio.open_unix_connection(sock=connection)
+        try:
+            reader, writer = await asyncio.open_unix_connection(sock=connection)
+        except BaseException:
+            connection.close()
+            process.kill()
+            process.wait()
+            raise
         return cls(process, reader, writer, decode, name)
 
     def send(self, frame: bytes) -> None:
@@ -60,8 +73,8 @@ class Child(Generic[Event]):
         self._writer.write(frame)
 
     def close(self) -> None:
-        """Ask it to leave."""
-        self._writer.close()
+        """Ask it to leave; what it has not read by now, and may never read, is not waited for."""
+        self._writer.transport.abort()
 
     async def events(self) -> AsyncGenerator[Event]:
         """Yield what it says until it has no more to say."""
@@ -78,16 +91,23 @@ class Child(Generic[Event]):
 def spawn(
     command: Sequence[str], environment: Mapping[str, str]
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start `command` with the number of an inherited socket appended; return the other end too."""
+    """Start `command` with the number of an inherited socket appended; return the other end too.
+
+    Raises OSError where this machine has no process or descriptor left; nothing is held then.
+    """
     ours, theirs = socket.socketpair()
     with theirs:
-        process = subprocess.Popen(
-            (*command, str(theirs.fileno())),
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            process_group=0,
-        )
+        try:
+            process = subprocess.Popen(
+                (*command, str(theirs.fileno())),
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                process_group=0,
+            )
+        except BaseException:
+            ours.close()
+            raise
     return process, ours
 
 
@@ -105,9 +125,19 @@ def be_child(fd: int) -> socket.socket:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with_parent()
+    threading.excepthook = _end_with_thread
     connection = socket.socket(fileno=fd)
     connection.set_inheritable(False)
     return connection
+
+
+def _end_with_thread(raised: threading.ExceptHookArgs) -> None:
+    if raised.exc_type is SystemExit or raised.exc_value is None:
+        return
+    name = "a thread" if raised.thread is None else f"the thread {raised.thread.name}"
+    error = (raised.exc_type, raised.exc_value, raised.exc_traceback)
+    logger.critical("%s died, and the process with it", name, exc_info=error)
+    end_process(THREAD_DIED)
 
 
 def die_with_parent() -> None:

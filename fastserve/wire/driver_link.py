@@ -9,12 +9,12 @@ orders sleeps on its socket. Must not know: torch, how an order is carried out.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import socket
 import threading
 from collections.abc import Callable
 
+from fastserve.host.log import end_process
 from fastserve.wire.frames import encode_frame, read_frame
 from fastserve.wire.rank_messages import (
     BEAT_S,
@@ -83,7 +83,7 @@ class DriverLink:
         except ValueError:
             logger.exception("the driver cannot be understood")
         finally:
-            os._exit(status)
+            end_process(status)
 
     def _beat(self) -> None:
         self.report(Beat(self.step_id))

@@ -21,6 +21,7 @@ from fastserve.core.cost_model import CostModel
 from fastserve.core.messages import RequestUpdate, SchedulerStats
 from fastserve.core.request import Arrival
 from fastserve.settings.engine import EngineConfig
+from fastserve.settings.server import ENGINE_TIMEOUT_S
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,10 +59,16 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Configure(msgspec.Struct, frozen=True, tag="configure"):
-    """The first message: what to load, and which of `data_parallel_size` replicas to be."""
+    """The first message: what to load, and which of `data_parallel_size` replicas to be.
+
+    A process that does not get on for `engine_timeout_s` ends, and one that is not heard for so
+    long is killed. One that stands in for another `is_restart`: requests wait for it.
+    """
 
     config: EngineConfig
     replica: int = 0
+    engine_timeout_s: float = ENGINE_TIMEOUT_S
+    is_restart: bool = False
 
 
 RequestNumber = NewType("RequestNumber", int)
@@ -118,7 +125,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
-    """Said now and then by one of several replicas, that it may be told from one that is silent."""
+    """Said every `beat_interval_s`, whatever the process is at, unless what it is at hangs."""
 
 
 class Updates(msgspec.Struct, frozen=True, tag="updates"):
@@ -149,6 +156,11 @@ Event = Progress | Ready | Alive | Updates | Rejected | Failed
 _command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 _arrival_decoder: msgspec.msgpack.Decoder[Arrival] = msgspec.msgpack.Decoder(Arrival)
 _event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+
+
+def beat_interval_s(engine_timeout_s: float) -> float:
+    """Return the seconds between two signs of life of a process."""
+    return min(1.0, engine_timeout_s / 10)
 
 
 def checked(arrival: Arrival) -> Arrival:

@@ -20,6 +20,7 @@ from fastserve.client.supervisor import MAX_RESTARTS
 from fastserve.core.messages import RequestFailedError
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.settings.engine import EngineConfig
+from fastserve.settings.server import ENGINE_TIMEOUT_S
 from tests.engine.engine_process import FAILING_STEP, POISON
 from tests.fake_executor import default_token
 
@@ -30,9 +31,12 @@ COMMAND = (sys.executable, "-m", "tests.engine.engine_process", "--engine-fd")
 
 
 @asynccontextmanager
-async def running(model: str = "paced", policy: str = "fcfs") -> AsyncIterator[AsyncEngine]:
+async def running(
+    model: str = "paced", policy: str = "fcfs", engine_timeout_s: float = ENGINE_TIMEOUT_S
+) -> AsyncIterator[AsyncEngine]:
     """Yield a started engine that is closed in the end."""
-    engine = AsyncEngine(EngineConfig(model=model, scheduling_policy=policy), COMMAND)
+    config = EngineConfig(model=model, scheduling_policy=policy)
+    engine = AsyncEngine(config, COMMAND, engine_timeout_s=engine_timeout_s)
     await engine.start()
     try:
         yield engine

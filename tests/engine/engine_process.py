@@ -18,11 +18,12 @@ from fastserve.core.cost_model import CostModel
 from fastserve.core.messages import ExecutorOutput, SchedulerOutput
 from fastserve.engine import process
 from fastserve.engine.engine import Engine, MonotonicClock
-from fastserve.settings.engine import EngineConfig
+from fastserve.host.log import open_log
 from fastserve.settings.option import ConfigError
 from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.clock import VirtualClock
-from fastserve.wire.engine_messages import EngineInfo
+from fastserve.wire.engine_messages import Configure, EngineInfo, Progress
+from fastserve.wire.frames import encode_frame
 from fastserve.wire.joining import JoinError
 from tests.fake_executor import FakeExecutor
 
@@ -43,8 +44,10 @@ class PacedExecutor:
     def __init__(
         self,
         failing_step: int | None = None,
-        on_poison: Callable[[FakeExecutor], None] | None = None,
+        on_poison: Callable[[PacedExecutor], None] | None = None,
     ) -> None:
+        self.fails_next = False  # the step that is submitted next fails
+        self.hangs_next = False  # it never ends
         self._inner = FakeExecutor(VirtualClock(), BLOCK_SIZE)
         self._failing_step = failing_step
         self._on_poison = on_poison
@@ -61,10 +64,13 @@ class PacedExecutor:
         if plan.step_id == self._failing_step:
             raise RuntimeError("the device\nfell off the bus")
         if self._on_poison and any(POISON in work.token_ids for work in plan.work):
-            self._on_poison(self._inner)
+            self._on_poison(self)
+        self._inner.fails_next |= self.fails_next
         self._inner.submit(plan)
         if plan.work:
-            self._finishes_at = time.monotonic() + STEP_S
+            takes_s = float("inf") if self.hangs_next else STEP_S
+            self._finishes_at = time.monotonic() + takes_s
+        self.fails_next = self.hangs_next = False
 
     def wait(self, until: float) -> ExecutorOutput | None:
         """Block until the step is done, `wake`, or `until`."""
@@ -90,32 +96,50 @@ class PacedExecutor:
         """There is nothing to free."""
 
 
-def fail(device: FakeExecutor) -> None:
+def fail(device: PacedExecutor) -> None:
     """Fail as a device does that says so."""
     raise RuntimeError("an illegal address")
 
 
-def die(device: FakeExecutor) -> None:
+def die(device: PacedExecutor) -> None:
     """End without a word."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fail_the_step(device: FakeExecutor) -> None:
+def fail_the_step(device: PacedExecutor) -> None:
     """Fail this step, and go on."""
     device.fails_next = True
 
 
-FATES: dict[str, Callable[[FakeExecutor], None]] = {
+def hang_the_step(device: PacedExecutor) -> None:
+    """Never end this step, while all threads live."""
+    device.hangs_next = True
+
+
+def hang_the_loop(device: PacedExecutor) -> None:
+    """Keep the engine's own thread, while others live."""
+    threading.Event().wait()
+
+
+def kill_a_thread(device: PacedExecutor) -> None:
+    """Let another thread die, of what it should have done."""
+    threading.Thread(target=encode_frame, args=(UNSAYABLE,), name="helper").start()
+
+
+UNSAYABLE = Progress("a number that no message can carry", 2**70)
+FATES: dict[str, Callable[[PacedExecutor], None]] = {
     "fails-on-poison": fail,
     "dies-on-poison": die,
     "fails-steps-on-poison": fail_the_step,
+    "step-hangs-on-poison": hang_the_step,
+    "loop-hangs-on-poison": hang_the_loop,
+    "thread-dies-on-poison": kill_a_thread,
 }
 
 
-def open_engine(
-    config: EngineConfig, replica: int, on_progress: Callable[[str, float], None]
-) -> process.Opened:
+def open_engine(configure: Configure, on_progress: Callable[[str, float], None]) -> process.Opened:
     """Return an engine over the paced device."""
+    config = configure.config
     on_progress("loading weights", 0.5)
     if config.model == "unloadable":
         raise ConfigError("the weights are\nnot there")
@@ -137,7 +161,7 @@ def open_engine(
     scheduler = build_scheduler(scheduler_config, costs, NUM_BLOCKS)
     info = EngineInfo(
         model=config.model,
-        max_model_len=WINDOW,
+        max_model_len=2**70 if config.model == "unsayable" else WINDOW,
         max_request_tokens=WINDOW,
         vocab_size=60_000,
         block_size=BLOCK_SIZE,
@@ -155,4 +179,5 @@ def open_engine(
 
 
 if __name__ == "__main__":
+    open_log("WARNING")
     sys.exit(process.run(int(sys.argv[2]), open_engine))

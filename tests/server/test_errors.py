@@ -192,7 +192,7 @@ def test_every_choice_takes_a_place(body):
     assert (error["param"], len(engine.streams)) == ("n", 4)
 
 
-@pytest.mark.parametrize("state", ["loading", "draining", "dead"])
+@pytest.mark.parametrize("state", ["loading", "shutting_down", "dead"])
 def test_no_engine_is_a_503(state):
     """For work and for those who ask whether there may be some; models and metrics still answer."""
     engine = ScriptedEngine()
@@ -207,7 +207,6 @@ def test_no_engine_is_a_503(state):
         ("POST", COMPLETIONS, {"prompt": "x"}),
         ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
         ("POST", "/tokenize", {"prompt": "x"}),
-        ("GET", "/health", None),
         ("GET", "/ready", None),
     ):
         response = call(app, method, path, json=body)
@@ -216,6 +215,7 @@ def test_no_engine_is_a_503(state):
         assert int(response.headers["retry-after"]) >= 1
     for path in ("/v1/models", "/metrics", "/version"):
         assert call(app, "GET", path).status_code == 200
+    assert call(app, "GET", "/health").status_code == (503 if state == "dead" else 200)
     if state == "loading":
         assert "loading weights, 50%" in call(app, "GET", "/ready").json()["error"]["message"]
 

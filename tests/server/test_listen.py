@@ -75,7 +75,7 @@ def test_a_signal_lets_answers_end_and_takes_no_new_ones(cache: Path) -> None:
             wait_for_line(process, "SIGTERM: finishing 1 requests")
             refused = client.get("/ready")
             assert refused.status_code == 503
-            assert refused.json()["error"]["code"] == "draining"
+            assert refused.json()["error"]["code"] == "shutting_down"
             events = [line.removeprefix("data: ") for line in lines if line]
             assert events[-1] == "[DONE]"
             reasons = [json.loads(event)["choices"][0]["finish_reason"] for event in events[:-1]]
@@ -157,7 +157,6 @@ def test_what_only_the_engine_finds_out_is_one_line_too(
 def test_a_port_in_use_is_one_line() -> None:
     """The address is named, before anything is loaded."""
     with closing(bind("127.0.0.1", 0)) as first:
-        first.listen()
         port = address(first)[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1 port {port}"):
             bind("127.0.0.1", port)

@@ -7,13 +7,15 @@ import os
 import select
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from fastserve.host.log import open_log
 from fastserve.wire import child as child_module
-from fastserve.wire.child import Child, be_child, reap, spawn
+from fastserve.wire.child import THREAD_DIED, Child, be_child, reap, spawn
 from fastserve.wire.frames import encode_frame, read_frame
 
 pytestmark = pytest.mark.processes
@@ -91,8 +93,45 @@ def test_it_dies_with_its_parent() -> None:
     assert ended
 
 
+def test_a_thread_that_dies_ends_it_with_its_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    """Others would wait for ever for what that thread was to do."""
+    process, connection = spawn(command("has a dying thread"), ENVIRONMENT)
+    with connection:
+        assert process.wait(30) == THREAD_DIED
+    said = capfd.readouterr().err
+    assert "the thread writer died, and the process with it" in said
+    assert "OverflowError: " in said
+
+
+def test_one_that_cannot_be_started_leaves_nothing_open() -> None:
+    """Where it is tried again, descriptors must not run out."""
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        with pytest.raises(FileNotFoundError):
+            spawn(("/no/such/program",), ENVIRONMENT)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_one_that_reads_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped, and its socket is full: to close is to let go of what it was not told."""
+    monkeypatch.setattr(child_module, "EXIT_GRACE_S", 0.2)
+
+    async def leave() -> str:
+        child = await Child.start(command("stays"), ENVIRONMENT, decode, "test")
+        child.process.send_signal(signal.SIGSTOP)
+        for _ in range(100):
+            child.send(b"x" * 100_000)
+        child.close()
+        async for _ in child.events():
+            pass
+        return await child.cause_of_death()
+
+    assert asyncio.run(leave()) == "the test process died (killed by signal 9)"
+
+
 def main(kind: str, fd: int) -> None:
     """Be the child."""
+    open_log("INFO")
     connection = be_child(fd)
     stream = connection.makefile("rb")
     if kind == "doubles":
@@ -100,6 +139,9 @@ def main(kind: str, fd: int) -> None:
             connection.sendall(encode_frame(Number(2 * decode(payload).value)))
     elif kind == "stays":
         connection.sendall(encode_frame(Number(0)))
+        signal.pause()
+    elif kind == "has a dying thread":
+        threading.Thread(target=encode_frame, args=(Number(2**70),), name="writer").start()
         signal.pause()
     else:
         grandchild, theirs = spawn(command("stays"), ENVIRONMENT)
