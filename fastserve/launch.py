@@ -32,6 +32,7 @@ from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.settings.scheduler import SchedulerConfig, pool_window
 from fastserve.settings.server import ENGINE_TIMEOUT_S, ServerConfig
+from fastserve.text.render_pool import RenderPool
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.wire.child import be_child
 from fastserve.wire.driver_link import DriverLink
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 # last from one operation of a step to the next, some tens of microseconds. Without the policy,
 # libgomp takes a tenth of them as soon as a second thread of the process has used torch.
 WAITING = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
+# What a process that renders templates finds in its environment, besides where the package is.
+KEPT_FOR_TEMPLATES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")
 SERVER_CORES = 1  # the API process': text, HTTP and the other end of the socket
 logger = logging.getLogger(__name__)
 
@@ -302,6 +305,19 @@ def open_tokenizer(config: EngineConfig, chat_template: str | None = None) -> To
     return Tokenizer.load(directory, chat_template)
 
 
+def open_rendering(tokenizer: Tokenizer | None) -> RenderPool | None:
+    """Return what renders a model's chat template, in processes of its own; None: it has none."""
+    if tokenizer is None or tokenizer.chat_template is None:
+        return None
+    kept = {name: os.environ[name] for name in KEPT_FOR_TEMPLATES if name in os.environ}
+    return RenderPool(
+        tokenizer.chat_template,
+        tokenizer.special_tokens,
+        (sys.executable, "-P", "-m", "fastserve.text.render_process"),
+        {**kept, **_environment()},
+    )
+
+
 def _tokenizer_dir(config: EngineConfig) -> Path:
     if config.tokenizer is None:
         return checkpoint.locate(config.model, config.revision)
@@ -326,12 +342,13 @@ def serve(config: EngineConfig, server_config: ServerConfig) -> int:
         listen.warn_if_exposed(listener, server_config)
         names = (*server_config.served_model_name, checkpoint.public_name(config.model))
         engine = open_async_engine(config, names[0], server_config.engine_timeout)
-        app = create_app(engine, tokenizer, config, server_config)
+        rendering = open_rendering(tokenizer)
+        app = create_app(engine, tokenizer, rendering, config, server_config)
 
         def refuse_work() -> None:
             app.state.context.is_draining = True
 
-        return listen.run(app, engine, listener, refuse_work, server_config)
+        return listen.run(app, engine, listener, refuse_work, server_config, rendering)
 
 
 def run_host(config: EngineConfig, log_level: str) -> int:

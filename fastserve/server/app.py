@@ -15,7 +15,7 @@ import fastserve
 from fastserve.checkpoint.locate import public_name
 from fastserve.client.interfaces import EngineClient, ServerMetrics
 from fastserve.server import protocol, serving, text_routes
-from fastserve.server.context import ServerContext
+from fastserve.server.context import Rendering, ServerContext
 from fastserve.server.errors import answer_http_exception
 from fastserve.server.gate import Gate
 from fastserve.server.host_names import HostNames
@@ -36,6 +36,7 @@ ANY = ("*",)
 def create_app(
     engine: EngineClient,
     tokenizer: Tokenizer | None,
+    rendering: Rendering | None,
     config: EngineConfig,
     server_config: ServerConfig,
 ) -> FastAPI:
@@ -44,7 +45,7 @@ def create_app(
     `app.state.context.is_draining = True` refuses new work while what is under way ends.
     """
     resumable = resumable_streams(server_config, engine.metrics)
-    context = ServerContext(engine, tokenizer, config, server_config, resumable)
+    context = ServerContext(engine, tokenizer, rendering, config, server_config, resumable)
     app = FastAPI(
         title="FastServe",
         version=fastserve.__version__,

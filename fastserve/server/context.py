@@ -7,7 +7,9 @@ Must not know: routes, bodies.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from fastserve.checkpoint.locate import public_name
 from fastserve.client.interfaces import EngineClient
@@ -16,16 +18,31 @@ from fastserve.server.refused_fields import UnreadFields
 from fastserve.server.resumption import ResumableStreams
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.server import ServerConfig
-from fastserve.text.tokenizer import Tokenizer
+from fastserve.text.tokenizer import NO_TEMPLATE, Tokenizer
 from fastserve.wire.engine_messages import EngineInfo
+
+
+class Rendering(Protocol):
+    """What makes prompts of messages, by the model's chat template."""
+
+    async def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """Return the prompt; ValueError, in one line, for messages of which there is none."""
 
 
 @dataclass(slots=True)
 class ServerContext:
-    """The parts behind the routes."""
+    """The parts behind the routes; `rendering` is there where a chat template is."""
 
     engine: EngineClient
     tokenizer: Tokenizer | None
+    rendering: Rendering | None
     config: EngineConfig
     server_config: ServerConfig
     resumable: ResumableStreams | None = None  # none: a client that is lost ends its stream
@@ -106,3 +123,9 @@ class ServerContext:
         if self.tokenizer is None:
             raise invalid("This model has no tokenizer; prompts must be token ids.", param)
         return self.tokenizer
+
+    def require_rendering(self) -> Rendering:
+        """Return what renders messages; 400 when the model has no chat template."""
+        if self.rendering is None:
+            raise invalid(NO_TEMPLATE, "messages")
+        return self.rendering

@@ -29,6 +29,7 @@ from fastserve.host.streams import write_stderr
 from fastserve.server.connection import BoundedConnection, ConnectionLimits
 from fastserve.settings.option import ConfigError
 from fastserve.settings.server import ServerConfig
+from fastserve.text.render_pool import RenderPool
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ def run(
     listener: socket.socket,
     refuse_work: Callable[[], None],
     server_config: ServerConfig,
+    rendering: RenderPool | None,
 ) -> int:
     """Serve until a signal, upon which `refuse_work` is called; return the exit status.
 
@@ -183,11 +185,18 @@ def run(
     )
     server = SignalledServer(config, engine, refuse_work, server_config.shutdown_timeout)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        return runner.run(_serve(server, engine, listener))
+        return runner.run(_serve(server, engine, listener, rendering))
 
 
-async def _serve(server: SignalledServer, engine: AsyncEngine, listener: socket.socket) -> int:
+async def _serve(
+    server: SignalledServer,
+    engine: AsyncEngine,
+    listener: socket.socket,
+    rendering: RenderPool | None,
+) -> int:
     await engine.start()
+    if rendering is not None:
+        await rendering.start()
     watchers = [
         asyncio.create_task(_announce(engine, listener)),
         asyncio.create_task(_end_with(engine, server)),
@@ -199,6 +208,8 @@ async def _serve(server: SignalledServer, engine: AsyncEngine, listener: socket.
             watcher.cancel()
         error = engine.error
         await engine.close()
+        if rendering is not None:
+            await rendering.close()
     if error is None:
         return server.exit_status
     if engine.is_misconfigured:

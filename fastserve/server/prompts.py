@@ -1,7 +1,8 @@
 """From a request's prompt or messages to token ids.
 
-Rules: long texts are encoded on a thread, so that they hold no other request up. Ids are checked
-here: what leaves is a prompt the model can embed. Must not know: sampling, answers.
+Rules: long texts are encoded on a thread, and templates rendered in other processes, so that they
+hold no other request up. Ids are checked here: what leaves is a prompt the model can embed.
+Must not know: sampling, answers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fastserve.frontend import request_checks
 from fastserve.server.context import ServerContext
 from fastserve.server.errors import invalid
 from fastserve.server.protocol import ChatMessage, CompletionRequest
-from fastserve.text.chat_messages import template_variables
+from fastserve.text.chat_messages import check_request_variables
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.wire.engine_messages import EngineInfo
 
@@ -90,26 +91,29 @@ async def chat_prompt(
 ) -> Prompt:
     """Return the prompt that the chat template makes of messages."""
     tokenizer = context.require_tokenizer("messages")
+    rendering = context.require_rendering()
     try:
-        template_variables(variables)
+        check_request_variables(variables)
     except ValueError as error:
         raise invalid(str(error), "chat_template_kwargs") from error
     plain = [message.model_dump(exclude_unset=True) for message in messages]
-
-    def make() -> Prompt:
-        made = tokenizer.encode_chat(
-            plain,
+    size = sum(map(num_chars, plain))
+    marked, marked_variables = await off_loop(
+        size, lambda: tokenizer.guard.mark([plain, variables or {}])
+    )
+    try:
+        text = await rendering.render(
+            marked,
             add_generation_prompt=add_generation_prompt is not False,
             continue_final_message=bool(continue_final_message),
-            add_special_tokens=bool(add_special_tokens),
-            variables=variables,
+            variables=marked_variables,
         )
-        return Prompt(made.token_ids, made.text)
-
-    try:
-        return await off_loop(sum(map(num_chars, plain)), make)
+        prompt = await off_loop(
+            len(text), lambda: tokenizer.chat_prompt(text, bool(add_special_tokens))
+        )
     except ValueError as error:
         raise invalid(str(error), "messages") from error
+    return Prompt(prompt.token_ids, prompt.text)
 
 
 def num_chars(value: Any) -> int:

@@ -28,6 +28,9 @@ TEXT_FIELDS: Mapping[str, str] = {
 ROLE_ALIASES: Mapping[str, str] = {"developer": "system", "function": "tool"}
 REASONING_FIELDS = ("reasoning", "reasoning_content")
 RESERVED_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
+# What a request may not set either: what its own fields are for, and what marks the roles.
+RESERVED_OF_REQUESTS = (*RESERVED_VARIABLES, "tools", "documents")
+SPECIAL_TOKEN = "_token"  # the end of their names
 
 
 def conversation_list(messages: Any) -> list[Any]:
@@ -53,6 +56,13 @@ def template_variables(chosen: Mapping[str, Any] | None) -> dict[str, Any]:
         if chosen and name in chosen:
             raise ValueError(f"chat_template_kwargs must not set {name}.")
     return {str(name): value for name, value in (chosen or {}).items()}
+
+
+def check_request_variables(chosen: Mapping[str, Any] | None) -> None:
+    """Raise ValueError for a name in a request's `chat_template_kwargs` that is not its to set."""
+    for name in chosen or {}:
+        if name in RESERVED_OF_REQUESTS or name.endswith(SPECIAL_TOKEN):
+            raise ValueError(f"chat_template_kwargs must not set {name}.")
 
 
 def template_message(

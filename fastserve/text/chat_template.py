@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError, nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -38,6 +39,15 @@ class GenerationTag(Extension):
         """Return the nodes between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class LateGenerator(CodeGenerator):
+    """Computes nothing while a template is compiled, which may take as long as rendering it."""
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
+        if not isinstance(node, nodes.TemplateData):
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
 
 
 class SafeNamespace(Namespace):
@@ -94,8 +104,12 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[GenerationTag, loopcontrols],
+            optimized=False,
         )
+        environment.code_generator_class = LateGenerator
         environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = strftime_now
@@ -139,7 +153,8 @@ class ChatTemplate:
         try:
             text = self._template.render(values)
         except Exception as error:  # a template may fail in any way that Python code can
-            raise ChatTemplateError(f"The chat template failed: {error}") from error
+            reason = str(error) or type(error).__name__
+            raise ChatTemplateError(f"The chat template failed: {reason}") from error
         if not continue_final_message:
             return text
         head, mark, tail = text.rpartition(CONTINUE_MARK.strip())

@@ -6,10 +6,11 @@ cannot be used is a ConfigError of one line. Must not know: HTTP, the engine, to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from fastserve.host.json_file import read_object
@@ -17,6 +18,7 @@ from fastserve.settings.option import ConfigError
 from fastserve.text import byte_level_bpe, special_tokens
 from fastserve.text.chat_renderer import ChatRenderer
 from fastserve.text.chat_template import ChatTemplateError
+from fastserve.text.content_guard import ContentGuard
 from fastserve.text.template_files import (
     DEFAULT,
     WITH_TOOLS,
@@ -64,6 +66,7 @@ class Tokenizer:
         self._added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.guard = ContentGuard(*guarded_texts(self._added.values()))
         self._chat = ChatRenderer(template, special_tokens) if template is not None else None
         self._tool_chat = self._chat
         if tool_template is not None:
@@ -206,11 +209,24 @@ class Tokenizer:
         """
         chosen = None if template is None else read_template(template)
         renderer = self.chat_renderer(chosen, has_tools=bool(variables and variables.get("tools")))
-        text = renderer.render(messages, variables=variables, **options)
-        ids = self.encode(text, add_special_tokens)
+        marked = self.guard.mark(messages), self.guard.mark(variables)
+        text = renderer.render(marked[0], variables=marked[1], **options)
+        return self.chat_prompt(text, add_special_tokens)
+
+    def chat_prompt(self, rendered: str, add_special_tokens: bool = False) -> ChatPrompt:
+        """Return the prompt of a rendered conversation, in which content may be marked."""
+        if self.guard.has_marks(rendered):
+            cut = self.guard.cut(rendered)
+            (encoding,) = self.backend.encode_batch(
+                [cut.text], add_special_tokens=add_special_tokens
+            )
+            pairs = zip(encoding.ids, encoding.offsets, strict=True)
+            ids = [token_id for token_id, span in pairs if span not in cut.separators]
+        else:
+            ids = self.encode(rendered, add_special_tokens)
         if not ids:
             raise ChatTemplateError("The chat template makes no prompt of these messages.")
-        return ChatPrompt(text, ids)
+        return ChatPrompt(self.guard.unmark(rendered), ids)
 
     def id_to_token(self, token_id: int) -> str | None:
         """Return the vocabulary's spelling of an id."""
@@ -251,6 +267,13 @@ class Tokenizer:
             if token_id is not None and self.decode([token_id]) == char:
                 return token_id
         return None
+
+
+def guarded_texts(added: Iterable[AddedToken]) -> tuple[list[str], str]:
+    """Return the texts of all special tokens, and of the one that can be put anywhere."""
+    special = [token for token in added if token.special]
+    plain = [t for t in special if not (t.single_word or t.lstrip or t.rstrip or t.normalized)]
+    return [t.content for t in special], next((t.content for t in plain or special), "")
 
 
 def byte_alphabet() -> dict[str, int]:

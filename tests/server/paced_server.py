@@ -131,12 +131,12 @@ def main() -> int:
     open_log("INFO")
     with listen.bind(server_config.host, server_config.port) as listener:
         engine = AsyncEngine(config, COMMAND, engine_timeout_s=server_config.engine_timeout)
-        app = create_app(engine, None, config, server_config)
+        app = create_app(engine, None, None, config, server_config)
 
         def refuse_work() -> None:
             app.state.context.is_draining = True
 
-        return listen.run(app, engine, listener, refuse_work, server_config)
+        return listen.run(app, engine, listener, refuse_work, server_config, None)
 
 
 if __name__ == "__main__":

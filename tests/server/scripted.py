@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -151,12 +151,26 @@ def fails(text: str, error: Exception) -> Script:
     return lambda stream: [*says(text, ends=None)(stream), error]
 
 
+class RenderingHere:
+    """Fits `Rendering`: in this process, for templates that are no danger to it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._renderer = tokenizer.chat_renderer()
+
+    async def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """Return the prompt."""
+        return self._renderer.render(messages, **options)
+
+
 def make_app(
     engine: ScriptedEngine, *, tokenizer: Tokenizer | None = TOKENIZER, **server: Any
 ) -> FastAPI:
     """Return the app over a scripted engine."""
     config = EngineConfig(model="tiny")
-    return create_app(engine, tokenizer, config, ServerConfig(**server))
+    rendering = None
+    if tokenizer is not None and tokenizer.chat_template is not None:
+        rendering = RenderingHere(tokenizer)
+    return create_app(engine, tokenizer, rendering, config, ServerConfig(**server))
 
 
 def call(app: ASGIApp, method: str, path: str, **kwargs: Any) -> httpx.Response:

@@ -302,7 +302,7 @@ def test_a_directory_tells_its_name_and_not_where_it_is(tmp_path):
     """Neither as a model's name nor as its root nor in an answer; requests may know it by both."""
     (tmp_path / "secret" / "llama").mkdir(parents=True)
     model = str(tmp_path / "secret" / "llama")
-    app = create_app(ScriptedEngine(), TOKENIZER, EngineConfig(model=model), ServerConfig())
+    app = create_app(ScriptedEngine(), TOKENIZER, None, EngineConfig(model=model), ServerConfig())
     card = call(app, "GET", "/v1/models").json()["data"][0]
     assert (card["id"], card["root"]) == ("llama", "llama")
     for name in ("llama", model):

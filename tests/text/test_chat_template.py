@@ -88,6 +88,42 @@ def test_escapes_and_faults_are_template_errors(source):
         render(source)
 
 
+OBJECTS = (
+    "''", "[]", "{}", "1", "messages", "messages[0]", "namespace()", "raise_exception",
+    "strftime_now", "range", "cycler", "joiner('a')", "lipsum", "dict", "(messages | map('upper'))",
+    "self", "bos_token",
+)  # fmt: skip
+ESCAPES = (
+    "{{ OBJ.__class__ }}", "{{ OBJ['__class__'] }}", "{{ OBJ | attr('__class__') }}",
+    "{{ OBJ.__init__.__globals__ }}", "{{ OBJ.__globals__ }}", "{{ OBJ.__code__ }}",
+    "{{ [OBJ] | map(attribute='__class__') | list }}", "{{ '{0.__class__}'.format(OBJ) }}",
+    "{{ '{x.__class__}'.format_map({'x': OBJ}) }}", "{{ '{0.__init__.__globals__}'.format(OBJ) }}",
+    "{% set x = OBJ.__dict__ %}{{ x }}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_no_way_leads_from_a_value_into_the_interpreter(name):
+    """187 ways to a class, its globals or code; each is refused or comes to nothing."""
+    for escape in ESCAPES:
+        try:
+            text = render(escape.replace("OBJ", name))
+        except ChatTemplateError:
+            continue
+        assert not re.search("<class|<function|<module|<code|builtin|object at", text), escape
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "source",
+    ["{{ 9 ** (9 ** 9) }}", "{{ 'x' * 10 ** 11 }}", "{{ 'x' | center(10 ** 11) }}",
+     "{% set y = 9 ** (9 ** 9) %}", "{% if 9 ** (9 ** 9) %}{% endif %}", "{{ [9 ** (9 ** 9)] }}"],
+)  # fmt: skip
+def test_nothing_is_computed_while_a_template_is_compiled(source):
+    """A model's template cannot hold its server up at the start."""
+    ChatTemplate(source, {})
+
+
 def test_the_callers_messages_stay_as_they_are():
     """Also when the last one is continued."""
     messages = [{"role": "assistant", "content": "Once"}]
