@@ -71,10 +71,19 @@ class Soak:
     num_held_back: int = 0
     samples: list[Sample] = field(default_factory=list)
 
-    async def snapshot(self) -> Snapshot:
+    async def exposition(self) -> str:
         """Return what the server says of itself now."""
-        answer = await self.metrics.get("/metrics")
-        return read_snapshot(answer.raise_for_status().text, time.monotonic())
+        return (await self.metrics.get("/metrics")).raise_for_status().text
+
+    async def share_of_seats(self) -> float | None:
+        """Return how many of its seats run a request, over all; None where it does not answer."""
+        try:
+            found = read_snapshot(await self.exposition(), time.monotonic())
+        except httpx.TransportError as error:
+            self.clients.outcomes["lost"] += 1
+            self.clients.note(f"metrics: {error!r}")
+            return None
+        return found.running / NUM_SEATS
 
     async def send(self, until: float) -> None:
         """Send clients, at random times, until then; wait for the last one."""
@@ -93,15 +102,16 @@ class Soak:
         num_before = 0
         engine_pid = await self.engine_pid()
         while before < until:
-            seats = []
+            seats: list[float] = []
             for _ in range(LOOKS_A_SAMPLE):
                 await asyncio.sleep(SAMPLE_S / LOOKS_A_SAMPLE)
-                seats.append((await self.snapshot()).running / NUM_SEATS)
+                if (share := await self.share_of_seats()) is not None:
+                    seats.append(share)
             now = time.monotonic()
             num_clients = self.clients.outcomes.total() + self.clients.num_in_flight
             sample = Sample(
                 now - began,
-                fmean(seats),
+                fmean(seats or (0.0,)),
                 (num_clients - num_before) / (now - before),
                 self.clients.num_in_flight,
                 footprint(self.server.pid),
@@ -123,7 +133,7 @@ class Soak:
         """
         deadline = time.monotonic() + REST_S
         while True:
-            text = (await self.metrics.get("/metrics")).raise_for_status().text
+            text = await self.exposition()
             found = read_snapshot(text, time.monotonic())
             used = found.blocks.get(("device", "used"), 0) + found.blocks.get(("host", "used"), 0)
             num_kept = num_resumable(text)
@@ -149,7 +159,11 @@ async def soak(server: LiveServer, minutes: float, load: float) -> dict[str, Any
     """Keep a server busy, and return what was found."""
     endpoint = Endpoint(server.host, server.port)
     url = f"http://{server.host}:{server.port}"
-    async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as metrics:
+    # A connection that is kept may be closed by the server just when it is used again.
+    limits = httpx.Limits(max_keepalive_connections=0)
+    async with httpx.AsyncClient(
+        base_url=url, timeout=60, trust_env=False, limits=limits
+    ) as metrics:
         clients = Clients(endpoint, random.Random(SEED))
         one = Soak(server, load, clients, metrics)
         await clients.learn_canaries()

@@ -127,8 +127,6 @@ class Replays:
 
     def add(self, replay: Replay, event: bytes) -> None:
         """Add an event to a stream, and make room for it."""
-        if replay.is_dropped:
-            return  # its writer has not heard of it yet
         before = replay.num_bytes
         replay.add(event)
         self.num_bytes += replay.num_bytes - before

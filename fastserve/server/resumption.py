@@ -84,7 +84,6 @@ class ResumableStream:
 
     def abort(self) -> None:
         """End it now, unless it has ended."""
-        self._abort()
         self._writer.cancel()
 
     def resume(self, number: int) -> int:

@@ -184,6 +184,24 @@ def test_ended_streams_make_room_longest_alone_first():
     assert dropped == ["first", "running"]
 
 
+def test_an_ended_stream_with_a_reader_stays():
+    """Whether it ended while it had one, or one came back to it; once alone again it may go."""
+    replays = Replays(LIMITS)
+    dropped: list[str] = []
+    resumed, read = (filled(replays, name, 4, dropped) for name in ("resumed", "read"))
+    replays.leave(resumed, resumed.reader, 0.0)
+    for replay in (resumed, read):
+        replays.end(replay)
+    reader = replays.resume(resumed, 4)
+    filled(replays, "new", 6, dropped)
+    replays.expire(2 * GRACE_S)
+    assert not dropped
+    replays.leave(read, read.reader, 0.0)
+    replays.leave(resumed, reader, 0.0)
+    filled(replays, "newer", 6, dropped)
+    assert dropped == ["read"]
+
+
 def test_a_full_house_lets_a_lone_reader_on():
     """What others hold unread cannot stop a stream whose reader takes what it is given."""
     replays = Replays(ReplayLimits(GRACE_S, max_bytes=500))

@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from fastserve.client.interfaces import EngineDeadError
-from fastserve.core.messages import RequestUpdate
+from fastserve.core.messages import RequestFailedError, RequestUpdate
 from fastserve.core.request import FinishReason, Handle
 from fastserve.server.replay import MAX_STREAM_EVENTS, ReplayLimits
 from fastserve.server.resumption import ResumableStreams
@@ -219,14 +219,42 @@ def test_a_request_goes_on_without_its_client():
         assert (refused.status, refused.error["code"]) == (503, "loading")
         second = Connection(app, ASKED, last_id(first, first.received))
         await second.until(has_events(1))
+        await second.cut()
+        third = Connection(app, ASKED, last_id(second, second.received))  # has all there is so far
+        await third.until(lambda connection: connection.status == 200)
         say(stream, 6, is_last=True)
-        received = first.received + await second.end()
+        received = first.received + second.received + await third.end()
         assert re.findall(rb"^id: \S+:(\d+)$", received, re.MULTILINE) == [
             b"%d" % n for n in range(1, 6)
         ]
         assert received.endswith(b"data: [DONE]\n\n")
         assert not stream.is_aborted
         await Connection(app, ASKED, last_id(first, b"")).end()
+
+    run(work)
+
+
+def test_a_choice_that_fails_ends_the_others():
+    """As in any stream."""
+    scripts = iter((fails("a", RequestFailedError("no")), says("ab", ends=None)))
+    engine = ScriptedEngine(lambda stream: next(scripts)(stream))
+
+    async def work() -> None:
+        received = await Connection(app_over(engine), {**ASKED, "n": 2}).end()
+        assert b'"error"' in received
+        assert [stream.is_aborted for stream in engine.streams] == [False, True]
+
+    run(work)
+
+
+def test_events_that_come_together_may_be_more_than_are_held():
+    """The role and the first token of a chat, where one event is: the reader is given them."""
+
+    async def work() -> None:
+        connection = Connection(
+            app_over(ScriptedEngine(says("fox")), max_events=1), CHATTED, path=CHAT
+        )
+        assert (await connection.end()).endswith(b"data: [DONE]\n\n")
 
     run(work)
 
