@@ -253,6 +253,27 @@ def test_a_recomputed_request_is_a_new_epoch_to_the_worker() -> None:
     assert (stats.num_preemptions, stats.num_recomputed_tokens) == (1, 13)
 
 
+def test_a_step_that_fails_ends_nobody_who_has_begun_anew() -> None:
+    """Who lost its KV while the step was in flight needs nothing of it: it is computed again."""
+    config = small_config(max_num_seqs=2, max_num_batched_tokens=64, max_model_len=32, num_slots=2)
+    harness = Harness(config, 8, step_s=one_second)
+    victim = harness.add(range(10), 16, priority=1)
+    for _ in range(4):
+        harness.step()
+    harness.fail_next_step()
+    harness.executor.wake()
+    harness.step()
+    assert harness.executor.running[0].error is not None
+    harness.add(range(100, 128), 4)
+    harness.executor.wake()
+    harness.step()
+    request = harness.request(victim)
+    assert (request.epoch, request.steps_in_flight) == (1, 1)
+    harness.drain()
+    assert harness.num_errors == 0
+    assert harness.expected[victim].finish_reason is FinishReason.LENGTH
+
+
 def test_prefix_hits_are_counted_and_spare_work() -> None:
     """The second of two equal prompts computes only its last block."""
     harness = Harness(small_config(enable_prefix_caching=True), 64, step_s=one_second)

@@ -103,7 +103,13 @@ class WatchedCache(KVCacheManager):
         else:
             self._report()
 
-    # ── who came back is the last to give way ────────────────────────────────────────────────
+    # ── who came back goes first, for a while, and is the last to give way ───────────────────
+
+    def safe(self) -> list[Request]:
+        """Nobody goes first for longer than that."""
+        safe = super().safe()
+        assert all(request.is_safe for request in safe), "it goes first, and is safe no more"
+        return safe
 
     def _give_way(self, victim: Request, num_blocks: int) -> None:
         self._check_victim(victim)

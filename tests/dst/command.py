@@ -93,6 +93,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--first", type=int, default=0, help="the first of them (0)")
     parser.add_argument("--seed", type=int, help="only this one, and not the corpus")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share them (1)")
+    parser.add_argument("-x", "--exitfirst", action="store_true", help="stop where one fails")
     parser.add_argument("--summary", metavar="FILE", help="write the figures as JSON")
     options = parser.parse_args(arguments)
     logging.getLogger("fastserve").setLevel(logging.CRITICAL)  # what goes wrong is told here
@@ -108,14 +109,15 @@ def main(arguments: Sequence[str]) -> int:
     with _reports(seeds, options.jobs) as reports:
         for report in reports:
             total.add(report)
-            for text in report.failures.values():
-                print(text, flush=True)
+            _tell(report)
             if summary is not None:
                 write_result(summary, origin | total.figures())
             now = time.monotonic()
             if now - told_at > NEWS_S:
                 told_at = now
                 _say_progress(total, len(seeds), now - begun)
+            if total.failures and options.exitfirst:
+                break
     _print(total)
     return 1 if total.failures else 0
 
@@ -128,6 +130,11 @@ def _reports(seeds: Sequence[int], num_jobs: int) -> Iterator[Iterable[Report]]:
         return
     with Pool(num_jobs) as pool:
         yield pool.imap_unordered(run_seeds, chunks)
+
+
+def _tell(report: Report) -> None:
+    for text in report.failures.values():
+        print(text, flush=True)
 
 
 def _say_progress(total: Report, num_seeds: int, seconds: float) -> None:

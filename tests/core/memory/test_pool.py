@@ -360,6 +360,23 @@ def host_places(pool: BlockPool, others: list[Block]) -> Iterator[int]:
         yield block.host_id
 
 
+def test_the_prefix_cache_gives_up_what_was_used_longest_ago() -> None:
+    """Use counts, not age: a hit makes the oldest the last to go."""
+    pool = BlockPool(3)
+    hashes = [bytes([number]) for number in range(3)]
+    blocks = [pool.take() for _ in hashes]
+    for block, block_hash in zip(blocks, hashes, strict=True):
+        pool.publish(block, block_hash)
+        pool.release(block)
+    pool.retain(blocks[0])
+    pool.release(blocks[0])
+    left: list[list[int]] = []
+    for _ in blocks:
+        pool.take()
+        left.append([n for n, block_hash in enumerate(hashes) if pool.find(block_hash)])
+    assert left == [[0, 2], [0], []]
+
+
 def test_a_host_place_is_taken_from_what_is_missed_least() -> None:
     """Free ones, then the prefix cache from its oldest on, then those of what is in use."""
     pool = BlockPool(8, 4)
