@@ -7,11 +7,10 @@ is said on the socket, what a rank computes.
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from fastserve.wire.child import reap, spawn
@@ -71,7 +70,11 @@ class ChildRank:
 
 
 class ChildStarter:
-    """Fits `Starter`: all ranks are children on this host, and speak over its loopback device."""
+    """Fits `Starter`: all ranks are children on this host, and speak over its loopback device.
+
+    They meet in a file of Linux's that has no name, so that nothing is left of it however this
+    process ends; whoever may read this process' memory may open it, and nobody else.
+    """
 
     def __init__(
         self,
@@ -86,8 +89,8 @@ class ChildStarter:
         self._reserved_cores = reserved_cores
         # gloo would listen on the address of this host's name, which others may reach.
         self._environment = {"GLOO_SOCKET_IFNAME": "lo", **environment}
-        self._directory = tempfile.TemporaryDirectory(prefix="fastserve-ranks-")  # mode 0700
-        self.rendezvous = (Path(self._directory.name) / "rendezvous").as_uri()
+        self._meeting = os.fdopen(os.memfd_create("fastserve-ranks"), "rb")
+        self.rendezvous = f"file:///proc/{os.getpid()}/fd/{self._meeting.fileno()}"
 
     def start(self, rank: int) -> ChildRank:
         process, connection = spawn(self._command, self._environment)
@@ -100,4 +103,4 @@ class ChildStarter:
         return ChildRank(process, connection, place)
 
     def close(self) -> None:
-        self._directory.cleanup()
+        self._meeting.close()
