@@ -30,7 +30,7 @@ from fastserve.executor.profiler import measure, num_profiled_blocks
 from fastserve.executor.rank_link import RankLink
 from fastserve.executor.starting import Starter
 from fastserve.executor.tally import Tally
-from fastserve.model.parallel import check_division
+from fastserve.model.parallel import Parts
 from fastserve.model.stages import split_layers
 from fastserve.settings.engine import EngineConfig
 from fastserve.wire.engine_messages import Progress
@@ -100,7 +100,7 @@ class DistributedExecutor:
         model_config = read_model_config(model_dir)
         choices = choose(config, model_config)
         # What cannot be had is refused before ranks start.
-        check_division(model_config, layout.tensor_parallel_size)
+        Parts.of(model_config).check(layout.tensor_parallel_size)
         split_layers(model_config, layout.pipeline_parallel_size, config.layers_by_stage)
 
         def greet(rank: int, place: Place) -> Load:
@@ -123,7 +123,7 @@ class DistributedExecutor:
             self._links.append(RankLink(rank, layout.describe(rank), starter.start, greet, self))
         loaded = self._all(Loaded)
         rooms = [BlockCounts(rank.num_device_blocks, rank.num_host_blocks) for rank in loaded]
-        blocks = agree_on_blocks(config, choices, rooms)
+        blocks = agree_on_blocks(config, choices, rooms, max(rank.block_bytes for rank in loaded))
         self._order(Allocate(*blocks))
         self._all(Allocated)
         ranks = [

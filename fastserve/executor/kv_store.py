@@ -123,17 +123,7 @@ def room_for_blocks(
 
 
 def _room_on_host(config: EngineConfig, block_bytes: int, available: int) -> int:
-    wanted = config.host_kv_bytes
-    if not wanted:
-        return 0
-    most = int(available * HOST_SHARE)
-    if wanted > most:
-        logger.warning(
-            "--swap-space: %.2f GiB for KV in host memory, half of what is available, not %.2f",
-            most / 2**30,
-            wanted / 2**30,
-        )
-    return min(wanted, most) // block_bytes
+    return min(config.host_kv_bytes, int(available * HOST_SHARE)) // block_bytes
 
 
 def _pinned(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:

@@ -8,6 +8,7 @@ started.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from fastserve.executor.choices import Choices, choose
 from fastserve.executor.facts import BlockCounts, ExecutorFacts, RankFacts, Setup
 from fastserve.executor.worker import Worker
 from fastserve.settings.engine import EngineConfig
+
+logger = logging.getLogger(__name__)
 
 WINDOWS_PER_SEQ = 64
 """Blocks beyond this many full windows for each running sequence would never be used."""
@@ -56,7 +59,7 @@ def open_worker(
     )
     torch.set_num_threads(num_threads)
     rank = worker.load(model_dir, on_progress)
-    blocks = agree_on_blocks(config, choices, [worker.room()])
+    blocks = agree_on_blocks(config, choices, [worker.room()], rank.block_bytes)
     worker.allocate(blocks, on_progress)
     return Opened(worker, describe(config, model_config, choices, blocks, [rank]))
 
@@ -85,14 +88,21 @@ def describe(
 
 
 def agree_on_blocks(
-    config: EngineConfig, choices: Choices, rooms: Sequence[BlockCounts]
+    config: EngineConfig, choices: Choices, rooms: Sequence[BlockCounts], block_bytes: int
 ) -> BlockCounts:
     """Return how many KV blocks every rank gets, of which each has room for so many.
 
     The least room of each tier counts. Where neither blocks nor bytes were asked for, no more are
-    taken on the device than can be of use.
+    taken on the device than can be of use. A host tier that is smaller than was asked for is
+    logged; `block_bytes` are those of the rank that has most of a block.
     """
     device, host = min(room.device for room in rooms), min(room.host for room in rooms)
+    if host < config.host_kv_bytes // block_bytes:
+        logger.warning(
+            "--swap-space: %.2f GiB for KV in host memory, half of what is available, not %.2f",
+            host * block_bytes / 2**30,
+            config.swap_space,
+        )
     if config.num_device_blocks is not None or config.kv_cache_memory_bytes is not None:
         return BlockCounts(device, host)
     window = -(-choices.max_model_len // config.block_size)

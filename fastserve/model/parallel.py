@@ -12,7 +12,7 @@ Must not know: checkpoints, processes, how tensors travel.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fastserve.checkpoint.config_fields import ModelConfig
 from fastserve.checkpoint.config_llama import LlamaConfig
@@ -73,7 +73,7 @@ class Shard:
         return cls(group.rank, group.size)
 
     def heads(self, config: ModelConfig) -> range:
-        """Return the query heads; `check_division` tells whether there are such."""
+        """Return the query heads; `Parts.check` tells whether there are such."""
         count = config.num_heads // self.size
         return range(self.rank * count, (self.rank + 1) * count)
 
@@ -97,33 +97,43 @@ class Shard:
         return -(-vocab_size // self.size)
 
 
-def check_division(config: ModelConfig, tensor_parallel_size: int) -> None:
-    """Raise ConfigError where a network cannot be divided among so many ranks."""
-    if can_divide(config, tensor_parallel_size):
-        return
-    possible = [size for size in range(1, config.num_heads + 1) if can_divide(config, size)]
-    if _can_divide_heads(config, tensor_parallel_size):
-        what = f"{_narrowest(config)} columns of an MLP"
-    elif config.num_kv_heads < config.num_heads:
-        what = f"{config.num_heads} attention heads and {config.num_kv_heads} key-value heads"
-    else:
-        what = f"{config.num_heads} attention heads"
-    raise ConfigError(
-        f"--tensor-parallel-size {tensor_parallel_size}: the model's {what} cannot be divided so "
-        f"(possible: {', '.join(map(str, possible))})"
-    )
+class Parts(NamedTuple):
+    """What of a network is counted where it is divided among ranks."""
 
+    num_heads: int
+    num_kv_heads: int
+    num_columns: int  # of the narrowest MLP
 
-def can_divide(config: ModelConfig, size: int) -> bool:
-    """Whether each of `size` ranks gets as many heads, and some of every MLP."""
-    return _can_divide_heads(config, size) and _narrowest(config) >= size
+    @classmethod
+    def of(cls, config: ModelConfig) -> Parts:
+        """Return those of a network."""
+        return cls(config.num_heads, config.num_kv_heads, _narrowest(config))
 
+    def check(self, tensor_parallel_size: int) -> None:
+        """Raise ConfigError where they cannot be divided among so many ranks."""
+        if self.can_divide(tensor_parallel_size):
+            return
+        possible = [size for size in range(1, self.num_heads + 1) if self.can_divide(size)]
+        if self._can_divide_heads(tensor_parallel_size):
+            what = f"{self.num_columns} columns of an MLP"
+        elif self.num_kv_heads < self.num_heads:
+            what = f"{self.num_heads} attention heads and {self.num_kv_heads} key-value heads"
+        else:
+            what = f"{self.num_heads} attention heads"
+        raise ConfigError(
+            f"--tensor-parallel-size {tensor_parallel_size}: the model's {what} cannot be divided "
+            f"so (possible: {', '.join(map(str, possible))})"
+        )
 
-def _can_divide_heads(config: ModelConfig, size: int) -> bool:
-    """Whether ranks get as many query heads: whole groups of them, or parts of one group."""
-    if size < 1 or config.num_heads % size:
-        return False
-    return config.num_kv_heads % size == 0 or size % config.num_kv_heads == 0
+    def can_divide(self, size: int) -> bool:
+        """Whether each of `size` ranks gets as many heads, and some of every MLP."""
+        return self._can_divide_heads(size) and self.num_columns >= size
+
+    def _can_divide_heads(self, size: int) -> bool:
+        """Whether ranks get as many query heads: whole groups of them, or parts of one group."""
+        if size < 1 or self.num_heads % size:
+            return False
+        return self.num_kv_heads % size == 0 or size % self.num_kv_heads == 0
 
 
 def _narrowest(config: ModelConfig) -> int:

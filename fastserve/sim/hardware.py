@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastserve.core.cost_model import CostModel
+from fastserve.model.parallel import Parts
 from fastserve.settings.option import ConfigError
 from fastserve.sim.engines import resolve_engine
 from fastserve.sim.models import ModelShape, resolve_model
@@ -254,11 +255,7 @@ def _under(engine: str, fit: HardwareFit) -> HardwareFit:
 
 
 def _check_division(shape: ModelShape, num_ranks: int, num_stages: int) -> None:
-    if num_ranks < 1 or shape.num_heads % num_ranks:
-        raise ConfigError(
-            f"--tensor-parallel-size {num_ranks}: {shape.name} has {shape.num_heads} heads, "
-            "which cannot be divided so"
-        )
+    Parts(shape.num_heads, shape.num_kv_heads, shape.intermediate_size).check(num_ranks)
     if not 1 <= num_stages <= shape.num_layers:
         raise ConfigError(
             f"--pipeline-parallel-size {num_stages}: {shape.name} has {shape.num_layers} layers"

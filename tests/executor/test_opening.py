@@ -30,7 +30,7 @@ CHOICES = Choices(
 def blocks(*rooms: int, choices: Choices = CHOICES, **settings) -> int:
     """Agree on blocks of ten tokens on the device."""
     counts = [BlockCounts(room, 0) for room in rooms]
-    return agree_on_blocks(EngineConfig(block_size=10, **settings), choices, counts).device
+    return agree_on_blocks(EngineConfig(block_size=10, **settings), choices, counts, 1).device
 
 
 @pytest.mark.parametrize("settings", [{"num_device_blocks": 7}, {"kv_cache_memory_bytes": 10**6}])
@@ -51,7 +51,17 @@ def test_more_than_can_be_of_use_is_not_taken():
 def test_the_least_room_on_the_host_counts(settings):
     """A rank that has more leaves it: one decision is carried out on all."""
     rooms = [BlockCounts(9, 70), BlockCounts(9, 50), BlockCounts(9, 60)]
-    assert agree_on_blocks(EngineConfig(**settings), CHOICES, rooms) == (9, 50)
+    assert agree_on_blocks(EngineConfig(**settings), CHOICES, rooms, 1) == (9, 50)
+
+
+@pytest.mark.parametrize(("least", "num_lines"), [(512, 1), (4095, 1), (4096, 0)])
+def test_a_host_tier_smaller_than_asked_for_is_said_once(least, num_lines, caplog):
+    """By whoever asked the ranks, however many of them have no room for it."""
+    rooms = [BlockCounts(9, 600), BlockCounts(9, least), BlockCounts(9, 600)][1 - num_lines :]
+    config = EngineConfig(preemption_mode="reactive", swap_space=4)
+    agree_on_blocks(config, CHOICES, rooms[: 1 + 2 * num_lines], 2**20)
+    lines = [line for line in caplog.messages if line.startswith("--swap-space: ")]
+    assert len(lines) == num_lines
 
 
 def silent(stage: str, fraction: float) -> None:
@@ -78,7 +88,7 @@ def test_ranks_with_different_room_allocate_the_same(tmp_path, monkeypatch):
         monkeypatch.setattr(kv_store, "available_memory", lambda memory=memory: memory)
         rooms.append(rank.room())
     assert rooms == [(9, 18), (7, 14)]
-    agreed = agree_on_blocks(config, choices, rooms)
+    agreed = agree_on_blocks(config, choices, rooms, facts[0].block_bytes)
     for rank in ranks:
         rank.allocate(agreed, silent)
         assert (len(rank.kv.device.tensor), rank.kv.host.num_blocks) == (7, 14)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastserve.checkpoint.model_config import ModelConfig, parse_model_config
 from fastserve.model.attention.shape import AttentionShape
-from fastserve.model.parallel import ALONE, Shard, can_divide, check_division
+from fastserve.model.parallel import ALONE, Parts, Shard
 from fastserve.settings.option import ConfigError
 
 
@@ -36,9 +36,10 @@ def llama(**changes) -> ModelConfig:
 def test_every_head_is_computed_once_beside_its_keys(size, groups, group_size):
     """Each query head is one rank's, in order, and that rank has the key-value head it reads."""
     config = llama(num_attention_heads=groups * group_size, num_key_value_heads=groups)
-    if not can_divide(config, size):
+    parts = Parts.of(config)
+    if not parts.can_divide(size):
         with pytest.raises(ConfigError):
-            check_division(config, size)
+            parts.check(size)
         return
     shards = [Shard(rank, size) for rank in range(size)]
     shape = AttentionShape.of(config, size)
@@ -80,14 +81,14 @@ def test_widths_and_vocabularies_are_divided_without_rest(size, width):
 def test_what_cannot_be_divided_is_said_in_one_line(changes, size, expected):
     """The flag, what is in the way, and the sizes that are possible."""
     with pytest.raises(ConfigError, match=rf"--tensor-parallel-size {size}: .*{expected}") as error:
-        check_division(llama(**changes), size)
+        Parts.of(llama(**changes)).check(size)
     assert "\n" not in str(error.value)
 
 
 def test_odd_widths_and_vocabularies_are_no_obstacle():
     """Only heads must come out even, as with vLLM; the rest is spread or filled up."""
-    check_division(llama(vocab_size=7, intermediate_size=83), 4)
-    check_division(llama(vocab_size=2), 8)
+    Parts.of(llama(vocab_size=7, intermediate_size=83)).check(4)
+    Parts.of(llama(vocab_size=2)).check(8)
 
 
 def test_the_narrowest_mlp_counts():
@@ -101,11 +102,11 @@ def test_the_narrowest_mlp_counts():
         "mlp_only_layers": [1],
     }
     with pytest.raises(ConfigError, match="3 columns of an MLP"):
-        check_division(llama(**sparse), 4)
+        Parts.of(llama(**sparse)).check(4)
     only_sparse = {**sparse, "mlp_only_layers": [], "moe_intermediate_size": 40}
-    check_division(llama(**only_sparse, intermediate_size=1), 4)  # no layer has such an MLP
+    Parts.of(llama(**only_sparse, intermediate_size=1)).check(4)  # no layer has such an MLP
     with pytest.raises(ConfigError, match="1 columns of an MLP"):
-        check_division(llama(**{**only_sparse, "mlp_only_layers": [1]}, intermediate_size=1), 4)
+        Parts.of(llama(**{**only_sparse, "mlp_only_layers": [1]}, intermediate_size=1)).check(4)
 
 
 def test_alone_nothing_is_done():

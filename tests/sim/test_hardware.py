@@ -221,7 +221,7 @@ def test_a_broken_config_json_is_one_clear_line(tmp_path, content, complaint):
         ({"hardware": "missing.json"}, "No such file"),
         ({"engine": "vllm-2031"}, "vllm-2023"),
         ({"dtype": "float8"}, "float16, bfloat16, float32"),
-        ({"tensor_parallel_size": 3}, "40 heads"),
+        ({"tensor_parallel_size": 3}, "40 attention heads"),
         ({"pipeline_parallel_size": 41}, "40 layers"),
         ({"model": "opt-175b"}, "raise --tensor-parallel-size"),
     ],

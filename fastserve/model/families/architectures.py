@@ -24,7 +24,7 @@ from fastserve.model.families.opt import OPTLoader
 from fastserve.model.input_batch import InputBatch
 from fastserve.model.loader import Weights
 from fastserve.model.ops.interfaces import Ops
-from fastserve.model.parallel import ALONE, TensorGroup, check_division
+from fastserve.model.parallel import ALONE, Parts, TensorGroup
 from fastserve.model.stages import Stage
 
 
@@ -55,7 +55,7 @@ def load_network(
     ConfigError where the checkpoint lacks a weight, has one of another shape, or has one that no
     stage has a use for, and where the network cannot be divided among the group.
     """
-    check_division(config, group.size)
+    Parts.of(config).check(group.size)
     stage = stage or Stage(0, config.num_layers, config.num_layers)
     family = _family(config, weights, ops, group)
     embed = family.embedding() if stage.is_first else None
