@@ -4,6 +4,7 @@ One queue that sees all is one scheduler over all machines: N slots of as many s
 has, whole steps on each, the KV of all as one pool. Whenever a machine is free it takes the best of
 all requests there are, whoever ran them before, and KV moves for nothing. No router can do better
 than that but by chance, for a request stays where it was placed: the ratio is what placing costs.
+Chance is large on few machines: where arrivals were made up, they are drawn DRAWS times.
 Writes results/replicas.json and the table of docs/replicas.md between its markers. Loads are shares
 of the saturated throughput of FCFS on one machine, times the machines.
 Must not know: how a request is placed.
@@ -13,14 +14,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from experiments.harness import Lab, Point, Result
 from experiments.lengths import traces_folder
 from experiments.markdown import fill, markdown
-from experiments.workload_traces import at_load, load_traces
+from experiments.workload_traces import SYNTHETIC, at_load, load_traces, redrawn
 from experiments.workloads import SETUP, capacities
 from fastserve.host.provenance import ROOT
 from fastserve.sim.workload import Workload
@@ -32,7 +35,9 @@ LOAD = 0.9
 ROWS_PER_REPLICA = 75  # nearly five turns of a batch of 16
 MIN_ROWS = 600
 CAPACITY_ROWS = 1000
+DRAWS = {2: 9, 4: 5, 8: 5, 64: 1}  # of arrivals, by machines; the first is the trace's own
 QUEUES = ("router", "one queue")
+CASE = ("trace", "replicas")
 
 
 def rows_of(size: int) -> int:
@@ -51,9 +56,11 @@ def points(lab: Lab, capacity: Mapping[str, float]) -> Iterator[Point]:
     for size in lab.some(SIZES):
         pooled = dataclasses.replace(machine, num_device_blocks=size * machine.num_device_blocks)
         for name, trace in traces_of(lab, rows_of(size)).items():
-            timed = at_load(trace, LOAD, size * capacity[name])
-            for policy in POLICIES:
-                labels = {"trace": name, "replicas": size, "policy": policy, "rows": len(timed)}
+            draws = range(DRAWS[size] if name in SYNTHETIC else 1)
+            for draw, policy in itertools.product(lab.some(draws), POLICIES):
+                timed = at_load(redrawn(trace, draw), LOAD, size * capacity[name])
+                labels = {"trace": name, "replicas": size, "draw": draw, "policy": policy,
+                          "rows": len(timed)}  # fmt: skip
                 config = SETUP.config(policy)
                 tokens = config.max_num_batched_tokens
                 yield Point({**labels, "queue": QUEUES[0]}, config, machine, timed,
@@ -69,20 +76,36 @@ def figures_of(result: Result) -> dict[str, Any]:
 
 
 def as_table(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Return mean and P99 JCT behind the router over those of one queue, by policy."""
-    found = {tuple(entry[name] for name in ("trace", "replicas", "policy", "queue")): entry
+    """Return mean and P99 JCT behind the router over those of one queue, by policy.
+
+    Of several draws that is the mean of their ratios, and in brackets the least and the largest.
+    """
+    found = {tuple(entry[name] for name in (*CASE, "draw", "policy", "queue")): entry
              for entry in entries}  # fmt: skip
-    header = ["trace", "replicas", "rows"]
+    header = ["trace", "replicas", "rows", "draws"]
     header += [f"`{policy}`, {part}" for policy in POLICIES for part in ("mean", "P99")]
     rows = []
-    for trace, size in dict.fromkeys((entry["trace"], entry["replicas"]) for entry in entries):
+    for case in dict.fromkeys(tuple(entry[name] for name in CASE) for entry in entries):
+        draws = [draw for *of, draw, policy, queue in found
+                 if tuple(of) == case and (policy, queue) == (POLICIES[0], QUEUES[0])]  # fmt: skip
         cells = []
-        for policy in POLICIES:
-            routed, one = (found[trace, size, policy, queue]["jct_s"] for queue in QUEUES)
-            cells += [f"{routed[part] / one[part]:.2f}" for part in ("mean", "p99")]
-        num_rows = found[trace, size, POLICIES[0], QUEUES[0]]["rows"]
-        rows.append([trace, str(size), f"{num_rows:,}", *cells])
+        for policy, part in itertools.product(POLICIES, ("mean", "p99")):
+            ratios = []
+            for draw in draws:
+                routed, one = (found[*case, draw, policy, queue]["jct_s"] for queue in QUEUES)
+                ratios.append(routed[part] / one[part])
+            cells.append(spread(ratios))
+        trace, size = case
+        num_rows = found[*case, draws[0], POLICIES[0], QUEUES[0]]["rows"]
+        rows.append([trace, str(size), f"{num_rows:,}", str(len(draws)), *cells])
     return markdown(header, rows)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return a mean, and the least and the largest of several."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def run(lab: Lab, document: Path) -> None:
@@ -96,7 +119,8 @@ def run(lab: Lab, document: Path) -> None:
     settings = {
         "machine": SETUP.describe(),
         "load": LOAD, "sizes": SIZES, "policies": POLICIES,
-        "arrivals": "of the trace, divided by one factor",
+        "arrivals": "of the trace, divided by one factor; of a made-up one drawn anew",
+        "draws": DRAWS,
         "rows": f"{ROWS_PER_REPLICA} a replica, {MIN_ROWS} at least, or all there are",
     }  # fmt: skip
     lab.save("replicas", settings=settings, figures={"capacity": capacity, "entries": entries})
