@@ -131,11 +131,12 @@ def combined(costs: Sequence[CostModel], factor: float = 1.0) -> CostModel:
 def profiled(engine: Engine) -> CostModel:
     """Measure the step times now, not as they were on another day."""
     # Not before: how the threads of torch wait is settled by open_engine before it loads torch.
+    from fastserve.executor.distributed import DistributedExecutor
     from fastserve.executor.fitting import fit
     from fastserve.executor.local import LocalExecutor
 
     executor = engine.executor
-    assert isinstance(executor, LocalExecutor)
+    assert isinstance(executor, LocalExecutor | DistributedExecutor)
     return fit(executor.measure(lambda stage, fraction: None))
 
 
