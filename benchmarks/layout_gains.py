@@ -128,6 +128,10 @@ def measure_layout(
         run = layout.run(policy, workload, speed)
         # A step is billed a share of the machine: the stages' sum over the steps in flight.
         trials.append(Trial(policy, workload, run, speed.factor * num_slots))
+        mean_s = run.times.latencies()["jct_s"].mean()
+        progress.console.print(
+            f"{layout.name}, {policy}: {len(workload)} requests, mean JCT {mean_s:.3f} s"
+        )
     mean_cost = combined((layout.cost, profiled(layout.engine)))
     rows = []
     for policy, workload, run, factor in trials:
