@@ -1,9 +1,9 @@
 """Do live replicas behind the router do what the simulator says of them?
 
-    python -m benchmarks.replicas [--policies fcfs,learned] [--seconds 40] [--load 0.8]
+    python -m benchmarks.replicas [--policies fcfs,learned] [--seconds 30] [--load 0.8]
 
 Two engine processes of one thread of torch each, placed by the API side that serves (AsyncEngine,
-here without HTTP), take Poisson arrivals at a share of what both complete when all come at once.
+here without HTTP), take Poisson arrivals at a share of what the simulator says that both complete.
 Order: A B B A, the way back with other arrivals; every run starts the engines anew, and neither a
 policy nor the router knows anything of the runs before. A request asks for exactly the tokens
 that its row says, live and simulated: `max_tokens` is all that is told of an answer's length.
@@ -11,7 +11,7 @@ that its row says, live and simulated: `max_tokens` is all that is told of an an
 Each start profiles both replicas at the same time, as they will run: memory bandwidth is shared.
 The simulator (fastserve.sim.replicas: the same router, the same scheduler) is given the mean of the
 profiles at the start of a run and at the start of the next, and the time that steps take beside
-the device, fitted to another run. `at speed` repeats it with the run's own first profiles times
+the device, fitted to the other runs. `at speed` repeats it with the run's own first profiles times
 what its steps took over those predicted for these very steps: what error is left is that of
 placing and queues alone. How steps went is read from the journals of the engines.
 """
@@ -25,7 +25,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,14 +152,21 @@ def costs_of(live: Live) -> list[CostModel]:
     return [observe(path, ()).cost_model for path in live.journals]
 
 
-def fitted_overhead(live: Live) -> StepOverhead:
-    """Fit the seconds beside the device to the steps of all replicas of a run."""
+def fitted_overhead(lives: Iterable[Live]) -> StepOverhead:
+    """Fit the seconds beside the device to the steps of all replicas of some runs."""
     pooled = Beside()
-    for path in live.journals:
+    for path in (path for live in lives for path in live.journals):
         beside = Beside()
         observe(path, (beside,))
         pooled.seconds += beside.seconds
     return pooled.fitted()
+
+
+def capacity_of(first: Live, crowd: Workload) -> float:
+    """Return the requests/s that replicas of these profiles complete, were there only devices."""
+    told = observe(first.journals[0], ())
+    jct_s = predicted(told, combined(costs_of(first)), StepOverhead(), crowd).latencies()["jct_s"]
+    return saturated_throughput(jct_s.tolist(), NUM_REPLICAS * MAX_NUM_SEQS)
 
 
 def speed_of(live: Live, cost: CostModel) -> tuple[float, list[Journalled]]:
@@ -188,6 +195,23 @@ def predicted(
     )
 
 
+def compared(
+    policy: str, workload: Workload, live: Live, after: Live, overhead: StepOverhead
+) -> tuple[Row, dict[str, Any]]:
+    """Return a run beside its simulations, and what else is known of it; `after` came next."""
+    profiles = costs_of(live)
+    own = combined(profiles)
+    factor, told = speed_of(live, own)
+    plain = predicted(told[0], combined([*profiles, *costs_of(after)]), overhead, workload)
+    at_speed = predicted(told[0], combined([own], factor), overhead, workload)
+    detail = {
+        "placed": [each.num_requests for each in told],
+        "overhead_s": overhead._asdict(),
+        "profiles": [dataclasses.asdict(cost) for cost in profiles],
+    }
+    return Row({"policy": policy}, live.times, plain, at_speed, factor), detail
+
+
 def measure(args: argparse.Namespace, bench: Bench, progress: Progress) -> dict[str, Any]:
     """Run everything, then simulate it, and return the result."""
     order = [*args.policies, *reversed(args.policies)]
@@ -201,10 +225,7 @@ def measure(args: argparse.Namespace, bench: Bench, progress: Progress) -> dict[
         progress.console.print(f"{policy}: {len(workload)} requests, mean JCT {mean_s:.3f} s")
         return live
 
-    first = run("fcfs", crowd)
-    overhead = fitted_overhead(first)
-    jct_s = first.times.latencies()["jct_s"].tolist()
-    capacity = saturated_throughput(jct_s, NUM_REPLICAS * MAX_NUM_SEQS)
+    capacity = capacity_of(run("fcfs", crowd.first(1)), crowd)
     rate = args.load * capacity
     workloads = [
         asked(max(round(rate * args.seconds), 8), rate, args.seed + 1 + index // len(args.policies))
@@ -212,15 +233,13 @@ def measure(args: argparse.Namespace, bench: Bench, progress: Progress) -> dict[
     ]
     runs = [run(policy, workload) for policy, workload in zip(order, workloads, strict=True)]
     last = run("fcfs", crowd.first(1))  # for its profiles
-    rows, placed = [], []
-    for index, (policy, workload, live) in enumerate(zip(order, workloads, runs, strict=True)):
-        profiles, following = costs_of(live), costs_of([*runs, last][index + 1])
-        own = combined(profiles)
-        factor, told = speed_of(live, own)
-        plain = predicted(told[0], combined([*profiles, *following]), overhead, workload)
-        at_speed = predicted(told[0], combined([own], factor), overhead, workload)
-        rows.append(Row({"policy": policy}, live.times, plain, at_speed, factor))
-        placed.append([each.num_requests for each in told])
+    rows, details = [], []
+    for index, (policy, workload) in enumerate(zip(order, workloads, strict=True)):
+        overhead = fitted_overhead([*runs[:index], *runs[index + 1 :]])
+        after = [*runs, last][index + 1]
+        row, detail = compared(policy, workload, runs[index], after, overhead)
+        rows.append(row)
+        details.append({**describe([row]), **detail})
     return {
         "benchmark": "replicas",
         **provenance(["python", "-m", "benchmarks.replicas", *sys.argv[1:]]),
@@ -235,12 +254,8 @@ def measure(args: argparse.Namespace, bench: Bench, progress: Progress) -> dict[
         "capacity_requests_per_s": capacity,
         "load": args.load,
         "requests_per_s": rate,
-        "overhead_s": overhead._asdict(),
-        "profiles": [[dataclasses.asdict(cost) for cost in costs_of(run)] for run in (*runs, last)],
         "policies": together(rows),
-        "runs": [
-            {**describe([row]), "placed": each} for row, each in zip(rows, placed, strict=True)
-        ],
+        "runs": details,
     }  # fmt: skip
 
 
@@ -253,8 +268,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--policies", default="fcfs,learned")
     parser.add_argument("--model", default="llama-125m", choices=NAMED)
-    parser.add_argument("--load", type=float, default=0.8, help="over what both complete (0.8)")
-    parser.add_argument("--seconds", type=float, default=40.0, help="of arrivals of one run (40)")
+    parser.add_argument(
+        "--load", type=float, default=0.8, help="over what both would complete (0.8)"
+    )
+    parser.add_argument("--seconds", type=float, default=30.0, help="of arrivals of one run (30)")
     parser.add_argument("--capacity-requests", type=int, default=192)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default=RESULT, help=f"JSON file ({RESULT})")
@@ -280,7 +297,7 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    title = f"{args.load:g} × what {NUM_REPLICAS} replicas complete; below by run"
+    title = f"{args.load:g} × what {NUM_REPLICAS} replicas would complete; below by run"
     Console().print(as_table([*result["policies"], *result["runs"]], ["policy"], title))
     print(f"written to {args.output}")
     return 0
