@@ -302,7 +302,11 @@ def open_tokenizer(config: EngineConfig, chat_template: str | None = None) -> To
     if config.tokenizer is None and not Tokenizer.is_in(directory):
         logger.warning(Tokenizer.why_none(directory))
         return None
-    return Tokenizer.load(directory, chat_template)
+    tokenizer = Tokenizer.load(directory, chat_template)
+    vocab_size = checkpoint.vocab_size(checkpoint.locate(config.model, config.revision))
+    if vocab_size is not None:
+        tokenizer.check_fits(vocab_size, directory)
+    return tokenizer
 
 
 def open_rendering(tokenizer: Tokenizer | None) -> RenderPool | None:

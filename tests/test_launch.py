@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import pytest
 
-from fastserve import launch
+from fastserve import LLM, launch
 from fastserve.checkpoint import locate as checkpoint
 from fastserve.client.async_engine import AsyncEngine
 from fastserve.client.interfaces import EngineDeadError
@@ -220,6 +220,30 @@ def test_a_model_without_a_tokenizer_takes_ids_only(tmp_path: Path) -> None:
         open_tokenizer(EngineConfig(tokenizer=str(tmp_path)))
 
 
+def test_a_tokenizer_that_is_larger_than_the_model_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In one line, at the start, for LLM too; single added tokens beyond it are only told of."""
+    backend = tiny_tokenizers.byte_level(300)
+    tiny_tokenizers.save(backend, tmp_path)
+    config = EngineConfig(model=str(tmp_path))
+    for size in (300, 299):
+        (tmp_path / "config.json").write_text(f'{{"vocab_size": {size}}}')
+        if size == 300:
+            assert open_tokenizer(config) is not None
+            continue
+        with pytest.raises(ConfigError, match=r"has 300 ids and the model 299; --tokenizer names"):
+            open_tokenizer(config)
+        with pytest.raises(ConfigError, match="has 300 ids"):
+            LLM(str(tmp_path))
+    assert not caplog.records
+    backend.add_tokens(["<pad>"])
+    tiny_tokenizers.save(backend, tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 300}')
+    assert open_tokenizer(config) is not None
+    assert "none of 1 added tokens, '<pad>' for one" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
@@ -361,7 +385,7 @@ import sys
 from fastserve.engine import length_file
 
 length_file.INTERVAL_S = 0.0
-from fastserve import launch
+from fastserve import LLM, launch
 
 sys.exit(launch.main())
 """
@@ -463,7 +487,7 @@ def test_offline_use_neither_knows_nor_changes_what_servers_learned(
 
 FAILING_PROCESS = """
 import sys
-from fastserve import launch
+from fastserve import LLM, launch
 from fastserve.executor.model_runner import ModelRunner
 
 run = ModelRunner.run

@@ -5,6 +5,7 @@ Must not know: families, weights, tensors, devices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,25 @@ class ModelConfig:
         if self.sliding_window is None:
             return self.num_positions
         return min(self.num_positions, self.sliding_window)
+
+
+def read_epsilon(values: Values, name: str, source: str) -> float:
+    """Return what a norm adds to a variance."""
+    return read_real(values, name, source, minimum=0.0, below=1.0)
+
+
+def read_real(
+    values: Values, name: str, source: str, *, minimum: float, below: float = math.inf
+) -> float:
+    """Return a number of at least `minimum` and less than `below`."""
+    value: Any = values.get(name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not minimum <= value < below:
+        limit = "" if below == math.inf else f" and less than {below:g}"
+        raise ConfigError(
+            f"{source}: {name} must be a number of at least {minimum:g}{limit}, got {value!r}"
+        )
+    return float(value)
 
 
 def read_dtype(values: Values, source: str) -> str:

@@ -14,6 +14,7 @@ from fastserve.checkpoint.config_fields import (
     divide_heads,
     read_activation,
     read_dtype,
+    read_epsilon,
 )
 from fastserve.settings.option import ConfigError
 
@@ -50,5 +51,5 @@ def parse_gpt2(values: Values, source: str, architecture: str) -> GPT2Config:
         dtype=read_dtype(values, source),
         intermediate_size=4 * hidden_size if values["n_inner"] is None else int(values["n_inner"]),
         activation=read_activation(values, source),
-        layer_norm_eps=float(values["layer_norm_epsilon"]),
+        layer_norm_eps=read_epsilon(values, "layer_norm_epsilon", source),
     )

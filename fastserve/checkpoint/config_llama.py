@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastserve.checkpoint.config_fields import ModelConfig, Values, read_dtype
+from fastserve.checkpoint.config_fields import ModelConfig, Values, read_dtype, read_epsilon
 from fastserve.checkpoint.config_rope import RopeConfig, read_rope
 from fastserve.settings.option import ConfigError
 
@@ -73,7 +73,7 @@ def parse_llama(values: Values, source: str, architecture: str) -> LlamaConfig:
         num_heads=num_heads,
         num_kv_heads=num_heads if num_kv_heads is None else int(num_kv_heads),
         head_dim=hidden_size // max(num_heads, 1) if head_dim is None else int(head_dim),
-        rms_norm_eps=float(values["rms_norm_eps"]),
+        rms_norm_eps=read_epsilon(values, "rms_norm_eps", source),
         max_position_embeddings=int(values["max_position_embeddings"]),
         rope=read_rope(values, source),
         tie_word_embeddings=bool(values["tie_word_embeddings"]),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastserve.checkpoint.config_fields import Values
+from fastserve.checkpoint.config_fields import Values, read_real
 from fastserve.settings.option import ConfigError
 
 KINDS = ("default", "linear", "llama3")
@@ -57,22 +57,23 @@ def read_rope(values: Values, source: str) -> RopeConfig:
     factors = [place.get("partial_rotary_factor", 1.0) for place in (values, parameters)]
     if factors != [1.0, 1.0]:
         raise ConfigError(f"{source}: partial_rotary_factor is not supported")
-    theta = float(parameters["rope_theta"])
+    theta = read_real(parameters, "rope_theta", source, minimum=1.0)
     if kind == "default":
         return RopeConfig(theta=theta)
-    try:
-        factor = float(parameters["factor"])
-        if factor < 1:
-            raise ConfigError(f"{source}: the rope factor must be at least 1, got {factor}")
-        if kind == "linear":
-            return RopeConfig(theta=theta, kind=kind, factor=factor)
-        return RopeConfig(
-            theta=theta,
-            kind=kind,
-            factor=factor,
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
-        )
-    except KeyError as error:
-        raise ConfigError(f"{source}: rope type {kind!r} without {error.args[0]}") from None
+
+    def number(name: str, minimum: float) -> float:
+        if name not in parameters:
+            raise ConfigError(f"{source}: rope type {kind!r} without {name}")
+        return read_real(parameters, name, source, minimum=minimum)
+
+    factor = number("factor", 1.0)
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind=kind, factor=factor)
+    return RopeConfig(
+        theta=theta,
+        kind=kind,
+        factor=factor,
+        low_freq_factor=number("low_freq_factor", 1e-3),
+        high_freq_factor=number("high_freq_factor", 1e-3),
+        original_max_position_embeddings=int(number("original_max_position_embeddings", 1.0)),
+    )

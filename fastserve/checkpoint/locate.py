@@ -46,11 +46,23 @@ def locate(
             directory = hub.fetch(model, revision, has_weights="config.json" in holds)
         except ConfigError as error:
             raise ConfigError(f"{error}{did_you_mean(path)}") from error.__cause__
+    _refuse_pipes(directory)
     if "config.json" in holds and (kind := describe_directory(directory)) is not None:
         raise ConfigError(f"model {model!r}: {kind}")
     if not any((directory / name).is_file() for name in holds):
         raise ConfigError(f"model {model!r}: {directory} holds no {' or '.join(holds)}")
     return directory
+
+
+def _refuse_pipes(directory: Path) -> None:
+    """Raise ConfigError for what is no file: who reads it might wait for ever."""
+    try:
+        paths = list(directory.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{directory}: {error.strerror}") from error
+    for path in paths:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ConfigError(f"{path}: a named pipe, a socket or a device, and no file")
 
 
 def public_name(model: str) -> str:
@@ -101,6 +113,12 @@ def eos_token_ids(directory: Path, of_tokenizer: int | None = None) -> frozenset
         ids = [*ids, of_tokenizer]
     vocab_size = config.get("vocab_size")
     return frozenset(i for i in ids if not isinstance(vocab_size, int) or i < vocab_size)
+
+
+def vocab_size(directory: Path) -> int | None:
+    """Return how many ids a model knows, as its config.json says it; None where it does not."""
+    size = (read_object(directory / "config.json") or {}).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def _ids(path: Path, content: Mapping[str, Any] | None = None) -> list[int]:

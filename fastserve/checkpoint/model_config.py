@@ -34,8 +34,11 @@ POSITIVE = (
     "num_heads",
     "num_kv_heads",
     "head_dim",
+    "intermediate_size",
     "max_position_embeddings",
 )
+MAX_POSITIONS = 2**26
+"""More is a typing error: angles would be tabulated for all of them."""
 OTHER_KINDS = {
     "ForMaskedLM": "an encoder, which generates no text",
     "Classification": "a classifier, which generates no text",
@@ -72,11 +75,16 @@ def parse_model_config(values: Values, *, source: str) -> ModelConfig:
         config = PARSERS[architecture](complete, source, architecture)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{source}: {error}") from None
     for name in POSITIVE:
         if getattr(config, name) < 1:
             raise ConfigError(f"{source}: {name} must be positive, got {getattr(config, name)}")
+    if not 1 < config.num_positions <= MAX_POSITIONS:
+        raise ConfigError(
+            f"{source}: a window of {config.num_positions} tokens; from 2 to {MAX_POSITIONS} "
+            "can be served"
+        )
     _check_heads(config, source)
     return config
 

@@ -102,7 +102,13 @@ class Worker:
     @torch.inference_mode()
     def _load_network(self, model_dir: Path, ops: Ops) -> Network:
         choices = self.choices
-        weights = open_weights(model_dir, self.config.load_format, choices.dtype, self.device)
+        weights = open_weights(
+            model_dir,
+            self.config.load_format,
+            choices.dtype,
+            self.device,
+            is_checked=self.config.check_weights,
+        )
         decoder = load_network(
             self.model_config,
             weights,

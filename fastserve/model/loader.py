@@ -174,13 +174,43 @@ class DummyWeights:
         """Fit `Weights`: nothing can be left over."""
 
 
+class CheckedWeights:
+    """Weights of which every number is looked at as it is read."""
+
+    def __init__(self, weights: Weights, source: Path) -> None:
+        self._weights = weights
+        self._source = source
+        self.dtype = weights.dtype
+
+    def has(self, name: str) -> bool:
+        return self._weights.has(name)
+
+    def get(self, name: str, *shape: int, part: Part = ()) -> Tensor:
+        """Fit `Weights`; ConfigError for a tensor with a number in it that is not finite."""
+        tensor = self._weights.get(name, *shape, part=part)
+        least, most = tensor.aminmax()  # NaN where there is one
+        if not (least.isfinite() and most.isfinite()):
+            kind = str(self.dtype).removeprefix("torch.")
+            raise ConfigError(f"{self._source}: {name!r} has numbers that are not finite in {kind}")
+        return tensor
+
+    def finish(self, elsewhere: Sequence[str] = ()) -> None:
+        self._weights.finish(elsewhere)
+
+
 def open_weights(
-    model_dir: Path, load_format: str, dtype: torch.dtype, device: torch.device
+    model_dir: Path,
+    load_format: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    is_checked: bool = False,
 ) -> Weights:
     """Return the weights that `--load-format` asks for."""
     if load_format == "dummy":
         return DummyWeights(dtype, device)
-    return SafetensorsWeights(model_dir, dtype, device)
+    weights = SafetensorsWeights(model_dir, dtype, device)
+    return CheckedWeights(weights, model_dir) if is_checked else weights
 
 
 def _weight_files(model_dir: Path) -> list[Path]:

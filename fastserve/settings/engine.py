@@ -54,6 +54,9 @@ class EngineConfig:
     load_format: str = option(
         "auto", "weights from files, or random ones", choices=("auto", "dummy")
     )
+    check_weights: bool = option(
+        False, "refuse weights that are not finite numbers, by name; loading takes longer"
+    )
     max_model_len: int | None = option(
         None, "longest prompt + output, in tokens (the model's window)", minimum=2
     )

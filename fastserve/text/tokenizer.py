@@ -6,6 +6,7 @@ cannot be used is a ConfigError of one line. Must not know: HTTP, the engine, to
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from fastserve.text.template_files import (
     read_templates,
 )
 from fastserve.text.text_stream import TextDelta, TextStream
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["ChatPrompt", "TextDelta", "TextStream", "Tokenizer"]
 
@@ -129,6 +132,24 @@ class Tokenizer:
             )
         except ChatTemplateError as error:
             raise ConfigError(f"{model_dir}: {error}") from error
+
+    def check_fits(self, vocab_size: int, source: Path) -> None:
+        """Raise ConfigError for a tokenizer of another model: its vocabulary is larger than this.
+
+        Single added tokens may be: a model that was never given them is served without.
+        """
+        num_plain = self.backend.get_vocab_size(with_added_tokens=False)
+        if num_plain > vocab_size:
+            raise ConfigError(
+                f"{source}: the tokenizer has {num_plain} ids and the model {vocab_size}; "
+                "--tokenizer names the directory of another"
+            )
+        unknown = [token.content for i, token in self._added.items() if i >= vocab_size]
+        if unknown:
+            logger.warning(
+                "%s: the model knows none of %d added tokens, %r for one; prompts with them are "
+                "refused", source, len(unknown), unknown[0],
+            )  # fmt: skip
 
     @classmethod
     def find_eos(cls, model_dir: Path) -> int | None:

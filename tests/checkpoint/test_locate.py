@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastserve.checkpoint.locate import eos_token_ids, locate, sampling_defaults
+from fastserve.checkpoint.locate import eos_token_ids, locate, public_name, sampling_defaults
 from fastserve.settings.option import ConfigError
 
 
@@ -48,6 +49,31 @@ def test_a_directory_without_a_config_is_no_model(tmp_path: Path) -> None:
     write(tmp_path, config={})
     with pytest.raises(ConfigError, match=r"holds no tokenizer\.json or vocab\.json"):
         locate(str(tmp_path), holds=("tokenizer.json", "vocab.json"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "model.safetensors.index.json", "chat_template.jinja", "added_tokens.json",
+    ],
+)  # fmt: skip
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_a_file_is_one_line(tmp_path: Path, name: str) -> None:
+    """Whoever read it would wait until somebody wrote."""
+    write(tmp_path, config={})
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=f"^{tmp_path / name}: a named pipe[^\n]*$"):
+        locate(str(tmp_path))
+
+
+def test_what_everybody_may_call_a_model(tmp_path: Path) -> None:
+    """The name of its directory, through links too; a hub id as it is."""
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "latest").symlink_to("v1")
+    assert public_name(str(tmp_path / "latest")) == "v1"
+    assert [public_name(name) for name in ("demo", "org/name", "/")] == ["demo", "org/name", "/"]
 
 
 def test_a_name_that_cannot_be_on_the_hub_is_one_line() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -120,6 +121,21 @@ def test_llama3_without_its_first_window():
         ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' without factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "at least 1, got 0.5"),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "'llama3' without low_freq_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": math.nan}}, "factor must be a number"),
+        ({"rope_theta": 0}, "rope_theta must be a number of at least 1, got 0"),
+        ({"rope_theta": -1.0}, "rope_theta must be"),
+        ({"rope_theta": math.nan}, "rope_theta must be"),
+        ({"rope_theta": math.inf}, "rope_theta must be"),
+        ({"rope_theta": "1e4"}, "rope_theta must be"),
+        ({"rms_norm_eps": math.nan}, "at least 0 and less than 1, got nan"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps must be"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps must be"),
+        ({"rms_norm_eps": True}, "rms_norm_eps must be"),
+        ({"max_position_embeddings": 10**12}, "a window of 1000000000000 tokens"),
+        ({"max_position_embeddings": 10**400}, "a window of"),
+        ({"max_position_embeddings": math.inf}, "infinity"),
+        ({"max_position_embeddings": True}, "a window of 1 tokens"),
+        ({"intermediate_size": 0}, "intermediate_size must be positive"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object, got 'linear'"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "for each kind of layer"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

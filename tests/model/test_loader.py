@@ -45,6 +45,27 @@ def change(path, function) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_checked_weights_are_finite_or_named(checkpoint, value):
+    """Also in the dtype to run: half precision has no room for large numbers."""
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def network(dtype=torch.float32):
+        weights = open_weights(checkpoint, "auto", dtype, CPU, is_checked=True)
+        config = read_model_config(checkpoint)
+        return load_network(config, weights, TorchOps(dtype), max_len=64, device=CPU)
+
+    assert torch.equal(network().layers[1].qkv.weight, load(checkpoint).layers[1].qkv.weight)
+    change(checkpoint, lambda tensors: tensors[name][3].fill_(1e20))
+    network(torch.bfloat16)
+    with pytest.raises(ConfigError, match="not finite in float16"):
+        network(torch.float16)
+    change(checkpoint, lambda tensors: tensors[name][3, 4:5].fill_(value))
+    load(checkpoint)
+    with pytest.raises(ConfigError, match=f"'{name}' has numbers that are not finite in float32"):
+        network()
+
+
 def test_shards_equal_one_file(tmp_path):
     """A checkpoint in shards with an index loads the same weights."""
     model = make_checkpoint(tmp_path / "one", "llama")
