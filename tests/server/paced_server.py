@@ -101,7 +101,7 @@ class Answers:
                 return "whole"
             events = []
             async for line in response.aiter_lines():
-                if line:
+                if line.startswith("data: "):
                     events.append(line.removeprefix("data: "))
                     self.num_events += 1
                     self.has_news.set()

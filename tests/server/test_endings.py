@@ -47,9 +47,11 @@ def engine_of(server: Paced) -> int:
 
 
 @pytest.mark.processes
-def test_what_is_cut_off_is_told_so() -> None:
+@pytest.mark.parametrize("grace_s", ["0", "600"])
+def test_what_is_cut_off_is_told_so(grace_s: str) -> None:
     """At the limit: an error event and [DONE] in each stream, a 503 for others, status 143."""
-    with serving("paced", "--shutdown-timeout", "0.5") as server:
+    flags = ("--shutdown-timeout", "0.5", "--stream-grace", grace_s)
+    with serving("paced", *flags) as server:
 
         async def body(answers: Answers) -> None:
             answers.open(20, stream=True, max_tokens=LONG)

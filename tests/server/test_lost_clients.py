@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from benchmarks.footprint import Footprint, footprint
@@ -89,6 +90,7 @@ def counted(client: httpx.Client, *beginnings: str) -> float:
         pytest.param(100, True, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.timeout(600)
 def test_streams_cut_at_random_bytes_are_the_undisturbed_ones(num_streams, kills_engine):
     """Pieces and rest are, byte for byte, the stream; it says what it says when nothing is cut."""
     num_cuts = 0
@@ -134,6 +136,9 @@ def test_streams_cut_at_random_bytes_are_the_undisturbed_ones(num_streams, kills
         with httpx.Client(base_url=url, headers=KEY) as client:
             assert counted(client, "engine_restarts_total") == kills_engine
             assert (counted(client, "requests_resumed_total") > 0) is kills_engine
+        with openai.OpenAI(base_url=url + "/v1", api_key=API_KEY) as other:  # ids are no matter
+            chunks = other.completions.create(model="demo", prompt="a", max_tokens=5, stream=True)
+            assert "".join(chunk.choices[0].text for chunk in chunks)
 
 
 async def open_and_cut(url: str, num_streams: int, seed: str) -> None:
@@ -171,6 +176,7 @@ def at_rest(
         pytest.param(2000, "1", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.timeout(600)
 def test_streams_that_are_cut_and_given_up_leave_nothing(num_streams, grace_s, monkeypatch):
     """Descriptors, threads, KV, events and memory are those of an idle server."""
     # A product is set up for each number of rows; 1,000 of them are kept, and would hide a leak.
