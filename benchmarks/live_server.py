@@ -31,7 +31,12 @@ class LiveServer(NamedTuple):
 
     host: str
     port: int
-    pid: int  # of the API process
+    process: subprocess.Popen[bytes]  # the API process
+
+    @property
+    def pid(self) -> int:
+        """The number of the API process."""
+        return self.process.pid
 
 
 @contextmanager
@@ -65,7 +70,7 @@ def live_process(
         )
         try:
             await_ready(process, f"http://{host}:{port}/ready", log)
-            yield LiveServer(host, port, process.pid)
+            yield LiveServer(host, port, process)
         finally:
             process.terminate()
             try:
