@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import math
 import os
@@ -292,6 +293,54 @@ def test_a_stopped_rank_is_noticed(llama: tuple[Path, transformers.PreTrainedMod
             assert time.monotonic() - stopped_at < SILENT_S
         finally:
             executor.close()
+
+
+PTRACE_SEIZE, PTRACE_INTERRUPT = 0x4206, 0x4207
+
+
+def stop_thread(thread_id: int) -> None:
+    """Stop one thread of a process as a debugger does; it goes on when this thread ends."""
+    ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+    ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    for request in (PTRACE_SEIZE, PTRACE_INTERRUPT):
+        if ptrace(request, thread_id, None, None):
+            pytest.skip(f"threads cannot be stopped here: {os.strerror(ctypes.get_errno())}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_rank_that_computes_for_ever_is_noticed(
+    llama: tuple[Path, transformers.PreTrainedModel], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is heard, for its other threads live: its step does not end, and all start again."""
+
+    async def body() -> None:
+        config = config_of(llama[0], pp=2, max_model_len=WINDOW, num_device_blocks=80)
+        engine = open_async_engine(config, engine_timeout_s=3.0)
+        killer = Killer(engine, caplog)
+        await engine.start()
+        try:
+            await engine.ready()
+            params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+            first = Reader(engine.submit(Arrival([5, 6], params)))
+            await first.task
+            await until(lambda: engine.stats is not None and engine.stats.num_requests == 0)
+            stop_thread(random.Random(1).choice(killer.ranks()))  # which waits for its next step
+            given = prompts(1)
+            readers = [Reader(engine.submit(Arrival(prompt, params))) for prompt in given]
+            await asyncio.gather(*(reader.task for reader in readers))
+            for prompt, reader in zip(given, readers, strict=True):
+                assert reader.ids == greedy(llama[1], prompt + reader.ids, 20)
+            killer.ranks()
+        finally:
+            await engine.close()
+        assert len(killer.seen) == 3 * 2
+        assert not [pid for pid in killer.seen if is_there(pid)]
+
+    caplog.set_level(logging.WARNING)
+    run(body, 390.0)
+    (line,) = [r.getMessage() for r in caplog.records if "starting it again" in r.getMessage()]
+    assert re.match(r"step \d+ has not ended for \d+\.\d s; .* were expected of it; ", line)
 
 
 def test_a_rank_that_cannot_load_ends_all_with_its_message(

@@ -102,10 +102,15 @@ class EngineLink:
 
     async def events(self) -> AsyncGenerator[Event]:
         """Yield what it says, each after it was taken note of here, until its connection ends."""
-        async with contextlib.aclosing(self._child.events()) as events:
-            async for event in events:
-                self._note(event)
-                yield event
+        try:
+            async with contextlib.aclosing(self._child.events()) as events:
+                async for event in events:
+                    self._note(event)
+                    yield event
+        except ValueError as error:
+            fault = f"the {self.name} process cannot be understood: {error}"
+            logger.error("%s; it is killed", fault)
+            self.kill(fault)
 
     def _note(self, event: Event) -> None:
         self.heard_at = time.monotonic()

@@ -34,6 +34,8 @@ class Inbox:
             while (payload := read_frame(self._stream)) is not None:
                 self._commands.put(decode_command(payload))
                 self.on_arrival()
+        except ConnectionResetError:  # it went with something unread: no fault of ours
+            logger.debug("the API process is gone")
         except (OSError, ValueError):
             logger.exception("the connection to the API process broke")
         finally:

@@ -39,15 +39,21 @@ ONE, TWO = RequestNumber(1), RequestNumber(2)
 class ScriptedChild:
     """A child process that says what it was made to, and takes notes of what it is told."""
 
-    def __init__(self, *events: Event) -> None:
+    def __init__(self, *events: Event | Exception) -> None:
         self.commands: list[object] = []
+        self.process = self
         self._events = events
+
+    def kill(self) -> None:
+        self.commands.append("killed")
 
     def send(self, frame: bytes) -> None:
         self.commands.append(decode_command(payload_of(frame)))
 
     async def events(self) -> AsyncGenerator[Event]:
         for event in self._events:
+            if isinstance(event, Exception):
+                raise event
             yield event
 
     def close(self) -> None:
@@ -62,7 +68,7 @@ def numbers(values: tuple[int, ...]) -> tuple[RequestNumber, ...]:
     return tuple(map(RequestNumber, values))
 
 
-def heard(*events: Event) -> tuple[EngineLink, ScriptedChild, list[Event]]:
+def heard(*events: Event | Exception) -> tuple[EngineLink, ScriptedChild, list[Event]]:
     """Return a link that has heard these events, its process, and what it passed on."""
     child = ScriptedChild(*events)
     link = EngineLink(child)  # type: ignore[arg-type]
@@ -107,6 +113,16 @@ def test_those_present_at_a_death_are_those_it_named(
     assert asyncio.run(link.end()) == "an illegal address"
     assert not link.is_serving
     assert child.commands[-1] == "closed"
+
+
+def test_one_that_cannot_be_understood_is_killed() -> None:
+    """What it said before stands; why it died is that, and not the signal."""
+    link, child, passed_on = heard(Ready(INFO), ValueError("unknown tag"), Updates())
+    assert passed_on == [Ready(INFO)]
+    assert child.commands == ["killed"]
+    assert not link.is_serving
+    reason = asyncio.run(link.end())
+    assert reason == "the engine process cannot be understood: unknown tag"
 
 
 def test_a_process_that_says_nothing_dies_of_its_status() -> None:

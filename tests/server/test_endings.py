@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import socket
@@ -91,9 +92,10 @@ def test_a_signal_ends_a_server_whose_engine_hangs() -> None:
 
 
 @pytest.mark.processes
-def test_a_server_ends_with_its_engine() -> None:
+@pytest.mark.parametrize("flags", [(), pytest.param(("-dp", "2"), marks=pytest.mark.slow)])
+def test_a_server_ends_with_its_last_engine(flags: tuple[str, ...]) -> None:
     """After as many deaths as are allowed: each stream is told, and the status is 1, soon."""
-    with serving("failing") as server:
+    with serving("failing", *flags) as server:
 
         async def body(answers: Answers) -> None:
             answers.open(10, stream=True, max_tokens=LONG)
@@ -109,6 +111,20 @@ def test_a_server_ends_with_its_engine() -> None:
 
 
 @pytest.mark.processes
+def test_a_log_that_nobody_reads_holds_nothing_up() -> None:
+    """Its pipe is full: requests are answered as before, and the server ends as it is told."""
+    with serving("paced") as server:
+        assert server.process.stderr is not None
+        fcntl.fcntl(server.process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            for _ in range(200):  # of some 60 bytes each
+                assert client.get("/v1/models").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(EXIT_S) == 0
+
+
+@pytest.mark.processes
+@pytest.mark.slow
 def test_a_client_that_takes_nothing_does_not_hold_the_end_up() -> None:
     """Its answer is cut off after the time for last bytes, and the status says so."""
     body = b'{"prompt": [1], "max_tokens": 2000, "stream": true, "return_token_ids": true}'
