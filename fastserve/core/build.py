@@ -21,6 +21,7 @@ from fastserve.core.policies.artifact_mlfq import (
     STARVATION_LIMIT,
     ArtifactMLFQ,
 )
+from fastserve.core.policies.fair_tenants import FairTenants, ServiceCounters
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.fixed_priority import FixedPriority
 from fastserve.core.policies.hrrn import HighestRatioNext
@@ -100,23 +101,41 @@ def policy_factory(
                 build_mlfq(settings, cost_model, skip_join=True, level_below=one_level)
             )
         case "learned":
-            outlook = Outlook(length_model or LengthModel(), config.latency_objective)
-            # Work is in seconds of the machine, of which each step in flight has its share.
-            return partial(
-                Learned,
-                cost_model.shared_by(config.num_slots),
-                outlook,
-                boost=config.boost,
-                max_pause_s=config.max_pause,
-                max_num_seqs=config.max_num_seqs,
-                window=config.max_model_len,
-                block_size=config.block_size,
-                num_kv_tokens=num_device_blocks * config.block_size // config.num_slots,
-                spare_share=0.0 if has_host_tier(config, num_host_blocks) else SPARE_SHARE,
+            return learned_factory(
+                config, cost_model, num_device_blocks, length_model, num_host_blocks
             )
         case "srpt" if lengths is not None:
             return partial(SRPT, cost_model, lengths)
     raise ValueError(f"no scheduling policy {config.scheduling_policy!r} can be built here")
+
+
+def learned_factory(
+    config: SchedulerConfig,
+    cost_model: CostModel,
+    num_device_blocks: int,
+    length_model: LengthModel | None,
+    num_host_blocks: int,
+) -> Callable[[], ClassPolicy]:
+    """Return what makes `learned` for each priority class, or for each tenant within it."""
+    outlook = Outlook(length_model or LengthModel(), config.latency_objective)
+    # Work is in seconds of the machine, of which each step in flight has its share.
+    shared_costs = cost_model.shared_by(config.num_slots)
+    make_learned = partial(
+        Learned,
+        shared_costs,
+        outlook,
+        boost=config.boost,
+        max_pause_s=config.max_pause,
+        max_num_seqs=config.max_num_seqs,
+        window=config.max_model_len,
+        block_size=config.block_size,
+        num_kv_tokens=num_device_blocks * config.block_size // config.num_slots,
+        spare_share=0.0 if has_host_tier(config, num_host_blocks) else SPARE_SHARE,
+    )
+    if not config.fairness:
+        return make_learned
+    counters = ServiceCounters(shared_costs, config.max_num_seqs)
+    return partial(FairTenants, make_learned, counters, config.max_num_seqs * config.num_slots)
 
 
 def build_mlfq(

@@ -142,6 +142,7 @@ class Arrival:
     priority: int = 0
     client: str = ""
     cache_salt: str = ""
+    tenant: str = ""  # who is to be given a fair share, together with all that is theirs
 
     def __post_init__(self) -> None:
         """Copy what could be changed from outside."""
@@ -194,6 +195,7 @@ class Request:
         "stop_token_ids",
         "swap_s",
         "table",
+        "tenant",
     )
 
     def __init__(
@@ -214,6 +216,7 @@ class Request:
         self.stop_token_ids = stop_token_ids
         self.priority = arrival.priority
         self.client = arrival.client
+        self.tenant = arrival.tenant
         self.arrived_at = now - arrival.age_s
         self.chain_start = _chain_start(arrival.cache_salt)
         self.block_hashes = [_salted(self.chain_start, item) for item in arrival.block_hashes]

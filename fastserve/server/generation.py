@@ -101,6 +101,7 @@ def submit(
     priority: int,
     client: str,
     cache_salt: str,
+    tenant: str,
 ) -> list[Choice]:
     """Hand every prompt to the engine, once for all of its choices."""
     context.require_place(n * len(prompts))
@@ -115,7 +116,12 @@ def submit(
             if own.prompt_logprobs is None:
                 scores.are_complete.set()
             arrival = Arrival(
-                prompt.token_ids, own, priority=priority, client=client, cache_salt=cache_salt
+                prompt.token_ids,
+                own,
+                priority=priority,
+                client=client,
+                cache_salt=cache_salt,
+                tenant=tenant,
             )
             streams = context.engine.submit_choices(arrival, n)
             choices += [

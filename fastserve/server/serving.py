@@ -107,6 +107,7 @@ def start(
         priority=body.priority or 0,
         client=body.user or "",
         cache_salt=cache_salt(body, tenant_of(scope)),
+        tenant=tenant_of(scope),
     )
     for _ in prompts:
         context.engine.metrics.asked(body.n or 1)

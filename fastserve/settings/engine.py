@@ -106,6 +106,11 @@ class EngineConfig:
     max_pause: float = option(
         1.0, "seconds after which learned lets a stream that holds its KV go on", minimum=0.0
     )
+    fairness: bool = option(
+        False,
+        "share the machine equally among tenants, of whom each API key is one; learned orders the "
+        "requests of each",
+    )
     starvation_limit: float = option(
         0.3, "seconds without running after which MLFQ promotes to level 0 (α)", minimum=0.0
     )
@@ -227,6 +232,10 @@ class EngineConfig:
         check_ranges(self)
         self._check_layout()
         self._check_hosts()
+        if self.fairness and self.scheduling_policy != "learned":
+            raise ConfigError(
+                f"--fairness: not with --scheduling-policy {self.scheduling_policy}; learned has it"
+            )
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
         if seqs is not None and tokens is not None and tokens < seqs:
             raise ConfigError(

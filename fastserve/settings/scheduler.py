@@ -68,6 +68,7 @@ class SchedulerConfig:
     latency_objective: float = _DEFAULTS["latency_objective"]
     boost: float = _DEFAULTS["boost"]
     max_pause: float = _DEFAULTS["max_pause"]
+    fairness: bool = _DEFAULTS["fairness"]
     starvation_limit: float = _DEFAULTS["starvation_limit"]
     mlfq_quantum: float | None = _DEFAULTS["mlfq_quantum"]
     mlfq_quantum_ratio: float = _DEFAULTS["mlfq_quantum_ratio"]

@@ -139,6 +139,22 @@ def mix(rng: Rng, parts: Mapping[str, tuple[float, Workload]], num_requests: int
     )
 
 
+def beside(parts: Mapping[str, Workload]) -> Workload:
+    """Return the rows of several tenants, by arrival; `tenant` names whose each row is.
+
+    Of the other columns only lengths are kept.
+    """
+    arrived_at = np.concatenate([part.arrived_at for part in parts.values()])
+    order = np.argsort(arrived_at, kind="stable")
+    owners = np.repeat(list(parts), [len(part) for part in parts.values()])
+    return Workload(
+        arrived_at=arrived_at[order],
+        prompt_tokens=np.concatenate([part.prompt_tokens for part in parts.values()])[order],
+        output_tokens=np.concatenate([part.output_tokens for part in parts.values()])[order],
+        tenant=tuple(owners[order].tolist()),
+    )
+
+
 def sessions(
     rng: Rng,
     num_sessions: int,

@@ -94,7 +94,7 @@ def make_report(
         "wall_s": wall_s,
         "journal_sha256": journal_sha256,
     }
-    source = workload.source or workload.client
+    source = workload.source or workload.client or workload.tenant
     if source is not None:
         report["by_source"] = by_source(by_name, source)
     return report

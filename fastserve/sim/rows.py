@@ -27,6 +27,7 @@ class Rows:
         self._prompts = workload.prompts()
         self._params = self._sampling_params()
         self._clients = workload.client or ("",) * len(workload)
+        self._tenants = workload.tenant or ("",) * len(workload)
         self._next_turns = workload.next_turns() if is_closed_loop else {}
         later = set(self._next_turns.values())
         self._due = [
@@ -62,6 +63,7 @@ class Rows:
             age_s=now - due,
             block_hashes=self._prompts.block_hashes(row, self._block_size) or (),
             client=self._clients[row],
+            tenant=self._tenants[row],
         )
 
     def take(self, row: int, update: RequestUpdate, now: float) -> None:

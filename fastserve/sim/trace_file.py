@@ -1,9 +1,9 @@
 """Reads traces: `.csv`, `.csv.gz`, `.jsonl`, `.jsonl.gz` with one request a row.
 
 Columns `arrived_at,prompt_tokens,output_tokens`, and where they are present `max_tokens`,
-`client_id`, `source`, `hash_ids`, `session_id` and `think_s`; others are passed over. Rules:
-whatever is wrong is one line that names the file and the row; nothing is repaired in silence.
-Must not know: what the trace is for.
+`client_id`, `tenant_id`, `source`, `hash_ids`, `session_id` and `think_s`; others are passed over.
+Rules: whatever is wrong is one line that names the file and the row; nothing is repaired in
+silence. Must not know: what the trace is for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from fastserve.sim.workload import HASH_ID_TOKENS, Workload, WorkloadError
 
 NUMBERS = ("arrived_at", "prompt_tokens", "output_tokens")
-LABELS = {"client_id": "client", "source": "source"}
+LABELS = {"client_id": "client", "tenant_id": "tenant", "source": "source"}
 """Columns of text, and what a Workload calls them."""
 
 
@@ -150,6 +150,7 @@ def _workload(columns: Mapping[str, list[Any]], path: Path) -> Workload:
         output_tokens=ints("output_tokens"),
         max_tokens=ints("max_tokens"),
         client=values("client"),
+        tenant=values("tenant"),
         source=values("source"),
         hash_ids=values("hash_ids"),
         session_id=ints("session_id"),

@@ -30,10 +30,10 @@ class WorkloadError(ConfigError):
 class Workload:
     """One row per request; optional columns are None where the workload does not have them.
 
-    `client` is who asks, which policies may know; `source` groups rows in the report, where it
-    stands in for `client`. Equal `hash_ids` mean equal prompt blocks behind equal beginnings. Rows
-    of one `session_id` are the turns of a conversation, in order, each thought about for `think_s`
-    after the answer before it.
+    `client` is who asks and `tenant` on whose account, which policies may know; `source` groups
+    rows in the report, where it stands in for `client`, and that for `tenant`. Equal `hash_ids`
+    mean equal prompt blocks behind equal beginnings. Rows of one `session_id` are the turns of a
+    conversation, in order, each thought about for `think_s` after the answer before it.
     """
 
     arrived_at: Floats
@@ -41,6 +41,7 @@ class Workload:
     output_tokens: Ints
     max_tokens: Ints | None = None
     client: tuple[str, ...] | None = None
+    tenant: tuple[str, ...] | None = None
     source: tuple[str, ...] | None = None
     hash_ids: tuple[tuple[int, ...], ...] | None = None
     session_id: Ints | None = None

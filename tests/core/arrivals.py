@@ -29,4 +29,5 @@ def arrivals() -> st.SearchStrategy[Arrival]:
         priority=st.integers(-100, 100),
         client=st.text(max_size=4),
         cache_salt=st.text(max_size=4),
+        tenant=st.text(max_size=4),
     )

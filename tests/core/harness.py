@@ -116,13 +116,15 @@ class Harness:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
         **kw: Any,
     ) -> int:
         """Add a request whose seed, hence output, is its own; `kw` are sampling parameters."""
         seed = kw.pop("seed", None)
         seed = self.rng.randrange(2**31) if seed is None else seed
         params = SamplingParams(max_tokens=max_tokens, seed=seed, **kw)
-        handle = self.engine.add(Arrival(prompt, params, priority=priority, cache_salt=cache_salt))
+        arrival = Arrival(prompt, params, priority=priority, cache_salt=cache_salt, tenant=tenant)
+        handle = self.engine.add(arrival)
         owed, reason, stop_reason = undisturbed(
             params, self.executor.token, self.config.eos_token_ids
         )

@@ -24,6 +24,7 @@ def random_config(seed: int, rng: random.Random) -> SchedulerConfig:
     """Return settings of any kind; each policy meets each pipeline."""
     slots, lookahead = PIPELINES[seed % len(PIPELINES)]
     max_num_seqs = rng.choice((1, 2, 5))
+    policy = POLICIES[seed // 4 % len(POLICIES)]
     return SchedulerConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=WINDOW if seed % 5 == 0 else rng.choice((max_num_seqs + 1, 9, 20)),
@@ -32,7 +33,8 @@ def random_config(seed: int, rng: random.Random) -> SchedulerConfig:
         max_live_seqs=rng.choice((None, None, 1, 3)),
         enable_chunked_prefill=seed % 5 != 0,
         enable_prefix_caching=rng.random() < 0.5,
-        scheduling_policy=POLICIES[seed // 4 % len(POLICIES)],
+        scheduling_policy=policy,
+        fairness=policy == "learned" and seed // (4 * len(POLICIES)) % 2 == 1,
         starvation_limit=rng.choice((0.0, 1.0, 5.0, 1e9)),
         max_pause=rng.choice((0.5, 5.0, 60.0)),
         priority_aging=3.0,
@@ -81,7 +83,8 @@ def run(seed: int) -> Harness:
         for _ in range(rng.choice((1, 1, 1, 3))):  # as many choices of one prompt
             max_tokens = rng.randrange(1, WINDOW - num_prompt + 1)
             lengths[len(harness.expected)] = max_tokens
-            harness.add(prompt, max_tokens, priority=rng.choice((0, 0, 0, 1)))
+            tenant = f"tenant {len(harness.expected) % 3}"
+            harness.add(prompt, max_tokens, priority=rng.choice((0, 0, 0, 1)), tenant=tenant)
         if rng.random() < 0.03:
             harness.fail_next_step()
         for _ in range(rng.choice((0, 0, 1, 6))):

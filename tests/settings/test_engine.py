@@ -86,6 +86,7 @@ def test_every_flag_says_what_it_is(owner):
             "--nnodes 2: not with --distributed-executor-backend ray",
         ),
         ({"max_num_seqs": 8, "max_num_batched_tokens": 7}, "below --max-num-seqs 8"),
+        ({"fairness": True, "scheduling_policy": "fcfs"}, "--fairness: not with --sched"),
         (
             {
                 "enable_chunked_prefill": False,
@@ -155,7 +156,8 @@ def test_resolution_carries_every_shared_setting():
         spec.name for spec in dataclasses.fields(SchedulerConfig)
     }
     derived = {"max_num_seqs", "max_num_batched_tokens", "max_model_len", "enable_chunked_prefill"}
-    assert shared - derived == set(given)
+    assert shared - derived - {"fairness"} == set(given)
+    assert resolve(EngineConfig(fairness=True)).fairness, "which only learned has"
 
 
 def test_a_default_is_the_engines():

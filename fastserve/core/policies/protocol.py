@@ -2,8 +2,8 @@
 
 Rules: a policy orders; it never packs, evicts or plans. `advance` is the only place where time
 changes an order, and `ordered` changes nothing, so that one may look ahead between plans. It may
-read of a request what is known of it (id, arrival, prompt length, cached length, client, priority,
-counters, `attained_s`, `last_ran_at`), never its true length, and writes none of it.
+read of a request what is known of it (id, arrival, prompt length, cached length, client, tenant,
+priority, counters, `attained_s`, `last_ran_at`), never its true length, and writes none of it.
 """
 
 from __future__ import annotations

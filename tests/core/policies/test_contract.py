@@ -21,12 +21,18 @@ from tests.core.harness import small_config
 COST = CostModel(base_s=0.5, prefill_token_s=0.25, decode_seq_s=0.25)
 LENGTHS = {handle: 1 + handle * 7 % 30 for handle in range(500)}
 AGING = 4.0
+FAIR = "fair "  # among tenants
+NAMES = (*SIMULATED_POLICIES, f"{FAIR}learned")
 MAX_ADVANCES = 100  # until what was learned is in the order
 
 
 def factory(name: str) -> Callable[[], ClassPolicy]:
     """Return what makes policies of a name, which learn together."""
-    config = small_config(scheduling_policy=name, starvation_limit=3.0)
+    config = small_config(
+        scheduling_policy=name.removeprefix(FAIR),
+        fairness=name.startswith(FAIR),
+        starvation_limit=3.0,
+    )
     return policy_factory(config, COST, 1000, LENGTHS)
 
 
@@ -41,8 +47,8 @@ def in_classes(name: str) -> Policy:
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {
-    **{name: partial(make_inner, name) for name in SIMULATED_POLICIES},
-    **{f"classes of {name}": partial(in_classes, name) for name in SIMULATED_POLICIES},
+    **{name: partial(make_inner, name) for name in NAMES},
+    **{f"classes of {name}": partial(in_classes, name) for name in NAMES},
 }
 
 PREDICTING = [name for name, make in POLICIES.items() if make().predictions is not None]
@@ -71,13 +77,17 @@ class Traffic:
         self.now = 0.0
         self.live: list[Request] = []
         self.num_added = 0
+        self.tenants: tuple[str, ...] = ("a", "b", "c")
 
     def turn(self) -> None:
         """Let something happen to some requests."""
         rng, event = self.rng, self.rng.random()
         if event < 0.4 or not self.live:
             request = make_request(
-                self.num_added, rng.choice((1, 5, 20)), priority=rng.randrange(3)
+                self.num_added,
+                rng.choice((1, 5, 20)),
+                priority=rng.randrange(3),
+                tenant=self.tenants[self.num_added % len(self.tenants)],
             )
             self.num_added += 1
             self.live.append(request)
@@ -170,7 +180,7 @@ def test_the_work_in_the_system_is_that_of_its_requests(name: str, seed: int) ->
     assert num_answers > 0
 
 
-@pytest.mark.parametrize("name", SIMULATED_POLICIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_request_that_moves_there_and_back_is_where_it_was(name: str) -> None:
     """To change the class is not to end: level, quantum and deadline are kept."""
     make = factory(name)
