@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
@@ -92,3 +94,51 @@ def test_headers_without_end(target: Target, start: bytes, filler: bytes) -> Non
                 connection.sendall(filler)
                 num_sent += len(filler)
     assert num_sent < 16 * MIB
+
+
+def post(target: Target, body: dict[str, Any]) -> tuple[int, Any, float]:
+    """POST a completion; return the status, the answer and the seconds that it took."""
+    began = time.perf_counter()
+    with contextlib.closing(target.connect()) as connection, connection.makefile("rb") as stream:
+        content = json.dumps({"max_tokens": 1, **body}).encode()
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            b"Content-Type: application/json\r\nAuthorization: Bearer " + API_KEY.encode()
+            + b"\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+        )  # fmt: skip
+        status = int(stream.readline().split()[1])
+        while stream.readline() != b"\r\n":
+            pass
+        return status, json.loads(stream.read()), time.perf_counter() - began
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": "x", "n": 2048, "user": "u" * 4_000_000}, "user"),
+        ({"prompt": "x", "n": 512, "stop_token_ids": [5] * 1_000_000}, "stop_token_ids"),
+        ({"prompt": [5] * 2000, "n": 128, "prompt_logprobs": 20}, "n"),
+        ({"prompt": "x", "n": 2048, "metadata": {"a": "x" * 4_000_000}}, "metadata"),
+        ({"prompt": [[5]] * 2049}, "prompt"),
+        ({"prompt": "x", "priority": -100}, "priority"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_requests_that_ask_for_too_much(target: Target, body: dict[str, Any], param: str) -> None:
+    """Refused before anything is made of them, by the name of what is too much."""
+    with target.bounded(64 * MIB):
+        status, answer, spent_s = post(target, body)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert spent_s < 5.0
+
+
+def test_many_choices_of_a_scored_prompt(target: Target) -> None:
+    """Twenty alternatives to each of 1,000 tokens, eight times: scored and held once."""
+    body = {"prompt": [5 + n % 900 for n in range(1000)], "n": 8, "prompt_logprobs": 20}
+    with target.bounded(64 * MIB):
+        status, answer, _ = post(target, body)
+    assert status == 200
+    scores = [choice["prompt_logprobs"] for choice in answer["choices"]]
+    assert len(scores) == 8
+    assert all(each == scores[0] for each in scores)
+    assert [len(ranked) >= 20 for ranked in scores[0][1:]] == [True] * 999

@@ -163,12 +163,12 @@ def test_a_choice_waits_for_the_scores_that_another_brings() -> None:
 
     async def run() -> httpx.Response:
         transport = httpx.ASGITransport(make_app(engine))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             body = {"prompt": "dog", "n": 2, "prompt_logprobs": 1}
-            late = asyncio.create_task(score_late())
-            response = await client.post(COMPLETIONS, json=body)
-            await late
-            return response
+            answering = asyncio.create_task(client.post(COMPLETIONS, json=body))
+            async with asyncio.timeout(30):
+                await score_late()
+                return await answering
 
     choices = asyncio.run(run()).json()["choices"]
     assert choices[1]["text"] == "ok"
