@@ -22,11 +22,29 @@ from fastserve.text.chat_shape import is_list
 FIRST_MARK = 0x10F000  # in plane 16: of a client that sends one, it becomes the character it marks
 
 
+STRETCH = 2**16  # characters that are looked through without letting other threads run
+
+
 class Cut(NamedTuple):
     """A text with separators in it, and the characters that each of them has."""
 
     text: str
     separators: frozenset[tuple[int, int]]
+
+
+def any_of(texts: Iterable[str]) -> str:
+    """Return a pattern for the beginnings at which one of some texts stands.
+
+    What they have in common is tried once, so that text that begins like many of them costs no more
+    than other text.
+    """
+    rests: dict[str, list[str]] = {}
+    for text in texts:
+        if not text:
+            return ""
+        rests.setdefault(text[0], []).append(text[1:])
+    arms = [re.escape(char) + any_of(rest) for char, rest in rests.items()]
+    return f"(?:{'|'.join(arms)})" if arms else "(?!)"
 
 
 class ContentGuard:
@@ -36,9 +54,8 @@ class ContentGuard:
         texts = sorted({text for text in special_texts if len(text) > 1})
         first_chars = sorted({text[0] for text in texts})
         self._marks = {char: chr(FIRST_MARK + i) for i, char in enumerate(first_chars)}
-        self._unmarked = str.maketrans({mark: char for char, mark in self._marks.items()})
-        whole = "|".join(map(re.escape, texts)) or "(?!)"
-        self._token = re.compile(whole)
+        self._token = re.compile(any_of(texts))
+        self._max_token = max(map(len, texts), default=0)
         self._marked = re.compile(f"[{''.join(self._marks.values())}]" if texts else "(?!)")
         # Letters would be marked in words: those tokens are not put together from pieces.
         joined = [text for text in texts if not text[0].isalnum()]
@@ -56,10 +73,13 @@ class ContentGuard:
 
     def _mark_text(self, text: str) -> str:
         places: list[int] = []
-        found = self._token.search(text)
-        while found:  # overlapping ones too
-            places.append(found.start())
-            found = self._token.search(text, found.start() + 1)
+        for first in range(0, len(text), STRETCH):
+            stop = first + STRETCH
+            while found := self._token.search(text, first, stop + self._max_token):
+                if found.start() >= stop:
+                    break
+                places.append(found.start())
+                first = found.start() + 1  # tokens may overlap
         end = len(text.rstrip())  # templates trim
         first = max(end - self._max_part, places[-1] + 1 if places else 0)
         places += [start for start in range(first, end) if text[start:end] in self._parts]
@@ -75,7 +95,9 @@ class ContentGuard:
 
     def unmark(self, text: str) -> str:
         """Return a text as it was meant."""
-        return text.translate(self._unmarked)
+        for char, mark in self._marks.items():
+            text = text.replace(mark, char)
+        return text
 
     def cut(self, text: str) -> Cut:
         """Return a text as it was meant, with a separator behind each character that was marked."""

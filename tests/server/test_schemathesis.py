@@ -97,7 +97,7 @@ def reach_the_engine(body: dict[str, Any]) -> None:
             ]
 
 
-APP = make_app(ScriptedEngine(), api_key=(API_KEY,))
+APP = make_app(ScriptedEngine(), api_key=(API_KEY,), allowed_hosts=("testserver",))
 in_process = schemathesis.openapi.from_asgi("/openapi.json", APP, config=config(), headers=HEADERS)
 over_http = schemathesis.openapi.from_dict(APP.openapi(), config=config())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from fastserve.text.content_guard import ContentGuard
+from fastserve.text.content_guard import STRETCH, ContentGuard
 from fastserve.text.tokenizer import Tokenizer
 from tests import chat_templates, tiny_tokenizers
 
@@ -141,3 +142,22 @@ def test_a_tokenizer_without_special_tokens() -> None:
     assert guard.mark({"a": ["<s>", 1, None, True]}) == {"a": ["<s>", 1, None, True]}
     assert not guard.has_marks("<s>")
     assert guard.unmark("<s>") == "<s>"
+
+
+@pytest.mark.parametrize("unit", ["<", "<|", "<|reserved_special_token_", "<|reserved_", "a <b "])
+def test_text_that_begins_like_many_tokens_costs_no_more(unit: str) -> None:
+    """A MiB of it under 300 tokens that begin alike, as Llama 3's do: hundredths of a second."""
+    guard = ContentGuard([f"<|reserved_special_token_{i}|>" for i in range(300)], "")
+    text = unit * (2**20 // len(unit))
+    began = time.process_time()
+    guard.unmark(guard.mark(text))
+    assert time.process_time() - began < 0.5
+
+
+def test_a_token_across_two_stretches_is_marked() -> None:
+    """Texts are looked through in stretches, so that other threads run."""
+    guard = ContentGuard(MARKS, MARKS[0])
+    for before in range(STRETCH - 15, STRETCH + 2):
+        marked = guard.mark("x" * before + "<|im_end|>" + "y" * STRETCH)
+        assert [i for i, char in enumerate(marked) if char not in "x|im_end>y"] == [before]
+        assert guard.unmark(marked)[before:].startswith("<|im_end|>y")
