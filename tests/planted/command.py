@@ -9,21 +9,28 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from typing import TypeVar
 
 from fastserve.host.provenance import ROOT, output_path, provenance, write_result
 from tests.planted.defects import DEFECTS, Defect
 from tests.planted.planting import Verdict, copy_tree, planted_in, run_seeds, run_tests
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Plant what the command line asks for; return the exit status."""
     parser = argparse.ArgumentParser(prog="scripts/plant", description=__doc__)
     parser.add_argument("--only", default="", metavar="WORDS", help="those with WORDS in the name")
-    parser.add_argument("--seeds", type=int, default=40, help="of the simulation, for each (40)")
+    parser.add_argument(
+        "--seeds", type=int, default=40, help="of the simulation, for each (40; 0: none)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="at a time, each in its own copy (1)")
     parser.add_argument("--summary", metavar="FILE", help="write the table as JSON")
     options = parser.parse_args(arguments)
@@ -33,10 +40,10 @@ def main(arguments: Sequence[str]) -> int:
         roots = [Path(folder, str(number)) for number in range(options.jobs)]
         for root in roots:
             copy_tree(ROOT, root)
-        tests = sorted({test for defect in chosen for test in defect.tests})
-        if not _is_sound(roots[0], tests, options.seeds):
+        copies = Copies(roots)
+        if not _is_sound(copies, chosen, options.seeds):
             return 2
-        rows = _judge_all(roots, chosen, options.seeds)
+        rows = copies.map(partial(_judge, num_seeds=options.seeds), chosen)
     num_caught = sum(bool(row["caught"]) for row in rows)
     print(f"caught/planted: {num_caught}/{len(rows)}")
     if summary is not None:
@@ -46,32 +53,40 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if num_caught == len(rows) else 1
 
 
-def _is_sound(root: Path, tests: Sequence[str], num_seeds: int) -> bool:
+class Copies:
+    """Copies of the tree, each of use to one at a time."""
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self._num_roots = len(roots)
+        self._idle: SimpleQueue[Path] = SimpleQueue()
+        for root in roots:
+            self._idle.put(root)
+
+    def map(self, act: Callable[[Path, Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Act on every item in some copy, as many at a time as there are; return in order."""
+
+        def act_in_copy(item: Item) -> Result:
+            root = self._idle.get()
+            try:
+                return act(root, item)
+            finally:
+                self._idle.put(root)
+
+        with ThreadPoolExecutor(self._num_roots) as pool:
+            return list(pool.map(act_in_copy, items))
+
+
+def _is_sound(copies: Copies, defects: Sequence[Defect], num_seeds: int) -> bool:
     """Return whether all pass where nothing is planted."""
-    for who, verdict in (("tests", run_tests(root, tests)), ("seeds", run_seeds(root, num_seeds))):
-        if verdict is not Verdict.PASSED:
+    tests = sorted({test for defect in defects for test in defect.tests})
+    verdicts = copies.map(lambda root, test: run_tests(root, [test]), tests)
+    verdicts += copies.map(run_seeds, [num_seeds])
+    sound = True
+    for who, verdict in zip([*tests, "seeds"], verdicts, strict=True):
+        if verdict not in (Verdict.PASSED, Verdict.NOT_ASKED):
             print(f"without any defect: {who} {verdict}", file=sys.stderr)
-            return False
-    return True
-
-
-def _judge_all(
-    roots: Sequence[Path], defects: Sequence[Defect], num_seeds: int
-) -> list[dict[str, object]]:
-    """Return the table, in its order; as many at a time as there are copies."""
-    idle: SimpleQueue[Path] = SimpleQueue()
-    for root in roots:
-        idle.put(root)
-
-    def judge(defect: Defect) -> dict[str, object]:
-        root = idle.get()
-        try:
-            return _judge(root, defect, num_seeds)
-        finally:
-            idle.put(root)
-
-    with ThreadPoolExecutor(len(roots)) as pool:
-        return list(pool.map(judge, defects))
+            sound = False
+    return sound
 
 
 def _judge(root: Path, defect: Defect, num_seeds: int) -> dict[str, object]:

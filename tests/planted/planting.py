@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.planted.defects import Defect
 
-TIMEOUT_S = 600.0
+TIMEOUT_S = 1800.0
 SECOND_NS = 10**9
 SOME_FAILED = 1  # what pytest and the command of the simulation exit with
 
@@ -29,6 +29,7 @@ class Verdict(StrEnum):
     FAILED = "failed"
     HUNG = "hung"
     BROKEN = "could not be run"
+    NOT_ASKED = "not asked"
 
     @property
     def is_noticed(self) -> bool:
@@ -85,7 +86,9 @@ def run_tests(root: Path, tests: Sequence[str]) -> Verdict:
 
 
 def run_seeds(root: Path, num_seeds: int) -> Verdict:
-    """Run seeds of the simulation in a copy, to the first that fails."""
+    """Run seeds of the simulation in a copy, to the first that fails; of none nothing is said."""
+    if not num_seeds:
+        return Verdict.NOT_ASKED
     return _run(root, "tests.dst.command", "-x", "--seeds", str(num_seeds))
 
 

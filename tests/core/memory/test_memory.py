@@ -116,6 +116,25 @@ def test_shared_blocks_outlive_one_of_their_owners() -> None:
     assert cached == [ids[2], ids[1], ids[0]]
 
 
+def test_what_a_request_finds_is_not_given_up_to_make_room_for_it() -> None:
+    """Cached blocks that it begins with are no places for the rest of it: its claim stands."""
+    cache = make_cache(4)
+    first = make_request(0, list(range(9)))
+    compute(cache, first, 8)
+    cache.release(first)
+    other = make_request(1, list(range(100, 108)))
+    compute(cache, other, 8)
+    assert (cache.pool.num_free, cache.pool.num_cached) == (0, 2)
+    again = make_request(2, list(range(9)))
+    assert cache.claim(again, 9, {1, 2}) is Claim.STANDS
+    assert cache.probe(again) == 8
+    cache.release(other)
+    cache.begin_plan(1.0)
+    assert cache.claim(again, 9, {2}) is Claim.MET
+    assert again.num_computed_tokens == 8
+    cache.check([again])
+
+
 def test_check_sees_a_table_without_an_owner() -> None:
     """The check is not a formality."""
     cache = make_cache()
