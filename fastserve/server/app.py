@@ -16,6 +16,7 @@ from fastserve.checkpoint.locate import public_name
 from fastserve.client.interfaces import EngineClient, ServerMetrics
 from fastserve.server import protocol, serving, text_routes
 from fastserve.server.context import Rendering, ServerContext
+from fastserve.server.disconnect import ClientGoneError, answer_nobody, unless_gone
 from fastserve.server.errors import answer_http_exception
 from fastserve.server.gate import Gate
 from fastserve.server.host_names import HostNames
@@ -50,7 +51,10 @@ def create_app(
         title="FastServe",
         version=fastserve.__version__,
         redirect_slashes=False,
-        exception_handlers={HTTPException: answer_http_exception},
+        exception_handlers={
+            HTTPException: answer_http_exception,
+            ClientGoneError: answer_nobody,
+        },
     )
     app.state.context = context
     add_generation_routes(app, context)
@@ -101,25 +105,27 @@ def add_generation_routes(app: FastAPI, context: ServerContext) -> None:
     async def completions(request: Request) -> Response:
         if (rest := await resumed(request)) is not None:
             return rest
-        body = await read_body(request, protocol.CompletionRequest, context.unread_fields)
+        body = await read_body(request, protocol.CompletionRequest, context)
         return await serving.complete(body, context, request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         if (rest := await resumed(request)) is not None:
             return rest
-        body = await read_body(request, protocol.ChatCompletionRequest, context.unread_fields)
+        body = await read_body(request, protocol.ChatCompletionRequest, context)
         return await serving.chat(body, context, request)
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        body = await read_body(request, protocol.TokenizeRequest, context.unread_fields)
-        return json_response(await text_routes.tokenize(body, context))
+        body = await read_body(request, protocol.TokenizeRequest, context)
+        work = text_routes.tokenize(body, context)
+        return json_response(await unless_gone(request.receive, work))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        body = await read_body(request, protocol.DetokenizeRequest, context.unread_fields)
-        return json_response(await text_routes.detokenize(body, context))
+        body = await read_body(request, protocol.DetokenizeRequest, context)
+        work = text_routes.detokenize(body, context)
+        return json_response(await unless_gone(request.receive, work))
 
 
 def add_model_routes(app: FastAPI, context: ServerContext) -> None:

@@ -13,9 +13,12 @@ from typing import Any, Protocol
 
 from fastserve.checkpoint.locate import public_name
 from fastserve.client.interfaces import EngineClient
+from fastserve.server.bodies import NUM_LARGEST, Bodies
 from fastserve.server.errors import ApiError, engine_dead, invalid, shutting_down, unavailable
 from fastserve.server.refused_fields import UnreadFields
 from fastserve.server.resumption import ResumableStreams
+from fastserve.server.text_pool import TextPool
+from fastserve.server.turns import Turns
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.server import ServerConfig
 from fastserve.text.tokenizer import NO_TEMPLATE, Tokenizer
@@ -47,8 +50,15 @@ class ServerContext:
     server_config: ServerConfig
     resumable: ResumableStreams | None = None  # none: a client that is lost ends its stream
     unread_fields: UnreadFields = field(default_factory=UnreadFields)
+    bodies: Bodies = field(init=False)
+    parsing: Turns = field(default_factory=Turns)
+    text_pool: TextPool = field(default_factory=TextPool)
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False  # a stopping server finishes what it has and takes no more
+
+    def __post_init__(self) -> None:
+        """Bound the bodies by the largest that one may be."""
+        self.bodies = Bodies(NUM_LARGEST * self.server_config.max_body_bytes)
 
     @property
     def model_names(self) -> tuple[str, ...]:

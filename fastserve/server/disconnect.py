@@ -9,6 +9,8 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Receive
 
 T = TypeVar("T")
@@ -38,3 +40,8 @@ async def disconnected(receive: Receive) -> None:
     """Return once the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def answer_nobody(request: Request, error: Exception) -> Response:
+    """Return what is logged of a request whose client has gone; it cannot be sent."""
+    return Response(status_code=499)

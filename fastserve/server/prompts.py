@@ -1,15 +1,15 @@
 """From a request's prompt or messages to token ids.
 
-Rules: long texts are encoded on a thread, and templates rendered in other processes, so that they
-hold no other request up. Ids are checked here: what leaves is a prompt the model can embed.
+Rules: long texts are encoded on threads, and templates rendered in other processes, so that they
+hold no other request up; a text that cannot fit is not encoded at all. Ids are checked here: what
+leaves is a prompt the model can embed.
 Must not know: sampling, answers.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from fastserve.frontend import request_checks
 from fastserve.server.context import ServerContext
@@ -19,21 +19,12 @@ from fastserve.text.chat_messages import check_request_variables
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.wire.engine_messages import EngineInfo
 
-T = TypeVar("T")
-
-LONG_TEXT = 4096  # characters from which encoding is worth a thread
-
 
 class Prompt(NamedTuple):
     """Token ids, and the text they come from where there was one."""
 
     token_ids: list[int]
     text: str | None = None
-
-
-async def off_loop(num_chars: int, work: Callable[[], T]) -> T:
-    """Run `work`, on a thread when it is about many characters."""
-    return work() if num_chars < LONG_TEXT else await asyncio.to_thread(work)
 
 
 async def completion_prompts(
@@ -48,7 +39,12 @@ async def completion_prompts(
     if isinstance(given[0], str):
         tokenizer = context.require_tokenizer("prompt")
         adds = body.add_special_tokens is not False
-        prompts = [Prompt(await encode(tokenizer, text, adds), text) for text in given]
+        for text in given:
+            check_text(text, tokenizer, info, "prompt")
+        prompts = await context.text_pool.run(
+            sum(map(len, given)),
+            lambda: [Prompt(tokenizer.encode(text, adds), text) for text in given],
+        )
     else:
         prompts = [Prompt(ids) for ids in given]
     return prompts
@@ -67,9 +63,20 @@ def least_size(body: CompletionRequest) -> tuple[int, int]:
     return len(prompt), sum(len(one) if isinstance(one, list) else 1 for one in prompt)
 
 
-async def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    """Return the ids of a text."""
-    return await off_loop(len(text), lambda: tokenizer.encode(text, add_special_tokens))
+def check_text(text: str, tokenizer: Tokenizer, info: EngineInfo, part: str) -> None:
+    """Raise 400 for a text that is longer than a window full of the longest tokens there are."""
+    limit = info.max_model_len * tokenizer.longest_token_bytes
+    if 4 * len(text) <= limit:  # a character has four bytes at most
+        return
+    num_bytes = len(text.encode(errors="surrogatepass"))
+    if num_bytes > limit:
+        raise invalid(
+            f"This model's maximum context length is {info.max_model_len} tokens. However, your "
+            f"{part} has {num_bytes} bytes, which are more tokens than that. Please reduce the "
+            f"length of the {part}.",
+            part,
+            "context_length_exceeded",
+        )
 
 
 def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
@@ -88,8 +95,9 @@ async def chat_prompt(
     continue_final_message: bool | None,
     add_special_tokens: bool | None,
     variables: dict[str, Any] | None,
+    info: EngineInfo | None = None,
 ) -> Prompt:
-    """Return the prompt that the chat template makes of messages."""
+    """Return the prompt that the chat template makes of messages; with `info`, if that may fit."""
     tokenizer = context.require_tokenizer("messages")
     rendering = context.require_rendering()
     try:
@@ -98,7 +106,7 @@ async def chat_prompt(
         raise invalid(str(error), "chat_template_kwargs") from error
     plain = [message.model_dump(exclude_unset=True) for message in messages]
     size = sum(map(num_chars, plain))
-    marked, marked_variables = await off_loop(
+    marked, marked_variables = await context.text_pool.run(
         size, lambda: tokenizer.guard.mark([plain, variables or {}])
     )
     try:
@@ -108,7 +116,9 @@ async def chat_prompt(
             continue_final_message=bool(continue_final_message),
             variables=marked_variables,
         )
-        prompt = await off_loop(
+        if info is not None:
+            check_text(tokenizer.guard.unmark(text), tokenizer, info, "messages")
+        prompt = await context.text_pool.run(
             len(text), lambda: tokenizer.chat_prompt(text, bool(add_special_tokens))
         )
     except ValueError as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Lt, MaxLen
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -21,6 +21,8 @@ from pydantic import (
     StrictInt,
     StrictStr,
     Tag,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
 
 
@@ -42,8 +44,21 @@ def key_id(value: Any) -> Any:
 
 
 Int64 = Annotated[int, BeforeValidator(whole), Ge(-(2**63)), Lt(2**63)]
+MAX_LIST_ITEMS = 2**13  # of prompts, messages and parts of them
+
+
+def plain_ids(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Take a list of ids as a whole: there may be many, and looking at each takes long."""
+    is_plain = type(value) is list and value and set(map(type, value)) == {int}
+    is_plain = is_plain and min(value) >= 0 and max(value) < 2**63
+    return value if is_plain else validate(value)
+
+
 IdKey = Annotated[int, BeforeValidator(key_id)]
-TokenIds = Annotated[list[Annotated[StrictInt, Ge(0), Lt(2**63)]], FirstFault()]
+TokenIds = Annotated[
+    list[Annotated[StrictInt, Ge(0), Lt(2**63)]], FirstFault(), WrapValidator(plain_ids)
+]
+Few = MaxLen(MAX_LIST_ITEMS)
 
 
 def kind_of_prompt(value: Any) -> str:
@@ -57,9 +72,9 @@ def kind_of_prompt(value: Any) -> str:
 
 Prompt = Annotated[
     Annotated[StrictStr, Tag("as string")]
-    | Annotated[Annotated[list[StrictStr], FirstFault()], Tag("as strings")]
+    | Annotated[Annotated[list[StrictStr], FirstFault(), Few], Tag("as strings")]
     | Annotated[TokenIds, Tag("as token ids")]
-    | Annotated[Annotated[list[TokenIds], FirstFault()], Tag("as lists of token ids")],
+    | Annotated[Annotated[list[TokenIds], FirstFault(), Few], Tag("as lists of token ids")],
     Discriminator(kind_of_prompt),
 ]
 
@@ -164,7 +179,7 @@ class ChatMessage(Body):
     content: (
         Annotated[
             Annotated[StrictStr, Tag("as string")]
-            | Annotated[Annotated[list[Part], FirstFault()], Tag("as list")],
+            | Annotated[Annotated[list[Part], FirstFault(), Few], Tag("as list")],
             Discriminator(kind_of_text),
         ]
         | None
@@ -174,7 +189,7 @@ class ChatMessage(Body):
 class ChatInput(Body):
     """Messages, and how to make a prompt of them."""
 
-    messages: Annotated[list[ChatMessage], FirstFault()]
+    messages: Annotated[list[ChatMessage], FirstFault(), Few]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -193,7 +208,7 @@ class TokenizeRequest(Body):
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: Annotated[list[ChatMessage], FirstFault()] | None = None
+    messages: Annotated[list[ChatMessage], FirstFault(), Few] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None

@@ -3,7 +3,9 @@
 Rules: only JSON that says it is JSON is taken: a web page can post a form or plain text to any
 address without asking, but not this. Bodies are parsed here and not by the framework, so that every
 fault has one shape. A key that is there twice is a fault: who has read the body before, as a proxy
-that checks it, may have read the other value. Must not know: routes, what is done with a body.
+that checks it, may have read the other value. A parser cannot be interrupted, and what it makes of
+some bytes is a hundred times as large: so there are only so many values in a large body, and such
+bodies are parsed in turns. Must not know: routes, what is done with a body.
 """
 
 from __future__ import annotations
@@ -16,22 +18,53 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import Headers
 
+from fastserve.server.context import ServerContext
 from fastserve.server.errors import ApiError, from_validation, invalid, shortened
+from fastserve.server.json_size import json_size
 from fastserve.server.protocol import Body
 from fastserve.server.refused_fields import UnreadFields
 
 B = TypeVar("B", bound=Body)
 MAX_SHOWN_KEY_BYTES = 256
+SMALL_BODY_BYTES = 4 * 2**10  # which may be parsed at once
+PLAIN_BODY_BYTES = 64 * 2**10  # in which there is no room for too many values
+MAX_PARTS = 2**17  # strings, containers and commas; more where the window has more ids
+MAX_KEYS = 2**14
 
 
-async def read_body(request: Request, model: type[B], unread: UnreadFields) -> B:
+async def read_body(request: Request, model: type[B], context: ServerContext) -> B:
     """Return the body as `model`.
 
     415 unless its headers say that it is plain JSON; 400 when it is not, does not fit, or asks for
-    what cannot be honoured.
+    what cannot be honoured; 413 when it has too many values.
     """
     check_media_type(request.headers)
-    content = await request.body()
+    async with context.bodies.read(request) as content:
+        if len(content) <= SMALL_BODY_BYTES:
+            return parsed(content, model, context.unread_fields)
+        if len(content) > PLAIN_BODY_BYTES:
+            info = context.engine.info
+            check_size(content, MAX_PARTS if info is None else MAX_PARTS + info.max_model_len)
+        return await context.parsing.run(lambda: parsed(content, model, context.unread_fields))
+
+
+def check_size(content: bytearray, max_parts: int) -> None:
+    """Raise 413 for JSON of too many values."""
+    size = json_size(content, max_parts)
+    for count, limit, what in (
+        (size.num_parts, max_parts, "values"),
+        (size.num_keys, MAX_KEYS, "keys"),
+    ):
+        if count > limit:
+            raise ApiError(
+                413,
+                f"The request body has more than {limit} {what}.",
+                code="request_too_large",
+            )
+
+
+def parsed(content: bytearray, model: type[B], unread: UnreadFields) -> B:
+    """Return a body's value; 400 for one that is none."""
     try:
         body = model.model_validate_json(content)
     except ValidationError as error:
@@ -41,7 +74,7 @@ async def read_body(request: Request, model: type[B], unread: UnreadFields) -> B
     return body
 
 
-def check_keys(content: bytes) -> None:
+def check_keys(content: bytearray) -> None:
     """Raise 400 for JSON, known to be whole, in which an object has a key twice."""
     try:
         json.loads(content, object_pairs_hook=single)

@@ -21,7 +21,7 @@ from fastserve.server.answers import Shape, Tally, joined
 from fastserve.server.chat import ChatShape
 from fastserve.server.completion import CompletionShape
 from fastserve.server.context import ServerContext
-from fastserve.server.disconnect import ClientGoneError, unless_gone
+from fastserve.server.disconnect import unless_gone
 from fastserve.server.errors import ApiError, from_failure
 from fastserve.server.event_stream import EventStream, error_events
 from fastserve.server.gate import request_id_of, tenant_of
@@ -57,7 +57,7 @@ async def complete(body: CompletionRequest, context: ServerContext, request: Req
     context.require_place(num_prompts * (body.n or 1))
     if body.echo:
         context.require_tokenizer("echo")
-    prompts = await completion_prompts(body, context, info)
+    prompts = await unless_gone(request.receive, completion_prompts(body, context, info))
     choices, tally = start(body, prompts, context, request.scope, "cmpl")
     shape = CompletionShape(body, tally, context.tokenizer)
     return await respond(body, choices, shape, context, request)
@@ -70,14 +70,16 @@ async def chat(body: ChatCompletionRequest, context: ServerContext, request: Req
     info = context.require_engine()
     check_fields(body, 1, 1, info, context.max_price(info))
     context.require_place(body.n or 1)
-    prompt = await chat_prompt(
+    made = chat_prompt(
         body.messages,
         context,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         add_special_tokens=body.add_special_tokens,
         variables=body.chat_template_kwargs,
+        info=info,
     )
+    prompt = await unless_gone(request.receive, made)
     choices, tally = start(body, [prompt], context, request.scope, "chatcmpl")
     return await respond(body, choices, ChatShape(body, tally), context, request)
 
@@ -138,8 +140,6 @@ async def respond(
         return EventStream(told, abort)
     try:
         pieces = await unless_gone(request.receive, whole_answer(choices, shape))
-    except ClientGoneError:
-        return Response(status_code=499)  # not sent, only logged
     finally:
         abort_all(choices)
     return WholeAnswer(pieces)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastserve.server.context import ServerContext
 from fastserve.server.errors import invalid
-from fastserve.server.prompts import chat_prompt, check_token_ids, encode, off_loop
+from fastserve.server.prompts import chat_prompt, check_token_ids
 from fastserve.server.protocol import DetokenizeRequest, TokenizeRequest
 from fastserve.server.responses import DetokenizeResponse, TokenizeResponse
 
@@ -27,10 +27,14 @@ async def tokenize(body: TokenizeRequest, context: ServerContext) -> TokenizeRes
         )
         ids = prompt.token_ids
     else:
-        ids = await encode(tokenizer, body.prompt or "", body.add_special_tokens is not False)
+        text = body.prompt or ""
+        adds = body.add_special_tokens is not False
+        ids = await context.text_pool.run(len(text), lambda: tokenizer.encode(text, adds))
     spelled = None
     if body.return_token_strs:
-        spelled = [tokenizer.id_to_token(token_id) or "" for token_id in ids]
+        spelled = await context.text_pool.run(
+            len(ids), lambda: [tokenizer.id_to_token(token_id) or "" for token_id in ids]
+        )
     return TokenizeResponse(
         count=len(ids), max_model_len=info.max_model_len, tokens=ids, token_strs=spelled
     )
@@ -43,7 +47,7 @@ async def detokenize(body: DetokenizeRequest, context: ServerContext) -> Detoken
     tokenizer = context.require_tokenizer("tokens")
     check_token_ids(body.tokens, info.vocab_size, "tokens")
     return DetokenizeResponse(
-        await off_loop(
+        await context.text_pool.run(
             len(body.tokens), lambda: tokenizer.decode(body.tokens, skip_special_tokens=False)
         )
     )

@@ -53,7 +53,7 @@ class ServerConfig:
         "once more for every alternative to it that is scored. More gets 400",
         minimum=1,
     )
-    max_body_bytes: int = option(16 * 2**20, "largest request body; more gets 413", minimum=1024)
+    max_body_bytes: int = option(4 * 2**20, "largest request body; more gets 413", minimum=1024)
     stream_grace: float = option(
         0.0,
         "seconds that a stream goes on, and is kept, for a client that lost it and may come back "

@@ -34,7 +34,7 @@ __all__ = ["ChatPrompt", "TextDelta", "TextStream", "Tokenizer"]
 
 NO_TEMPLATE = "This model has no chat template; --chat-template names one, completions need none."
 OTHER_FORMATS = ("tokenizer.model", "*.model", "tekken.json", "*.tiktoken", "vocab.txt")
-LONG_TEXT = 4096  # characters from which encoding lets other threads run
+LONG_TEXT = 4096  # characters, or ids, from which work lets other threads run
 
 
 class ChatPrompt(NamedTuple):
@@ -77,6 +77,8 @@ class Tokenizer:
         decoder = b"" if backend.decoder is None else backend.decoder.__getstate__()
         self._byte_of_char = byte_alphabet() if b'"ByteLevel"' in decoder else None
         self._has_byte_tokens = b'"ByteFallback"' in decoder
+        # As spelled in the vocabulary, which is no shorter than what it stands for in a text.
+        self.longest_token_bytes = max(len(token.encode()) for token in backend.get_vocab())
         self._reference_id = self._find_reference()
         self._texts: dict[int, str] = {}
 
@@ -181,7 +183,8 @@ class Tokenizer:
             if len(text) < LONG_TEXT:
                 return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
             # Of the library's calls, only those for batches release the interpreter lock.
-            return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+            batch = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return batch[0].ids
         except TypeError as error:
             raise ValueError("A text must be Unicode; this one has lone surrogates.") from error
 
@@ -195,7 +198,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; an id the tokenizer does not know has none."""
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if len(ids) < LONG_TEXT:
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
 
     @property
     def chat_template(self) -> str | None:

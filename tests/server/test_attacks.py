@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import socket
 import subprocess
@@ -36,6 +37,15 @@ class Target(NamedTuple):
         assert address.hostname is not None
         assert address.port is not None
         return socket.create_connection((address.hostname, address.port), timeout=60)
+
+    def post(self, path: str, body: bytes) -> int:
+        """Return the status of an answer; 0 where the connection ends without one."""
+        headers = {"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"}
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)
+        with contextlib.closing(connection), contextlib.suppress(ConnectionError):
+            connection.request("POST", path, body, headers)
+            return connection.getresponse().status
+        return 0
 
     def rss_bytes(self) -> int:
         """Return the memory that the API process holds."""
@@ -116,7 +126,7 @@ def post(target: Target, body: dict[str, Any]) -> tuple[int, Any, float]:
     ("body", "param"),
     [
         ({"prompt": "x", "n": 2048, "user": "u" * 4_000_000}, "user"),
-        ({"prompt": "x", "n": 512, "stop_token_ids": [5] * 1_000_000}, "stop_token_ids"),
+        ({"prompt": "x", "n": 512, "stop_token_ids": [5] * 130_000}, "stop_token_ids"),
         ({"prompt": [5] * 2000, "n": 128, "prompt_logprobs": 20}, "n"),
         ({"prompt": "x", "n": 2048, "metadata": {"a": "x" * 4_000_000}}, "metadata"),
         ({"prompt": [[5]] * 2049}, "prompt"),
@@ -142,3 +152,41 @@ def test_many_choices_of_a_scored_prompt(target: Target) -> None:
     assert len(scores) == 8
     assert all(each == scores[0] for each in scores)
     assert [len(ranked) >= 20 for ranked in scores[0][1:]] == [True] * 999
+
+
+MANY = {
+    "lists": ("/v1/completions", b'{"prompt": [', b"[5],", b"[5]]}"),
+    "messages": ("/v1/chat/completions", b'{"messages": [', b'{"role":"","content":""},', b"{}]}"),
+    "ids": ("/detokenize", b'{"tokens": [', b"5,", b"5]}"),
+}
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_bodies_of_many_values(target: Target, kind: str) -> None:
+    """As many as the largest body holds: refused before an object is made of them."""
+    path, start, item, end = MANY[kind]
+    body = start + item * (4 * MIB // len(item) - 10) + end
+    with target.bounded(64 * MIB):
+        statuses = [target.post(path, body) for _ in range(3)]
+    assert statuses == [413] * 3
+
+
+def test_a_text_longer_than_any_prompt(target: Target) -> None:
+    """It is refused without a look at it."""
+    body = b'{"prompt": "' + b"word " * (4 * MIB // 5 - 10) + b'"}'
+    with target.bounded(64 * MIB):
+        statuses = [target.post("/v1/completions", body) for _ in range(3)]
+    assert statuses == [400] * 3
+
+
+def test_bodies_that_stall(target: Target) -> None:
+    """60 of them, each a byte short of the largest; what they hold together is bounded."""
+    length = 4 * MIB
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {API_KEY}\r\nContent-Length: {length}\r\n\r\n"
+    )
+    with target.bounded(120 * MIB), contextlib.ExitStack() as opened:
+        for _ in range(60):
+            connection = opened.enter_context(target.connect())
+            connection.sendall(head.encode() + b" " * (length - 1))

@@ -15,6 +15,7 @@ from typing import Any, cast
 import pytest
 import uvicorn
 
+from fastserve.server.bodies import Bodies
 from fastserve.server.connection import (
     MAX_HEADER_BYTES,
     MAX_LINE_BYTES,
@@ -33,14 +34,21 @@ BODY = json.dumps({"prompt": "x", "stream": True}).encode()
 
 @contextlib.contextmanager
 def serving(
-    engine: ScriptedEngine | None = None, *, keep_alive_s: float = LONG_S, **limits: Any
+    engine: ScriptedEngine | None = None,
+    *,
+    keep_alive_s: float = LONG_S,
+    bodies: Bodies | None = None,
+    **limits: Any,
 ) -> Iterator[Callable[..., socket.socket]]:
     """Serve an app over a scripted engine with these limits; yields what connects to it."""
     chosen = ConnectionLimits(
         **{"num_connections": 100, "head_s": LONG_S, "write_s": LONG_S, **limits}
     )
+    app = make_app(engine or ScriptedEngine())
+    if bodies is not None:
+        app.state.context.bodies = bodies
     config = uvicorn.Config(
-        make_app(engine or ScriptedEngine()),
+        app,
         http=cast(type[asyncio.Protocol], partial(BoundedConnection, limits=chosen)),
         ws="none",
         lifespan="off",

@@ -10,7 +10,8 @@ import pytest
 from fastserve.text.tokenizer import Tokenizer
 from tests import chat_templates as templates
 from tests import tiny_tokenizers
-from tests.server.scripted import NAMED, ScriptedEngine, call, make_app
+from tests.server.scripted import NAMED, TOKENIZER, ScriptedEngine, call, make_app, post
+from tests.server.test_errors import error_of
 
 USER = {"role": "user", "content": "hi"}
 FUNCTION = {"name": "weather", "arguments": '{"city": "Paris"}'}
@@ -86,3 +87,25 @@ def test_half_of_a_surrogate_pair_in_arguments_is_a_400():
     function = {"name": "weather", "arguments": json.dumps({"a": "\ud800"})}
     asked = {"role": "assistant", "tool_calls": [{"id": "a", "function": function}]}
     assert "lone surrogates" in prompt_of(templates.CALLS_JSON, USER, asked)
+
+
+@pytest.mark.parametrize("num_prompts", [1, 3])
+def test_a_text_that_cannot_fit_is_refused_unseen(monkeypatch, num_prompts):
+    """Were every token as long as the longest, there would be more than the window has."""
+    monkeypatch.setattr(type(TOKENIZER), "encode", None)
+    num_bytes = 100 * TOKENIZER.longest_token_bytes + 1
+    text = "é" * (num_bytes // 2 + 1)
+    prompt = text if num_prompts == 1 else ["x", text, "y"]
+    response = post(ScriptedEngine(), "/v1/completions", {"prompt": prompt})
+    error = error_of(response, 400)
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+    chat = {"messages": [{"role": "user", "content": text}]}
+    error = error_of(post(ScriptedEngine(), "/v1/chat/completions", chat), 400)
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+
+
+def test_the_longest_text_that_may_fit_is_looked_at():
+    """By the tokenizer; the error then knows how many tokens it has."""
+    text = "x" * (100 * TOKENIZER.longest_token_bytes)
+    error = error_of(post(ScriptedEngine(), "/v1/completions", {"prompt": text}), 400)
+    assert "tokens (" in error["message"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import time
 
 import pytest
 
-from tests.server.scripted import ScriptedEngine, call, make_app
+from tests.server.scripted import ScriptedEngine, call, make_app, post
 from tests.server.test_errors import error_of
 
 ROUTES = {
@@ -75,3 +76,48 @@ def test_identity_is_no_encoding():
         path, ROUTES[path], Content_Type="application/json", Content_Encoding="identity"
     )
     assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "start", "item", "end"),
+    [
+        ("/v1/completions", b'{"prompt": [', b"[5],", b"[5]]}"),
+        ("/v1/completions", b'{"prompt": [', b"5,", b"5]}"),
+        ("/v1/completions", b'{"prompt": ["x"], "metadata": [', b"[],", b"[]]}"),
+        ("/v1/completions", b'{"prompt": "x", "logit_bias": {', b'"5": 1.0,', b'"6": 1.0}}'),
+        ("/v1/chat/completions", b'{"messages": [', b'{"role":"","content":""},', b"{}]}"),
+        ("/detokenize", b'{"tokens": [', b"5,", b"5]}"),
+    ],
+)
+def test_a_large_body_of_too_many_values_is_a_413(path, start, item, end):
+    """It is not parsed: that would make objects of them, and hold everybody up."""
+    content = start + item * (3 * 2**20 // len(item)) + end
+    began = time.thread_time()
+    response, streams = send(path, content, Content_Type="application/json")
+    assert time.thread_time() - began < 0.5
+    error = error_of(response, 413)
+    assert error["code"] == "request_too_large"
+    assert not streams
+
+
+def test_a_large_text_is_no_large_number_of_values():
+    """Whatever stands in it; nor are as many ids as the window has."""
+    text = '[{,:}]\\"' * 2**15
+    engine = ScriptedEngine(max_model_len=2**17, max_request_tokens=2**17)
+    body = {"prompt": [5] * (2**17 - 100), "max_tokens": 1, "note": text}
+    response = post(engine, "/v1/completions", body)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["x"] * (2**13 + 1)}),
+        ("/v1/completions", {"prompt": [[5]] * (2**13 + 1)}),
+        ("/tokenize", {"messages": [{"role": "", "content": [""] * (2**13 + 1)}]}),
+    ],
+)
+def test_a_list_of_prompts_or_parts_has_its_own_limit(path, body):
+    """Each of them costs as much as many ids."""
+    error = error_of(post(ScriptedEngine(), path, body), 400)
+    assert "at most 8192 items" in error["message"]
