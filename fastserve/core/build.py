@@ -219,7 +219,6 @@ def build_cache(
         VictimRanking(policy),
         eviction,
         swapper=swapper,
-        min_iteration_s=cost_model.min_iteration_s,
         is_worth_loading=is_worth_loading,
         max_tables=config.max_live_seqs,
         enable_prefix_caching=config.enable_prefix_caching,

@@ -4,15 +4,17 @@ Rules: an earlier request's claim on blocks comes before a later one's, met or n
 livelock impossible: a request that recomputes holds, from its start, the blocks to get beyond where
 it was before, and cannot lose them until it has; and when the scan leaves room in the step, the
 other requests that hold KV may fill it. So every recomputation yields a new token, and there is
-always a request that can run. Decodes come first in a step, prefill chunks fill the rest of the
-token budget. Must not know: which blocks there are, what a plan looks like, samples, time.
+always a request that can run. One that may not come back yet is passed over, as if it had not been
+there, and comes back all the same where no other asks for anything. Decodes come first in a step,
+prefill chunks fill the rest of the token budget. Must not know: which blocks there are, what a plan
+looks like, samples, time.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from itertools import chain, islice
+from collections.abc import Iterable
+from itertools import islice
 from math import ceil
 
 from fastserve.core.memory.memory import Claim, KVCacheManager
@@ -52,24 +54,23 @@ class Packing:
         self._max_in_flight = config.lookahead if slots == 1 else 0
         self._prefill_left = self._max_tokens
         self._scanned: set[int] = set()
+        self._put_off: dict[int, Request] = {}  # that may not come back yet
+        self._is_patient = True
         # Those that a request without KV may lack to be tried; None: no such request is admitted.
         self._max_missing_tokens: int | None = sys.maxsize
         self._num_deferred = 0
         self.chosen: list[tuple[Request, int]] = []
 
-    def scan(self, order: Iterable[Request], first: Sequence[Request] = ()) -> None:
-        """Choose the requests of the step from the order, then from those that hold KV.
-
-        The `first` come before all others, wherever they are in the order.
-        """
-        if first:
-            handles = {request.handle for request in first}
-            order = chain(first, (r for r in order if r.handle not in handles))
+    def scan(self, order: Iterable[Request]) -> None:
+        """Choose the requests of the step from the order, then from those that hold KV."""
         self._scan(islice(order, self._max_scan))
         if not self._is_full and len(self._scanned) < self._num_requests:
             self._scan(self._unscanned_holders(self._max_scan))
         if not self._is_full and not self.chosen:
             self._scan(self._unscanned_holders(self._num_requests))
+        if not self._scanned and self._put_off:
+            self._is_patient = False
+            self._scan(islice(self._put_off.values(), 1))
 
     def trimmed(self) -> list[tuple[Request, int]]:
         """Return the shares, prefill chunks cut to what the decodes leave of the budget."""
@@ -92,7 +93,8 @@ class Packing:
 
     def _unscanned_holders(self, limit: int) -> list[Request]:
         holders = islice(self._cache.holders(), limit)
-        return [request for request in holders if request.handle not in self._scanned]
+        seen = self._scanned | self._put_off.keys()
+        return [request for request in holders if request.handle not in seen]
 
     def _scan(self, order: Iterable[Request]) -> None:
         """Choose from requests of which none was scanned."""
@@ -131,8 +133,15 @@ class Packing:
         """Return the tokens that a request with KV may compute in this step; 0: not this time."""
         scheduled = request.num_scheduled_tokens
         num_tokens = self._share(num_unscheduled)
-        claim = self._cache.claim(request, scheduled + num_tokens, self._scanned)
+        claim = self._cache.claim(
+            request, scheduled + num_tokens, self._scanned, is_patient=self._is_patient
+        )
         if not table.is_resident:
+            if claim is Claim.DEFERRED:
+                self._scanned.discard(request.handle)
+                self._put_off[request.handle] = request
+                if self._reservation.keeps_order:
+                    self._max_missing_tokens = None
             return 0
         if claim is not Claim.MET:
             room = len(table.blocks) * self._block_size - scheduled

@@ -262,11 +262,6 @@ class Request:
         """Whether this epoch has not yet computed more than the earlier ones had."""
         return self.epoch > 0 and self.num_computed_tokens <= self.num_lost_tokens
 
-    @property
-    def is_safe(self) -> bool:
-        """Whether its KV came back from the host too short a time ago to be moved again."""
-        return self.table is not None and self.num_computed_tokens < self.table.safe_until
-
     def begin(self, table: BlockTable, num_computed_tokens: int) -> None:
         """Start an epoch's KV in a table whose first tokens are computed already."""
         self.table = table

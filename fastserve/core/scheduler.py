@@ -144,7 +144,7 @@ class Scheduler:
         else:
             self.policy.advance(now)
             self._ordered_at = now
-            packing.scan(self.policy.ordered(), first=self.cache.safe())
+            packing.scan(self.policy.ordered())
         if packing.chosen or self._in_flight:
             return packing.trimmed()
         if self.cache.num_copies:

@@ -266,7 +266,6 @@ def check_forgotten(scheduler: Scheduler) -> None:
     assert not scheduler._forget
     assert not scheduler.cache._tables
     assert not scheduler.cache._away
-    assert not scheduler.cache._safe
     assert not scheduler.cache._draining
     assert scheduler.cache.num_copies == 0
     assert scheduler.cache.num_leaving == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -13,7 +14,7 @@ from fastserve.core.policies.protocol import Coldness
 from fastserve.core.policies.reservation import Reservation
 from fastserve.core.request import Request
 from tests.core.builders import one_second, prompt_of
-from tests.core.harness import Harness, small_config
+from tests.core.harness import UNIT_COST, Harness, small_config
 from tests.core.test_random_runs import run as random_run
 
 
@@ -116,6 +117,32 @@ def test_the_head_takes_kv_from_anyone() -> None:
     stats = harness.scheduler.stats()
     assert stats.num_preemptions > 0
     assert stats.num_recomputed_tokens > 0
+
+
+def test_one_that_may_not_come_back_yet_does_where_no_other_asks_for_anything() -> None:
+    """The reserve for those that begin is larger than the device, and its wait is not over."""
+    config = small_config(
+        max_model_len=32, max_num_batched_tokens=32, preemption_mode="reactive", is_strict=True
+    )
+    costs = replace(UNIT_COST, prefill_token_s=1.0, copy_block_s=0.001)
+    harness = Harness(config, 8, 32, step_s=one_second, costs=costs, copy_s=lambda copy: 0.001)
+    fill_pool(harness, 1, 24)
+    away, swapper = harness.request(0), harness.scheduler.cache._swapper
+    table = away.table
+    assert table is not None
+    assert swapper is not None
+    head = harness.add(prompt_of(1, 28), 2, priority=0)
+    while table.is_resident:
+        harness.step()
+    swapper._demand = 1000.0
+    while head in harness.live:
+        harness.step()
+    wait_s = swapper.wait_s(len(table.on_host()))
+    while not table.is_resident:
+        swapper._demand = 1000.0
+        harness.step()
+    assert harness.clock.now() - away.last_ran_at < wait_s
+    harness.drain()
 
 
 def test_the_coldest_loses_its_kv_and_only_as_many_as_needed() -> None:

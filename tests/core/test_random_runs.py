@@ -123,7 +123,7 @@ WATCHED = (
     "num_kept_partly",
     "num_head_stands",
 )
-RARE = ("num_stays", "num_shared_loads", "num_spared", "num_safe_lost")
+RARE = ("num_stays", "num_shared_loads", "num_put_off", "num_early", "num_due", "num_left_over")
 TIGHT_STATS = (
     "num_swaps",
     "num_swapped_out_blocks",

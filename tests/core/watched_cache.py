@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 
 from fastserve.core.memory.block import Block, State
 from fastserve.core.memory.memory import Claim, KVCacheManager
-from fastserve.core.memory.swap import Way
 from fastserve.core.memory.table import BlockTable
-from fastserve.core.memory.victims import VictimRanking
 from fastserve.core.messages import Copy
 from fastserve.core.request import Request
 
@@ -26,13 +24,18 @@ class Watch:
     num_kept_partly: int = 0  # one came back whose KV had not all gone
     num_stays: int = 0  # one came back while a copy of it to the host was under way
     num_shared_loads: int = 0  # one began that waits for a copy another is waiting for
-    num_spared: int = 0  # the coldest kept its KV because it had just come back
-    num_safe_lost: int = 0  # and lost it because all others had, too
+    num_put_off: int = 0  # one that gave way was not to come back yet
+    num_early: int = 0  # one came back before its time, into places that were not used
+    num_due: int = 0  # or into those of others, when it was time
+    num_impatient: int = 0  # or sooner, for nothing else could run
     num_head_stands: int = 0  # claims of the head of the order that had to wait
     longest_wait: float = 0.0  # of a head, as a share of the bound
     fetched: dict[BlockTable, int] = field(default_factory=dict)  # since it gave way
+    num_left_over: int = 0  # one gave way that had done so before
+    wait_s: float = 0.0  # of the latest that was to come back, and what it lacked
+    num_lacking: int = 0
+    num_unused: int = 0  # places, beyond those
     scanned: Collection[int] = ()
-    claimant: Request | None = None
     head: Request | None = None
     ran_s: float = 0.0  # of the head
     num_reports: int = 0  # steps and copies that were done while this head waited
@@ -54,15 +57,26 @@ class WatchedCache(KVCacheManager):
     # ── nobody at the head waits for ever ────────────────────────────────────────────────────
 
     def claim(
-        self, request: Request, end: int, scanned: Collection[int], *, num_spare: int = 0
+        self,
+        request: Request,
+        end: int,
+        scanned: Collection[int],
+        *,
+        num_spare: int = 0,
+        is_patient: bool = True,
     ) -> Claim:
-        """Note what became of the claim of the head."""
-        watch = self.watch
-        watch.claimant, watch.scanned = request, scanned
-        outcome = super().claim(request, end, scanned, num_spare=num_spare)
+        """Note what became of the claim of the head, and of those that gave way."""
+        watch, table = self.watch, request.table
+        is_away = table is not None and not table.is_resident and table.waits_since is None
+        if is_away and table is not None and self._swapper is not None:
+            watch.wait_s = self._swapper.wait_s(len(table.on_host()))
+            watch.num_lacking, watch.num_unused = self._count_places(request, end)
+        outcome = super().claim(request, end, scanned, num_spare=num_spare, is_patient=is_patient)
+        if is_away:
+            self._check_return(request, outcome, is_patient=is_patient)
         if request is watch.head:
             watch.num_head_stands += outcome is Claim.STANDS
-            before = set(scanned) - {request.handle} - {other.handle for other in self.safe()}
+            before = set(scanned) - {request.handle}
             if before or outcome is Claim.DEFERRED:
                 watch.num_reports = 0  # time put others first, or it has to wait for credit
         return outcome
@@ -103,58 +117,49 @@ class WatchedCache(KVCacheManager):
         else:
             self._report()
 
-    # ── who came back goes first, for a while, and is the last to give way ───────────────────
+    # ── who gives way, and who comes back ────────────────────────────────────────────────────
 
-    def safe(self) -> list[Request]:
-        """Nobody goes first for longer than that."""
-        safe = super().safe()
-        assert all(request.is_safe for request in safe), "it goes first, and is safe no more"
-        return safe
+    def _count_places(self, request: Request, end: int) -> tuple[int, int]:
+        """Return the places that one lacks that gave way, and those beyond that no request uses."""
+        table = request.table
+        assert table is not None
+        left = {
+            block
+            for other in self.holders()
+            if other.table is not None and other.table is not table
+            for block in other.table.blocks
+            if block.is_on_device and not block.wanted
+        } - set(table.blocks)
+        num_new = max(-(-end // self.block_size) - len(table.blocks), 0)
+        num_lacking = len(table.on_host()) + num_new
+        return num_lacking, self.num_left + self.num_leaving + len(left) - num_lacking
+
+    def _check_return(self, request: Request, outcome: Claim, *, is_patient: bool) -> None:
+        """One that gave way comes back into unused places, or when it is time, or nothing runs."""
+        watch = self.watch
+        if outcome is Claim.DEFERRED:
+            assert is_patient, "nothing runs, and one that could is put off"
+            watch.num_put_off += 1
+            return
+        assert request.table is not None
+        if outcome is not Claim.MET and request.table.waits_since is None:
+            return  # behind others
+        if self._now - request.last_ran_at >= watch.wait_s:
+            watch.num_due += watch.num_unused < 0
+        elif not is_patient:
+            watch.num_impatient += 1
+        else:
+            watch.num_early += 1
+            assert watch.num_unused >= 0 or not watch.num_lacking, "it came back too soon"
 
     def _give_way(self, victim: Request, num_blocks: int) -> None:
-        self._check_victim(victim)
         table = victim.table
         assert table is not None
+        self.watch.num_left_over += not table.is_wanted
         super()._give_way(victim, num_blocks)
         states = {block.state for block in table.blocks}
         has_left = states & {State.HOST, State.LEAVING}
         self.watch.num_partial_swaps += bool(has_left and states - {State.HOST, State.LEAVING})
-
-    def _drop(self, victim: Request) -> None:
-        self._check_victim(victim)
-        super()._drop(victim)
-
-    def _check_victim(self, victim: Request) -> None:
-        """One that is safe loses KV where all others are safe, and not to one that comes back.
-
-        One at the head of the order may come back all the same.
-        """
-        others = [
-            other
-            for other in self.holders()
-            if other is not victim
-            and other.handle not in self.watch.scanned
-            and VictimRanking._may_lose(other)
-            and not self._has_nothing_left(other)
-        ]
-        if victim.is_safe:
-            self.watch.num_safe_lost += 1
-            claimant = self.watch.claimant
-            assert claimant is not None
-            assert len(self.watch.scanned) == 1 or not self._is_away(claimant)
-            assert all(other.is_safe for other in others), "it had just come back"
-            return
-        coldness, now = self._victims._policy.coldness, self._now
-        self.watch.num_spared += any(
-            other.is_safe
-            and (coldness(other, now), other.handle) > (coldness(victim, now), victim.handle)
-            for other in others
-        )
-
-    def _has_nothing_left(self, request: Request) -> bool:
-        table = request.table
-        assert table is not None
-        return self._way_out(table) is Way.NONE_LEFT and not table.is_wanted
 
     # ── what is fetched ahead, and brought in ────────────────────────────────────────────────
 

@@ -11,7 +11,7 @@
                  │       on the host ──► is brought in; STANDS until it is there
                  │       short ──► victims (coldest first) give way: swapped, or dropped ──► again
                  │                 none: STANDS, later claims of this plan do not get these blocks
-                 │                 not allowed: DEFERRED, as if never asked
+                 │                 not allowed, or back too soon: DEFERRED, as if never asked
                advance   a step's tokens are computed; full Blocks become findable
                  │
                release   at the end of a request or of its epoch (dropped): the table is closed
@@ -22,16 +22,15 @@ Rules: the only writer of a request's `table` and `num_computed_tokens`; epochs 
 here. A closed table keeps its Blocks while steps that touch it are in flight, and so does one that
 gives way, so no place is reused under a running kernel. Only full Blocks are shared; a partial tail
 is recomputed, so nothing is ever copied on write. A claim that is not met and had no victim changes
-nothing but what later claims of the same plan get, and where its own KV is. One that came back from
-the host is safe for a while: it goes on first, so that nobody takes from it meanwhile. Must
-not know: the order of requests, budgets of tokens, tensors.
+nothing but what later claims of the same plan get, and where its own KV is. One that gave way comes
+back into places that no request runs on; into those of others only after a wait. Must not know: the
+order of requests, budgets of tokens, tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from enum import Enum, auto
-from math import ceil
 
 from fastserve.core.memory.block import ON_DEVICE, Block, State
 from fastserve.core.memory.eviction import Eviction, Verdict
@@ -54,8 +53,7 @@ class Claim(Enum):
 class KVCacheManager:
     """Tables over one pool; at most `max_tables` requests hold KV at a time.
 
-    Where there is a `swapper` they hold it on two tiers. A token is taken for `min_iteration_s`
-    where one that came back is safe for so many seconds. `is_worth_loading` says whether so many
+    Where there is a `swapper` they hold it on two tiers. `is_worth_loading` says whether so many
     cached Blocks that only the host has are sooner loaded than computed.
     """
 
@@ -67,7 +65,6 @@ class KVCacheManager:
         eviction: Eviction,
         *,
         swapper: Swapper | None = None,
-        min_iteration_s: float = 1.0,
         is_worth_loading: Callable[[int], bool] = lambda num_blocks: True,
         max_tables: int | None = None,
         enable_prefix_caching: bool = False,
@@ -77,13 +74,11 @@ class KVCacheManager:
         self._victims = victims
         self._eviction = eviction
         self._swapper = swapper
-        self._min_iteration_s = min_iteration_s
         self._is_worth_loading = is_worth_loading
         self._max_tables = max_tables
         self._enable_prefix_caching = enable_prefix_caching
         self._tables: dict[BlockTable, Request] = {}
         self._away: dict[BlockTable, Request] = {}  # not resident
-        self._safe: dict[BlockTable, Request] = {}  # for those of them that still are
         self._draining: dict[BlockTable, int] = {}  # → places that become free
         self._num_leaving = 0  # of closed and draining tables
         self._num_closed = 0
@@ -126,10 +121,6 @@ class KVCacheManager:
         """Yield the requests that hold KV."""
         return (request for table, request in self._tables.items() if not table.is_closed)
 
-    def safe(self) -> list[Request]:
-        """Return the requests that came back and go on before all others, for a while."""
-        return list(self._safe.values())
-
     def probe(self, request: Request) -> int:
         """Return the tokens whose KV a request without any would find; nothing is touched."""
         return len(self._find_prefix(request)) * self.block_size
@@ -142,27 +133,32 @@ class KVCacheManager:
         self._num_standing = 0
         self._victims.begin_plan(now)
         if self._swapper is not None:
-            self._swapper.begin_plan(now)
-            for table in [t for t, r in self._safe.items() if not (r.table is t and r.is_safe)]:
-                del self._safe[table]
+            self._swapper.begin_plan()
         self._reconsider()
 
     def claim(
-        self, request: Request, end: int, scanned: Collection[int], *, num_spare: int = 0
+        self,
+        request: Request,
+        end: int,
+        scanned: Collection[int],
+        *,
+        num_spare: int = 0,
+        is_patient: bool = True,
     ) -> Claim:
         """Have a request hold Blocks for its positions below `end`; others may lose theirs.
 
         A request without KV begins with the Blocks that already hold its beginning, and to get
         beyond where it was before it lost its KV; it is deferred where it would leave less than
         `num_spare`. `scanned` are the handles that this plan has looked at, the request's included:
-        nothing is taken from them.
+        nothing is taken from them. One that gave way is deferred where it would take the places of
+        others too soon, if it `is_patient`.
         """
         table = request.table
         if table is None:
             return self._claim_first(request, end, scanned, num_spare)
         num_new = -(-end // self.block_size) - len(table.blocks)
         if not table.is_resident:
-            return self._claim_back(request, table, end, scanned)
+            return self._claim_back(request, table, end, scanned, is_patient=is_patient)
         if num_new <= 0:
             return Claim.MET
         claim = self._make_room(request, (), num_new, scanned)
@@ -188,7 +184,7 @@ class KVCacheManager:
         # Before any is taken: they may be the next that the pool would give up.
         for block in prefix:
             self.pool.retain(block)
-            block.wanted += 1
+            self.pool.want(block)
         table = BlockTable(prefix)
         self._tables[table] = request
         request.begin(table, table.num_published * self.block_size)
@@ -210,7 +206,13 @@ class KVCacheManager:
         return self._settle(request, table)
 
     def _claim_back(
-        self, request: Request, table: BlockTable, end: int, scanned: Collection[int]
+        self,
+        request: Request,
+        table: BlockTable,
+        end: int,
+        scanned: Collection[int],
+        *,
+        is_patient: bool,
     ) -> Claim:
         """Bring back what of a table has gone; places come as they become free."""
         if table.waits_since is not None and self._settle(request, table) is Claim.MET:
@@ -218,14 +220,17 @@ class KVCacheManager:
         if self._is_behind(table):
             return Claim.STANDS
         assert self._swapper is not None
-        self._want(table)
         absent = table.on_host()
         num_new = max(-(-end // self.block_size) - len(table.blocks), 0)
         num_lacking = len(absent) + num_new
+        if is_patient and table.waits_since is None:
+            num_own = len(table.blocks) - len(absent)
+            is_early = self._now - request.last_ran_at < self._swapper.wait_s(len(absent))
+            if is_early and not self._has_room(num_lacking, num_own):
+                return Claim.DEFERRED
+        self._want(table)
         claim = self._make_room(request, (), num_lacking, scanned)
         num_in = len(absent)
-        if claim is Claim.DEFERRED:
-            return claim
         if claim is not Claim.MET:
             # It stands for all of them already, and what is there now need not wait.
             num_in = max(min(num_in, self.num_left + num_lacking), 0)
@@ -236,9 +241,11 @@ class KVCacheManager:
             return self._settle(request, table)
         return claim
 
-    @staticmethod
-    def _is_away(request: Request) -> bool:
-        return request.table is not None and not request.table.is_resident
+    def _has_room(self, num_blocks: int, num_own: int) -> bool:
+        """Whether so many places are unused, beyond those that others are about to need."""
+        assert self._swapper is not None
+        num_unused = self.num_left + self.num_leaving + self.pool.num_unwanted - num_own
+        return not num_blocks or num_blocks + self._swapper.num_reserved <= num_unused
 
     def _is_behind(self, table: BlockTable) -> bool:
         """Whether an earlier claim waits for places, and this one would get none or take those."""
@@ -263,13 +270,8 @@ class KVCacheManager:
             assert self._swapper is not None
             request.num_swaps += 1
             self._swapper.moves.num_swaps += 1
-            safe_s = self._swapper.safe_s(table.num_loaded)
-            num_tokens = ceil(safe_s / self._min_iteration_s)
-            table.safe_until = request.num_computed_tokens + num_tokens
             table.num_loaded = 0
             table.is_stuck = False
-            if num_tokens:
-                self._safe[table] = request
         table.num_fetched = 0
         for block in tail:
             if block.state is State.CLEAN:
@@ -279,25 +281,21 @@ class KVCacheManager:
     def _make_room(
         self, request: Request, prefix: Collection[Block], num_new: int, scanned: Collection[int]
     ) -> Claim:
-        """Have others give way until a claim can be met; what it lacks stands if it cannot."""
+        """Have others give way until a claim can be met; what it lacks stands if it cannot.
+
+        While what it lacks is on its way, it may take what no request runs on and is free at once.
+        """
         has_taken = False
         while True:
             has_seat = request.table is not None or self._has_seat
             num_blocks = self._num_taken(prefix, num_new)
-            if has_seat and num_blocks <= self.num_left + self.num_leaving:
+            if has_seat and num_blocks <= self.num_left:
+                return Claim.MET
+            is_coming = has_seat and num_blocks <= self.num_left + self.num_leaving
+            found = self._find_victim(request, scanned, has_seat=has_seat, is_coming=is_coming)
+            if found is None:
                 break
-            victim = self._find_victim(request, scanned)
-            if victim is None:
-                if self._is_away(request) and self._victims.has_spared:
-                    return Claim.DEFERRED  # until they are safe no more
-                break
-            assert victim.table is not None
-            way = self._way_out(victim.table) if has_seat else Way.NO_HOST_PLACE
-            if way is Way.LATER:
-                break
-            if way is Way.NONE_LEFT and not victim.table.is_wanted:
-                self._victims.pass_over(victim)
-                continue
+            victim, way = found
             can_swap = way is not Way.NO_HOST_PLACE
             verdict = Verdict.DROP  # a claim that has taken KV takes what it lacks
             if can_swap or not has_taken:
@@ -308,9 +306,8 @@ class KVCacheManager:
             if verdict is Verdict.DROP:
                 self._drop(victim)
             else:
-                self._give_way(victim, num_blocks - self.num_left - self.num_leaving)
-        if has_seat and num_blocks <= self.num_left:
-            return Claim.MET
+                num_awaited = 0 if is_coming else self.num_leaving
+                self._give_way(victim, num_blocks - self.num_left - num_awaited)
         if has_seat:
             self._num_standing += num_blocks
         return Claim.STANDS
@@ -323,7 +320,28 @@ class KVCacheManager:
             block.state is State.HOST or not (block.refs or block.is_moving) for block in prefix
         )
 
-    def _find_victim(self, request: Request, scanned: Collection[int]) -> Request | None:
+    def _find_victim(
+        self, request: Request, scanned: Collection[int], *, has_seat: bool, is_coming: bool
+    ) -> tuple[Request, Way] | None:
+        """Return the request that is to give way, and how; None: no one, or not now.
+
+        Where all that is lacking `is_coming`, only what no request runs on and is free at once is
+        taken instead.
+        """
+        if is_coming and not self.pool.num_unwanted:
+            return None
+        while (victim := self._coldest(request, scanned)) is not None:
+            table = victim.table
+            assert table is not None
+            way = self._way_out(table) if has_seat else Way.NO_HOST_PLACE
+            if way is Way.NONE_LEFT and not table.is_wanted:
+                self._victims.pass_over(victim)
+                continue
+            is_too_dear = is_coming and (table.is_wanted or way is not Way.AT_ONCE)
+            return None if way is Way.LATER or is_too_dear else (victim, way)
+        return None
+
+    def _coldest(self, request: Request, scanned: Collection[int]) -> Request | None:
         victim = self._victims.find(request, scanned, self.holders())
         if victim is None and self._reconsider():
             victim = self._victims.find(request, scanned, self.holders())
@@ -361,8 +379,6 @@ class KVCacheManager:
         assert self._swapper is not None
         table.is_resident = False
         table.waits_since = None
-        table.safe_until = 0
-        self._safe.pop(table, None)
         self._away[table] = victim
         if table.steps_in_flight:
             table.is_draining = True
@@ -370,7 +386,7 @@ class KVCacheManager:
             self._draining[table] = num_places
             self._num_leaving += num_places
             return
-        table.unwant()
+        self._set_wanted(table, is_wanted=False)
         self._swapper.make_room(table, victim.num_computed_tokens, num_blocks)
 
     def _want(self, table: BlockTable) -> None:
@@ -380,7 +396,15 @@ class KVCacheManager:
         table.is_drained = False
         if table.is_draining:
             self._stop_draining(table)
-        table.want()
+        self._set_wanted(table, is_wanted=True)
+
+    def _set_wanted(self, table: BlockTable, *, is_wanted: bool) -> None:
+        """Count a table among those for which each Block is to stay, or no more."""
+        if table.is_wanted is not is_wanted:
+            table.is_wanted = is_wanted
+            change = self.pool.want if is_wanted else self.pool.unwant
+            for block in table.blocks:
+                change(block)
 
     def _stop_draining(self, table: BlockTable) -> None:
         table.is_draining = False
@@ -477,7 +501,6 @@ class KVCacheManager:
         if table.is_draining:
             self._stop_draining(table)
         self._away.pop(table, None)
-        self._safe.pop(table, None)
         table.is_closed = True
         if table.steps_in_flight:
             self._num_leaving += len(table.blocks)
@@ -495,11 +518,11 @@ class KVCacheManager:
             self._give_back(table)
         else:
             self._stop_draining(table)
-            table.unwant()
+            self._set_wanted(table, is_wanted=False)
 
     def _give_back(self, table: BlockTable) -> None:
         del self._tables[table]
-        table.unwant()
+        self._set_wanted(table, is_wanted=False)
         # The tail goes first: the head of a prefix is the part that others can share.
         for block in reversed(table.blocks):
             self.pool.release(block)

@@ -39,6 +39,7 @@ class BlockPool:
         self._num_loading = 0
         self.num_leaving = 0  # places on the device that become free when a copy is done
         self._num_held_by_copies = 0  # SAVING, and named by no table
+        self.num_unwanted = 0  # places on the device that hold what tables name, and none wants
 
     # ── how much there is ────────────────────────────────────────────────────────────────────
 
@@ -99,6 +100,11 @@ class BlockPool:
         return self._host.total - cached - self.num_host_moving
 
     @property
+    def num_away(self) -> int:
+        """Blocks which some table names that are not on the device, or on their way there."""
+        return self.num_host_used - len(self._twins)
+
+    @property
     def num_on_both(self) -> int:
         """Blocks which some table names that can be read on either tier."""
         return len(self._twins)
@@ -154,6 +160,18 @@ class BlockPool:
         block.refs = block.wanted = 1
         return block
 
+    def want(self, block: Block) -> None:
+        """Have a named Block stay for one table more."""
+        if not block.wanted and block.is_on_device:
+            self.num_unwanted -= 1
+        block.wanted += 1
+
+    def unwant(self, block: Block) -> None:
+        """Have it stay for one table less."""
+        block.wanted -= 1
+        if not block.wanted and block.is_on_device:
+            self.num_unwanted += 1
+
     def retain(self, block: Block) -> None:
         """Name a Block once more."""
         if block.refs == 0:
@@ -164,6 +182,8 @@ class BlockPool:
                 self._twins[block] = None
             elif block.state is State.SAVING:
                 self._num_held_by_copies -= 1
+            if block.is_on_device:
+                self.num_unwanted += 1
         block.refs += 1
 
     def release(self, block: Block) -> None:
@@ -171,6 +191,8 @@ class BlockPool:
         block.refs -= 1
         if block.refs:
             return
+        if block.is_on_device:
+            self.num_unwanted -= 1
         if block.state is State.CLEAN:
             self._twins.pop(block, None)
         elif block.state is State.SAVING:
@@ -199,6 +221,8 @@ class BlockPool:
             block.host_id = self._take_host_place()
         else:
             self._num_saving -= 1
+        if not block.wanted:
+            self.num_unwanted -= 1
         block.meet(Event.LEAVE)
         self.num_leaving += 1
         return is_new
@@ -206,6 +230,8 @@ class BlockPool:
     def stay(self, block: Block) -> None:
         """Let a LEAVING Block keep its place on the device."""
         block.meet(Event.STAY)
+        if not block.wanted:
+            self.num_unwanted += 1
         self.num_leaving -= 1
         self._num_saving += 1
 
@@ -219,7 +245,8 @@ class BlockPool:
 
     def save_failed(self, block: Block) -> None:
         """Note that nothing of a Block has arrived on the host."""
-        self._end_saving(block)
+        if self._end_saving(block) and block.refs and not block.wanted:
+            self.num_unwanted += 1
         block.meet(Event.SAVE_FAILED)
         self._leave_host(block)
         self._file(block, is_old=True)
@@ -237,6 +264,8 @@ class BlockPool:
     def drop(self, block: Block) -> None:
         """Give up the place on the device of a CLEAN Block that a table names."""
         del self._twins[block]
+        if not block.wanted:
+            self.num_unwanted -= 1
         block.meet(Event.DROP)
         self._leave_device(block)
 
@@ -249,6 +278,8 @@ class BlockPool:
     def loaded(self, block: Block) -> None:
         """Note that a Block has arrived on the device."""
         block.meet(Event.LOADED)
+        if block.refs and not block.wanted:
+            self.num_unwanted += 1
         self._num_loading -= 1
         self._file(block)
 
@@ -380,3 +411,5 @@ class BlockPool:
         assert self._num_loading == count[State.LOADING]
         held = sum(b.state is State.SAVING and not b.refs for b in blocks)
         assert self._num_held_by_copies == held
+        spare = sum(b.is_on_device and b.refs > 0 and not b.wanted for b in blocks)
+        assert self.num_unwanted == spare

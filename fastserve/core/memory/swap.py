@@ -10,6 +10,8 @@
 
 Rules: only full Blocks are saved ahead, for the others change. No more Blocks of a table are
 fetched ahead after it gave way than it has; what was fetched is CLEAN, and goes again for nothing.
+One that gave way takes the places of others again no sooner than `wait_s` says: its memory lies
+idle while it is copied, and of the whole device a stated share may.
 A link that takes no time has done each copy as it begins, and no plan carries it. Must not know:
 the order of requests beyond which is colder, seats and tokens of a step, what a copy is made of.
 """
@@ -20,7 +22,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import islice
-from math import expm1
 
 from fastserve.core.memory.block import Block, State
 from fastserve.core.memory.link import Link
@@ -34,8 +35,8 @@ IN, OUT = CopyDirection.SWAP_IN, CopyDirection.SWAP_OUT
 MIN_BLOCKS = 8  # that a table gives up at a time if they have to be copied
 ARMED_SHARE = 0.2  # of the device: while more of it holds nothing, nothing is saved ahead
 DEMAND_DECAY = 0.9  # of the mean number of places that a plan takes
-PLANS_AHEAD = 4  # whose demand is left alone by what is fetched ahead
-SAFETY = 16.0  # of the exchange of all KV at full load, for which one that came back is safe
+PLANS_AHEAD = 4  # whose demand is left alone by what is fetched ahead, or comes back
+EXCHANGE_SHARE = 0.03  # of the device's memory, which may lie idle for those that come back
 RANKED_PER_CALL = 32  # requests: a ranking of n serves for n / 32 calls
 
 
@@ -94,12 +95,6 @@ class Swapper:
         self._num_taken = 0
         self._has_failed = False  # a copy to the host, since the last step
         self._demand = 0.0  # places that a plan takes, a moving mean
-        # Seconds to copy all that the device holds; over about as long the load of the link, which
-        # is seconds of copies back that are begun in a second, is averaged.
-        self._exchange_s = 0.0 if self._is_instant else link.copy_s(pool.num_device_blocks)
-        self._load = 0.0
-        self._copied_in_s = 0.0
-        self._last_plan_at = 0.0
         self.moves = Moves()
 
     def _most_blocks_within(self, seconds: float) -> int:
@@ -116,8 +111,10 @@ class Swapper:
             return Way.BY_COPY
         own = int(table.is_wanted)
         states = {block.state for block in table.blocks if block.wanted <= own}
-        if State.CLEAN in states or State.SAVING in states:
+        if State.CLEAN in states:
             return Way.AT_ONCE
+        if State.SAVING in states:
+            return Way.BY_COPY
         if State.DIRTY not in states:
             return Way.NONE_LEFT
         if table.is_stuck or not self._pool.num_host_available:
@@ -179,29 +176,31 @@ class Swapper:
             table.num_loaded += len(absent)
             self.moves.num_swapped_in_blocks += len(absent)
 
-    def safe_s(self, num_blocks: int) -> float:
-        """Return how long a request should run whose Blocks have been brought in.
+    @property
+    def num_reserved(self) -> int:
+        """Places that those who begin and grow are about to need."""
+        return round(PLANS_AHEAD * self._demand)
 
-        For as long as that took; and the more, the busier the link is. If all that the device
-        holds is exchanged in turn, each for SAFETY · load exchanges, the load is 1 / √SAFETY.
+    def wait_s(self, num_absent: int) -> float:
+        """Return how long a request stays away that lacks so many Blocks, unless there is room.
+
+        Its memory lies idle while they are copied, and for about a step at the least. If all that
+        is away came back as often as this says, so would EXCHANGE_SHARE of the device's memory.
         """
-        return self.link.copy_s(num_blocks) + SAFETY * self._load * self._exchange_s
+        if self._is_instant:
+            return 0.0
+        idle_s = self.link.copy_s(num_absent) + self._window_s
+        return idle_s * self._pool.num_away / (EXCHANGE_SHARE * self._pool.num_device_blocks)
 
     def _load_blocks(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
             self._pool.load(block)
-        self._copied_in_s += self.link.copy_s(len(blocks))
         self._begin(IN, blocks)
 
     # ── ahead of need ────────────────────────────────────────────────────────────────────────
 
-    def begin_plan(self, now: float) -> None:
-        """Take account of the places that the last plan took, and of what it had copied."""
-        elapsed_s = now - self._last_plan_at
-        if elapsed_s > 0.0:
-            fresh = -expm1(-elapsed_s / self._exchange_s) if self._exchange_s else 1.0
-            self._load += fresh * (self._copied_in_s / elapsed_s - self._load)
-            self._copied_in_s, self._last_plan_at = 0.0, now
+    def begin_plan(self) -> None:
+        """Take account of the places that the last plan took."""
         self._demand = DEMAND_DECAY * self._demand + (1.0 - DEMAND_DECAY) * self._num_taken
         self._num_taken = 0
 
@@ -252,7 +251,7 @@ class Swapper:
         """Copy back what the warmest of those lacks that gave way, if link and places are idle."""
         if not (self._fetches_ahead and away and self.link.is_idle(IN)):
             return
-        num_blocks = min(num_left - round(PLANS_AHEAD * self._demand), self._max_ahead)
+        num_blocks = min(num_left - self.num_reserved, self._max_ahead)
         if num_blocks <= 0:
             return
         waiting = [

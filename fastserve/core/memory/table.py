@@ -33,7 +33,6 @@ class BlockTable:
         "num_published",
         "num_saved",
         "num_sent",
-        "safe_until",
         "steps_in_flight",
         "waits_since",
     )
@@ -53,7 +52,6 @@ class BlockTable:
         self.num_saved = 0  # full Blocks that were seen to be on the host
         self.num_fetched = 0  # Blocks brought in ahead of need since it last gave way
         self.num_loaded = 0  # Blocks brought in since it last gave way
-        self.safe_until = 0  # tokens to be computed before it may give way again
         self.waits_since: float | None = None  # when a step was to have it, and it was not there
 
     @property
@@ -69,17 +67,3 @@ class BlockTable:
     def on_host(self) -> list[Block]:
         """Return the Blocks that only the host has."""
         return [block for block in self.blocks if block.state is State.HOST]
-
-    def want(self) -> None:
-        """Count among those for which each Block is to stay."""
-        if not self.is_wanted:
-            self.is_wanted = True
-            for block in self.blocks:
-                block.wanted += 1
-
-    def unwant(self) -> None:
-        """Count among them no more."""
-        if self.is_wanted:
-            self.is_wanted = False
-            for block in self.blocks:
-                block.wanted -= 1

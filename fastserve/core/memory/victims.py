@@ -1,4 +1,4 @@
-"""Victims: which request loses its KV first, the coldest by the policy.
+"""Victims: which request loses its KV first: what gave way before, then the coldest by the policy.
 
 Rules: ranking n holders of KV asks the policy n times, so a ranking serves for n / 64 plans and the
 cost per plan is bounded. Within them it goes stale in one way: a request that has become colder
@@ -8,7 +8,6 @@ Must not know: why blocks are needed, how many there are.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterable
 
 from fastserve.core.policies.protocol import Policy
@@ -18,12 +17,12 @@ NUM_RANKED_PER_PLAN = 64
 
 
 class VictimRanking:
-    """Holders of KV, coldest last."""
+    """Holders of KV, coldest last; those that gave way before are ranked apart."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._ranked: list[Request] = []
-        self._spared: deque[Request] = deque()  # of the ranked, those that are safe
+        self._leftovers: list[Request] = []
         self._num_plans_left = 0
         self._is_fresh = False
         self._now = 0.0
@@ -35,75 +34,76 @@ class VictimRanking:
         self._num_plans_left -= 1
         if self._num_plans_left < 0:
             self._ranked.clear()
-            self._spared.clear()
+            self._leftovers.clear()
 
     def find(
         self, claimant: Request, scanned: Collection[int], holders: Iterable[Request]
     ) -> Request | None:
-        """Return the coldest of the holders, if it may lose its KV to the claimant.
+        """Return the holder that is to lose KV first, if it may lose it to the claimant.
 
-        None of the `scanned` handles is named; the claimant is one of them. If it is the only one,
-        it heads the order and may take from any other; else only from those that are not safe, and
-        unless it is itself, that are no warmer than itself.
+        None of the `scanned` handles is named; the claimant is one of them. What is left of one
+        that gave way goes first, and to any: no step uses it. If the claimant is the only one
+        scanned, it heads the order and may take from any other; else only from those that are no
+        warmer than itself.
         """
-        is_head = len(scanned) == 1
-        comes_back = claimant.table is not None and not claimant.table.is_resident
-        victim = self._coldest(scanned, holders, takes_safe=is_head or not comes_back)
-        if victim is None or is_head or claimant.is_safe:
+        victim = self._first(scanned, holders)
+        if victim is None or len(scanned) == 1 or is_leftover(victim):
             return victim
         coldness = self._policy.coldness
         is_colder = coldness(victim, self._now) >= coldness(claimant, self._now)
         return victim if is_colder else None
 
-    @property
-    def has_spared(self) -> bool:
-        """Whether somebody was not named because it is safe."""
-        return bool(self._spared)
-
     def pass_over(self, victim: Request) -> None:
         """Name another than the last one in its place."""
-        ranked = self._ranked if self._ranked and self._ranked[-1] is victim else self._spared
+        is_left = self._leftovers and self._leftovers[-1] is victim
+        ranked = self._leftovers if is_left else self._ranked
         assert ranked.pop() is victim
 
     def reconsider(self) -> None:
         """Rank anew those who could not give way, or were passed over."""
         self._is_fresh = False
 
-    def _coldest(
-        self, excluded: Collection[int], holders: Iterable[Request], *, takes_safe: bool
-    ) -> Request | None:
-        """Return the coldest holder, the youngest among equals; those that are safe come last."""
+    def _first(self, excluded: Collection[int], holders: Iterable[Request]) -> Request | None:
+        """Return the coldest leftover, else the coldest holder; the youngest among equals."""
         while True:
+            while self._leftovers:
+                request = self._leftovers[-1]
+                if is_leftover(request) and self._may_lose(request, excluded):
+                    return request
+                self._leftovers.pop()
             while self._ranked:
                 request = self._ranked[-1]
-                if not self._may_lose(request) or request.handle in excluded:
-                    self._ranked.pop()
-                elif request.is_safe:
-                    self._spared.appendleft(self._ranked.pop())
-                else:
+                if self._may_lose(request, excluded):
                     return request
-            while self._spared and takes_safe:
-                request = self._spared[-1]
-                if self._may_lose(request) and request.handle not in excluded:
-                    return request
-                self._spared.pop()
+                self._ranked.pop()
             if self._is_fresh:
                 return None
             self._rank(excluded, holders)
 
     def _rank(self, excluded: Collection[int], holders: Iterable[Request]) -> None:
         coldness, now = self._policy.coldness, self._now
-        self._ranked = sorted(
-            (r for r in holders if self._may_lose(r) and r.handle not in excluded),
+        ranked = sorted(
+            (request for request in holders if self._may_lose(request, excluded)),
             key=lambda request: (*coldness(request, now), request.handle),
         )
+        self._leftovers = [request for request in ranked if is_leftover(request)]
+        self._ranked = [request for request in ranked if not is_leftover(request)]
         self._is_fresh = True
-        self._num_plans_left = len(self._ranked) // NUM_RANKED_PER_PLAN
+        self._num_plans_left = len(ranked) // NUM_RANKED_PER_PLAN
 
     @staticmethod
-    def _may_lose(request: Request) -> bool:
+    def _may_lose(request: Request, excluded: Collection[int]) -> bool:
         # One that recomputes is exempt: it would lose the same KV again and again.
         table = request.table
         return not (
-            table is None or table.is_drained or table.is_draining or request.is_recomputing
+            table is None
+            or table.is_drained
+            or table.is_draining
+            or request.is_recomputing
+            or request.handle in excluded
         )
+
+
+def is_leftover(request: Request) -> bool:
+    """Whether it gave way and has not been brought back, so that no step uses what it has."""
+    return request.table is not None and not request.table.is_wanted

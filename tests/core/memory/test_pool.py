@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from fastserve.core.memory.block import NO_PLACE, Block, State
+from fastserve.core.memory.block import NO_PLACE, ON_DEVICE, Block, State
 from fastserve.core.memory.pool import BlockPool
 
 HASHES = [bytes([number]) for number in range(8)]
@@ -30,6 +30,7 @@ class Model:
     def __init__(self, num_device: int, num_host: int) -> None:
         self.pool = BlockPool(num_device, num_host)
         self.names: list[Block] = []  # one entry per name; a Block may have several
+        self.wants: list[Block] = []  # the same of the names that want it
         self.copies: list[Copying] = []
         self.states: dict[Block, State] = {}  # of all that is anywhere
         self.findable: dict[bytes, Block] = {}
@@ -46,8 +47,9 @@ class Model:
             return
         self.expect_device_place()
         block = self.pool.take()
-        block.wanted = 0  # wanting is a matter of tables
-        assert (block.refs, block.hash, block.state) == (1, None, State.DIRTY)
+        assert (block.refs, block.wanted, block.hash) == (1, 1, None)
+        assert block.state is State.DIRTY
+        self.wants.append(block)
         self.names.append(block)
         self.states[block] = State.DIRTY
 
@@ -90,11 +92,28 @@ class Model:
         block = self.pick(self.names, number)
         if block is None:
             return
+        if self.wants.count(block) == self.names.count(block):
+            self.wants.remove(block)
+            self.pool.unwant(block)
         self.names.remove(block)
         self.pool.release(block)
         if block not in self.names:
             self.saved_lru = [other for other in self.saved_lru if other is not block]
             self.settle(block)
+
+    def want(self, number: int) -> None:
+        """A table that names a Block is to run."""
+        block = self.pick([b for b in self.names if b.wanted < b.refs], number)
+        if block is not None:
+            self.wants.append(block)
+            self.pool.want(block)
+
+    def unwant(self, number: int) -> None:
+        """And gives way."""
+        block = self.pick(self.wants, number)
+        if block is not None:
+            self.wants.remove(block)
+            self.pool.unwant(block)
 
     def save(self, number: int) -> None:
         """A copy ahead of need, of what a table names or of the oldest in the prefix cache."""
@@ -249,6 +268,7 @@ class Model:
         pool.check({*named, *self.names}, copied)
         assert all(block.state is state for block, state in states.items())
         assert all(block.refs == self.names.count(block) for block in states)
+        assert all(block.wanted == self.wants.count(block) for block in states)
         assert all(pool.find(key) is self.findable.get(key) for key in HASHES)
         on_device = {block for block, state in states.items() if state in DEVICE_STATES}
         on_host = {block for block, state in states.items() if state in HOST_STATES}
@@ -271,6 +291,9 @@ class Model:
         assert pool.num_moving == len(written | held)
         assert pool.num_used == len((on_device & named) - written)
         assert pool.num_available == pool.num_free + pool.num_cached
+        readable = {b for b in on_device & named if states[b] in ON_DEVICE}
+        assert pool.num_unwanted == len(readable - set(self.wants))
+        assert pool.num_away == len({b for b in named if states[b] in (State.HOST, State.LOADING)})
         arriving = {b for b in on_host if states[b] in (State.SAVING, State.LEAVING)}
         assert pool.num_host_cached == len(self.host_lru)
         assert pool.num_host_moving == len(arriving)
@@ -284,7 +307,7 @@ class Model:
 OPERATIONS = (
     *(Model.take, Model.take, Model.publish, Model.publish, Model.retain, Model.release),
     *(Model.save, Model.leave, Model.stay, Model.drop, Model.load, Model.forget_host, Model.end),
-    Model.unpublish,
+    *(Model.want, Model.unwant, Model.unpublish),
 )
 
 
@@ -339,7 +362,7 @@ def test_check_sees_a_leak_and_a_double_owner() -> None:
 def taken(pool: BlockPool, block_hash: bytes | None = None) -> Block:
     """Return a named Block that no table wants, findable if it has a hash."""
     block = pool.take()
-    block.wanted = 0
+    pool.unwant(block)
     if block_hash is not None:
         pool.publish(block, block_hash)
     return block

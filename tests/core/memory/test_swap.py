@@ -9,6 +9,7 @@ import pytest
 from fastserve.core.build import build_cache
 from fastserve.core.memory.block import State
 from fastserve.core.memory.memory import Claim, KVCacheManager
+from fastserve.core.memory.swap import EXCHANGE_SHARE
 from fastserve.core.memory.table import BlockTable
 from fastserve.core.messages import Copy, CopyDirection
 from fastserve.core.policies.fcfs import FCFS
@@ -43,11 +44,19 @@ class Room:
         self.requests.append(request)
         return request
 
-    def claim(self, request: Request, *, after: tuple[int, ...] = ()) -> Claim:
+    def claim(
+        self,
+        request: Request,
+        *,
+        after: tuple[int, ...] = (),
+        now: float = 0.0,
+        is_patient: bool = False,
+    ) -> Claim:
         """Claim all that a request needs, as the head of the order or behind others."""
         if not after:
-            self.cache.begin_plan(0.0)
-        outcome = self.cache.claim(request, request.num_tokens, {request.handle, *after})
+            self.cache.begin_plan(now)
+        scanned = {request.handle, *after}
+        outcome = self.cache.claim(request, request.num_tokens, scanned, is_patient=is_patient)
         self.cache.check(self.requests)
         return outcome
 
@@ -321,3 +330,108 @@ def test_what_does_not_fit_is_not_fetched_again_and_again() -> None:
         taker, _ = room.compute(8)
         room.end(taker)
     assert 0 < room.cache.moves.num_fetched_blocks <= len(table.blocks)
+
+
+# ── who gives way first, and when one that gave way comes back ───────────────────────────────
+
+
+def save_all(table: BlockTable, room: Room) -> None:
+    """Have all full Blocks of a table on both tiers."""
+    for block in table.blocks:
+        room.cache.pool.save(block)
+        room.cache.pool.saved(block)
+
+
+def test_what_is_left_of_one_that_gave_way_is_taken_first_and_by_any() -> None:
+    """No step uses it, so that it goes before what the coldest runs on, and to a colder one."""
+    room = Room(6, 8, policy=OldestGoes())
+    oldest, _ = room.compute(8)
+    left, table = room.compute(12)
+    save_all(table, room)
+    head = room.request(12)
+    assert room.claim(head, after=(oldest.handle,)) is Claim.MET
+    on_both = [block.state for block in table.blocks].count(State.CLEAN)
+    assert (on_both, room.cache.pool.num_unwanted) == (1, 1)
+    outcome = room.cache.claim(oldest, 12, {head.handle, oldest.handle})
+    assert outcome is Claim.MET, "it is the coldest, and stands still beside what nobody uses"
+    assert (states(left), room.cache.pool.num_unwanted) == ({State.HOST}, 0)
+    room.cache.check(room.requests)
+
+
+def gone(room: Room) -> tuple[Request, float]:
+    """Return a request all of whose KV is on the host, and how long it is to stay away."""
+    away, table = room.compute(12)
+    room.swap_out(away)
+    assert room.cache._swapper is not None
+    return away, room.cache._swapper.wait_s(len(table.blocks))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.99, 1.01])
+def test_the_places_of_others_are_taken_back_only_after_a_wait(share: float) -> None:
+    """Before, the claim is as if it had not been made, unless nothing else can run."""
+    room = Room(4, 8)
+    away, wait_s = gone(room)
+    other, _ = room.compute(12)
+    now = away.last_ran_at + share * wait_s
+    assert room.claim(away, now=now, is_patient=True) is (
+        Claim.STANDS if share > 1.0 else Claim.DEFERRED
+    )
+    assert (states(other) == {State.DIRTY}) == (share < 1.0)
+    assert bool(room.begun()) == (share > 1.0)
+    assert room.cache.num_left == room.cache.pool.num_available or share > 1.0
+    assert room.claim(away, now=now) is Claim.STANDS
+    assert room.begun() or share > 1.0
+
+
+def test_unused_places_are_taken_back_at_once() -> None:
+    """What is free, and what is left of another that gave way: nobody runs on it."""
+    room = Room(8, 16)
+    away, _ = gone(room)
+    other, table = room.compute(16)
+    save_all(table, room)
+    for _ in range(60):  # nothing is taken for long enough to be expected no more
+        room.cache.begin_plan(0.0)
+    assert room.claim(away, is_patient=True) is Claim.STANDS
+    (load,) = room.begun()
+    assert (load.direction, len(load.dst)) == (IN, 3)
+    assert states(other) == {State.CLEAN}
+    room.report(load)
+    assert room.claim(away, is_patient=True) is Claim.MET
+
+
+def test_the_wait_grows_with_what_is_away_and_with_what_is_lacking() -> None:
+    """If all that is away came back as often, the same share of the device would lie idle."""
+    room = Room(16, 64)
+    _, wait_s = gone(room)
+    swapper, pool = room.cache._swapper, room.cache.pool
+    assert swapper is not None
+    assert pool.num_away == 3
+    assert swapper.wait_s(6) > wait_s
+    gone(room)
+    assert pool.num_away == 6
+    assert swapper.wait_s(3) == pytest.approx(2.0 * wait_s)
+    idle_s = COSTS.copy_s(3) + COSTS.min_iteration_s
+    share = pool.num_away * idle_s / (pool.num_device_blocks * swapper.wait_s(3))
+    assert share == pytest.approx(EXCHANGE_SHARE)
+
+
+def test_over_a_link_that_takes_no_time_nobody_waits() -> None:
+    """What costs nothing is not put off."""
+    room = Room(4, 8, "ideal")
+    _, wait_s = gone(room)
+    assert wait_s == 0.0
+
+
+def test_while_a_copy_is_on_its_way_what_nobody_uses_is_taken_instead() -> None:
+    """The claim is met at once, and the place that the copy will free is another's."""
+    room = Room(8, 16, policy=OldestGoes())
+    _, dirty = room.compute(12)
+    _, clean = room.compute(12)
+    save_all(clean, room)
+    head = room.request(20)
+    assert room.claim(head) is Claim.STANDS
+    assert [block.state for block in dirty.blocks] == [State.LEAVING] * 3
+    assert [block.state for block in clean.blocks] == [State.CLEAN] * 3
+    room.cache._give_way(room.requests[1], 0)
+    assert room.claim(head) is Claim.MET
+    assert [block.state for block in clean.blocks] == [State.HOST] * 3

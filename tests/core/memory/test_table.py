@@ -1,4 +1,4 @@
-"""BlockTable: what a step could read, and which blocks a table holds on to."""
+"""BlockTable: what a step could read."""
 
 from __future__ import annotations
 
@@ -22,19 +22,6 @@ def test_one_block_that_is_not_there_keeps_a_table_from_running(state: State) ->
     assert table_of(State.DIRTY, state, State.CLEAN).is_on_device == (state in ON_DEVICE)
     assert table_of(State.DIRTY, state).is_lost == (state is State.GONE)
     assert len(table_of(state, State.HOST).on_host()) == 1 + (state is State.HOST)
-
-
-def test_to_want_twice_is_to_want_once() -> None:
-    """A table counts once among those for which a Block is to stay, however often it asks."""
-    table, other = table_of(State.DIRTY, State.CLEAN), table_of(State.DIRTY)
-    other.blocks.append(table.blocks[0])
-    table.blocks[0].wanted += 1
-    for _ in range(2):
-        table.unwant()
-    assert [block.wanted for block in table.blocks] == [1, 0]
-    for _ in range(2):
-        table.want()
-    assert [block.wanted for block in table.blocks] == [2, 1]
 
 
 def test_an_empty_table_can_run_and_is_not_lost() -> None:
