@@ -248,13 +248,16 @@ def test_a_choice_that_fails_ends_the_others():
 
 
 def test_events_that_come_together_may_be_more_than_are_held():
-    """The role and the first token of a chat, where one event is: the reader is given them."""
+    """Usage and [DONE], where one event is held and the reader waits: it is given both."""
+    engine = ScriptedEngine(says("ab", ends=None))
+    body = {**ASKED, "stream_options": {"include_usage": True}}
 
     async def work() -> None:
-        connection = Connection(
-            app_over(ScriptedEngine(says("fox")), max_events=1), CHATTED, path=CHAT
-        )
+        connection = Connection(app_over(engine, max_events=1), body)
+        await connection.until(has_events(2))
+        say(engine.streams[0], 5, is_last=True)
         assert (await connection.end()).endswith(b"data: [DONE]\n\n")
+        assert numbers_of(connection.received) == [1, 2, 3, 4, 5]
 
     run(work)
 
