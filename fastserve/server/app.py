@@ -99,7 +99,9 @@ def add_generation_routes(app: FastAPI, context: ServerContext) -> None:
     """Add the routes that read a body."""
 
     async def resumed(request: Request) -> Response | None:
-        return None if context.resumable is None else await context.resumable.resume(request)
+        if context.resumable is None:
+            return None
+        return await context.resumable.resume(request, context.bodies)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:

@@ -23,6 +23,7 @@ from fastserve.server.errors import ApiError, from_validation, invalid, shortene
 from fastserve.server.json_size import json_size
 from fastserve.server.protocol import Body
 from fastserve.server.refused_fields import UnreadFields
+from fastserve.server.resumption import note_body
 
 B = TypeVar("B", bound=Body)
 MAX_SHOWN_KEY_BYTES = 256
@@ -40,6 +41,8 @@ async def read_body(request: Request, model: type[B], context: ServerContext) ->
     """
     check_media_type(request.headers)
     async with context.bodies.read(request) as content:
+        if context.resumable is not None:
+            note_body(request, content)
         if len(content) <= SMALL_BODY_BYTES:
             return parsed(content, model, context.unread_fields)
         if len(content) > PLAIN_BODY_BYTES:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from starlette.requests import Request
 from starlette.responses import Response
 
+from fastserve.server.bodies import Bodies
 from fastserve.server.errors import ApiError, invalid
 from fastserve.server.event_stream import EventStream, error_events
 from fastserve.server.gate import tenant_of
@@ -40,11 +41,15 @@ class Asker(NamedTuple):
     digest: bytes  # of the path and the body
 
 
-async def asker_of(request: Request) -> Asker:
-    """Return who asks, and what."""
+def note_body(request: Request, content: bytes | bytearray) -> None:
+    """Keep of a body, which is read once, what tells it from others."""
     path = request.scope["path"].encode()
-    digest = hashlib.sha256(path + b"\n" + await request.body()).digest()
-    return Asker(tenant_of(request.scope), digest)
+    request.state.digest = hashlib.sha256(path + b"\n" + content).digest()
+
+
+def asker_of(request: Request) -> Asker:
+    """Return who asks, and what; its body has been noted."""
+    return Asker(tenant_of(request.scope), request.state.digest)
 
 
 class ResumableStream:
@@ -127,7 +132,7 @@ class ResumableStreams:
         """What is held of all of them."""
         return self._replays.num_bytes
 
-    async def begin(
+    def begin(
         self,
         request: Request,
         pieces: AsyncGenerator[Sequence[bytes]],
@@ -140,12 +145,12 @@ class ResumableStreams:
         """
         name = secrets.token_urlsafe(NAME_BYTES)
         replay = Replay(name, on_drop=lambda: self._streams.pop(name).abort())
-        asker = await asker_of(request)
+        asker = asker_of(request)
         stream = ResumableStream(self._replays, replay, asker, pieces, abort)
         self._streams[name] = stream
         return self._response(stream, replay.reader, 0)
 
-    async def resume(self, request: Request) -> Response | None:
+    async def resume(self, request: Request, bodies: Bodies) -> Response | None:
         """Return the response that goes on with a stream; None if the request names none.
 
         204 where there is nothing after the event it names, which tells browsers to stop asking.
@@ -155,7 +160,9 @@ class ResumableStreams:
         event_id = request.headers.get(LAST_EVENT_ID)
         if not event_id:
             return None
-        asker = await asker_of(request)
+        async with bodies.read(request) as content:
+            note_body(request, content)
+        asker = asker_of(request)
         found = EVENT_ID.fullmatch(event_id)
         stream = None if found is None else self._streams.get(found["name"])
         if found is None or stream is None or stream.asker.tenant != asker.tenant:

@@ -136,7 +136,7 @@ async def respond(
     if body.stream:
         told, abort = events(choices, shape), partial(abort_all, choices)
         if context.resumable is not None:
-            return await context.resumable.begin(request, told, abort)
+            return context.resumable.begin(request, told, abort)
         return EventStream(told, abort)
     try:
         pieces = await unless_gone(request.receive, whole_answer(choices, shape))
