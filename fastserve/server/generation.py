@@ -23,6 +23,7 @@ from fastserve.core.messages import (
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
 from fastserve.frontend.answer import Answer
 from fastserve.server.context import ServerContext
+from fastserve.server.deadlines import Deadline
 from fastserve.server.errors import invalid
 from fastserve.server.prompts import Prompt
 from fastserve.text.tokenizer import TextDelta, TextStream
@@ -144,11 +145,12 @@ def abort_all(choices: Sequence[Choice]) -> None:
         choice.stream.abort()
 
 
-async def news_of(choices: Sequence[Choice]) -> AsyncGenerator[News]:
-    """Yield the news of all choices as they come; raises the first failure."""
+async def news_of(choices: Sequence[Choice], deadline: Deadline) -> AsyncGenerator[News]:
+    """Yield the news of all choices as they come; raises the first failure, 504 when it is late."""
     if len(choices) == 1:
-        async for update in choices[0].stream:
-            yield News(choices[0], choices[0].take(update))
+        choice, updates = choices[0], aiter(choices[0].stream)
+        while (update := await deadline.wait(anext(updates, None))) is not None:
+            yield News(choice, choice.take(update))
         return
     queue: asyncio.Queue[tuple[Choice, RequestUpdate | Exception | None]]
     queue = asyncio.Queue(NEWS_QUEUE)
@@ -156,7 +158,7 @@ async def news_of(choices: Sequence[Choice]) -> AsyncGenerator[News]:
     try:
         num_open = len(choices)
         while num_open:
-            choice, item = await queue.get()
+            choice, item = await deadline.wait(queue.get())
             if isinstance(item, Exception):
                 raise item
             if item is None:

@@ -23,6 +23,7 @@ from fastserve.frontend.request_checks import (
     MAX_STOP_STRINGS,
 )
 from fastserve.server import protocol, responses
+from fastserve.server.deadlines import TIMEOUT_HEADER
 from fastserve.server.errors import ErrorBody
 from fastserve.server.gate import OPEN_PATHS
 from fastserve.server.resumption import LAST_EVENT_ID
@@ -42,6 +43,7 @@ ERRORS: Mapping[int, str] = {
     429: "The server holds as many requests as it takes; retry later.",
     500: "The server failed.",
     503: "There is no engine now: loading, stopping or dead.",
+    504: "The answer was not complete in the time that it was given.",
 }
 
 
@@ -51,6 +53,12 @@ RESUMPTION: Mapping[int, str] = {
     404: "There is no such model, or no such stream to go on with.",
     409: "Another request began the stream that Last-Event-ID names.",
     410: "Events after the one that Last-Event-ID names are no longer there.",
+}
+TIMEOUT_PARAMETER: Mapping[str, Any] = {
+    "name": TIMEOUT_HEADER,
+    "in": "header",
+    "description": "Seconds that the answer may take, if that is less than the server lets it.",
+    "schema": {"type": "number", "exclusiveMinimum": 0},
 }
 LAST_EVENT_PARAMETER: Mapping[str, Any] = {
     "name": LAST_EVENT_ID,
@@ -91,11 +99,11 @@ class Route(NamedTuple):
 POSTED = (400, 404, 413, 415)
 ROUTES: Mapping[tuple[str, str], Route] = {
     ("/v1/completions", "post"): Route(
-        Completion, (*POSTED, 429, 500, 503), protocol.CompletionRequest, Completion
+        Completion, (*POSTED, 429, 500, 503, 504), protocol.CompletionRequest, Completion
     ),
     ("/v1/chat/completions", "post"): Route(
         ChatCompletion,
-        (*POSTED, 429, 500, 503),
+        (*POSTED, 429, 500, 503, 504),
         protocol.ChatCompletionRequest,
         ChatCompletionChunk,
     ),
@@ -155,14 +163,16 @@ def describe(app: FastAPI, *, has_keys: bool, resumes_streams: bool) -> dict[str
             operation["security"] = [{BEARER: []}]
         if route.body is not None:
             operation["requestBody"] = {"required": True, "content": content(route.body.__name__)}
-        if resumes_streams and route.events is not None:
-            add_resumption(operation)
+        if route.events is not None:
+            operation["parameters"] = [TIMEOUT_PARAMETER]
+            if resumes_streams:
+                add_resumption(operation)
     return schema
 
 
 def add_resumption(operation: dict[str, Any]) -> None:
     """Say of a route that its streams can be resumed."""
-    operation["parameters"] = [LAST_EVENT_PARAMETER]
+    operation["parameters"].append(LAST_EVENT_PARAMETER)
     for status, text in RESUMPTION.items():
         told = {} if status == 204 else {"content": content("ErrorBody")}
         operation["responses"][str(status)] = {"description": text, **told}

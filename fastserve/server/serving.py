@@ -21,6 +21,7 @@ from fastserve.server.answers import Shape, Tally, joined
 from fastserve.server.chat import ChatShape
 from fastserve.server.completion import CompletionShape
 from fastserve.server.context import ServerContext
+from fastserve.server.deadlines import Deadline, deadline_of
 from fastserve.server.disconnect import unless_gone
 from fastserve.server.errors import ApiError, from_failure
 from fastserve.server.event_stream import EventStream, error_events
@@ -52,15 +53,17 @@ async def complete(body: CompletionRequest, context: ServerContext, request: Req
     context.check_model(body.model)
     context.check_priority(body.priority)
     info = context.require_engine()
+    deadline = deadline_of(request, context.server_config.request_timeout)
     num_prompts, num_known_tokens = least_size(body)
     check_fields(body, num_prompts, num_known_tokens, info, context.max_price(info))
     context.require_place(num_prompts * (body.n or 1))
     if body.echo:
         context.require_tokenizer("echo")
-    prompts = await unless_gone(request.receive, completion_prompts(body, context, info))
+    made = completion_prompts(body, context, info)
+    prompts = await unless_gone(request.receive, deadline.wait(made))
     choices, tally = start(body, prompts, context, request.scope, "cmpl")
     shape = CompletionShape(body, tally, context.tokenizer)
-    return await respond(body, choices, shape, context, request)
+    return await respond(body, choices, shape, deadline, context, request)
 
 
 async def chat(body: ChatCompletionRequest, context: ServerContext, request: Request) -> Response:
@@ -68,6 +71,7 @@ async def chat(body: ChatCompletionRequest, context: ServerContext, request: Req
     context.check_model(body.model)
     context.check_priority(body.priority)
     info = context.require_engine()
+    deadline = deadline_of(request, context.server_config.request_timeout)
     check_fields(body, 1, 1, info, context.max_price(info))
     context.require_place(body.n or 1)
     made = chat_prompt(
@@ -79,9 +83,9 @@ async def chat(body: ChatCompletionRequest, context: ServerContext, request: Req
         variables=body.chat_template_kwargs,
         info=info,
     )
-    prompt = await unless_gone(request.receive, made)
+    prompt = await unless_gone(request.receive, deadline.wait(made))
     choices, tally = start(body, [prompt], context, request.scope, "chatcmpl")
-    return await respond(body, choices, ChatShape(body, tally), context, request)
+    return await respond(body, choices, ChatShape(body, tally), deadline, context, request)
 
 
 def start(
@@ -129,27 +133,28 @@ async def respond(
     body: GenerationRequest,
     choices: Sequence[Choice],
     shape: Shape,
+    deadline: Deadline,
     context: ServerContext,
     request: Request,
 ) -> Response:
     """Return a stream, or the whole answer once there is one."""
     if body.stream:
-        told, abort = events(choices, shape), partial(abort_all, choices)
+        told, abort = events(choices, shape, deadline), partial(abort_all, choices)
         if context.resumable is not None:
             return context.resumable.begin(request, told, abort)
         return EventStream(told, abort)
     try:
-        pieces = await unless_gone(request.receive, whole_answer(choices, shape))
+        pieces = await unless_gone(request.receive, whole_answer(choices, shape, deadline))
     finally:
         abort_all(choices)
     return WholeAnswer(pieces)
 
 
-async def whole_answer(choices: Sequence[Choice], shape: Shape) -> list[bytes]:
+async def whole_answer(choices: Sequence[Choice], shape: Shape, deadline: Deadline) -> list[bytes]:
     """Return the body of a response that is not streamed, in pieces."""
     deltas: list[list[TextDelta]] = [[] for _ in choices]
     try:
-        async with contextlib.aclosing(news_of(choices)) as all_news:
+        async with contextlib.aclosing(news_of(choices, deadline)) as all_news:
             async for choice, delta in all_news:
                 deltas[choice.index].append(delta)
     except Exception as error:
@@ -163,10 +168,12 @@ async def whole_answer(choices: Sequence[Choice], shape: Shape) -> list[bytes]:
     return shape.whole(whole).pieces()
 
 
-async def events(choices: Sequence[Choice], shape: Shape) -> AsyncGenerator[Sequence[bytes]]:
+async def events(
+    choices: Sequence[Choice], shape: Shape, deadline: Deadline
+) -> AsyncGenerator[Sequence[bytes]]:
     """Yield the events of a stream: those of one update together."""
     try:
-        async with contextlib.aclosing(news_of(choices)) as all_news:
+        async with contextlib.aclosing(news_of(choices, deadline)) as all_news:
             async for news in all_news:
                 if news.choice.shows_scores:
                     piece = await asyncio.to_thread(encoded, shape, news)

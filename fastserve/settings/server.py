@@ -54,6 +54,12 @@ class ServerConfig:
         minimum=1,
     )
     max_body_bytes: int = option(4 * 2**20, "largest request body; more gets 413", minimum=1024)
+    request_timeout: float | None = option(
+        None,
+        "seconds after which an answer that is not complete is given up with 504; the header "
+        "X-Request-Timeout may ask for fewer (none)",
+        minimum=0.001,
+    )
     stream_grace: float = option(
         0.0,
         "seconds that a stream goes on, and is kept, for a client that lost it and may come back "
