@@ -20,7 +20,7 @@ from fastserve.client.engine_link import EngineLink
 from fastserve.client.interfaces import EngineDeadError
 from fastserve.client.metrics import EngineMetrics
 from fastserve.client.streams import OpenStreams, RequestStream
-from fastserve.client.suspects import DEATHS_OF_A_SUSPECT, Suspects
+from fastserve.client.suspects import Suspects
 from fastserve.core.messages import RequestFailedError, RequestUpdate
 from fastserve.core.request import NO_HANDLE, Arrival, FinishReason
 from fastserve.core.routing import ReplicaFacts, Router
@@ -97,7 +97,7 @@ class Dispatcher:
         is_blamed = culprit is not None and culprit in self.streams
         if culprit is not None and is_blamed:
             self.num_blamed += 1
-            logger.error("a request ended the engine %d times; it is given up", DEATHS_OF_A_SUSPECT)
+            logger.error("a request ended every engine that ran it; it is given up")
             self._fail(culprit, reason)
         self._hand_over()
         return is_blamed

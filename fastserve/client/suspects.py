@@ -4,8 +4,9 @@ Rules: a death is charged to the requests whose step was under way, or, where th
 say, to all it had; a token that comes afterwards clears a request. A request that was charged
 with two deaths in a row is a suspect: it runs nowhere but in a process that has just loaded, which
 runs suspects before all others, one at a time, each until its next token. Other replicas go on
-meanwhile, without them. A death with one request under way, its second in a row, is that
-request's: it fails. Must not know: processes, sockets, why an engine died.
+meanwhile, without them. A death in its trial is that request's: it fails. Two are no proof, even
+where it was alone: what kills from outside may strike twice before a token.
+Must not know: processes, sockets, why an engine died.
 """
 
 from __future__ import annotations
@@ -44,18 +45,18 @@ class Suspects:
 
     def charge(self, present: Sequence[RequestNumber], replica: int = 0) -> RequestNumber | None:
         """Take note of a replica's death; return the request that is to blame, if it is certain."""
+        culprit: RequestNumber | None = None
         if replica == self.trial_at:
             assert self.on_trial is not None
-            present = (self.on_trial,)
+            culprit = self.on_trial
+            present = (culprit,)
             self.on_trial = self.trial_at = None
             self._waiting.clear()
         for request in present:
             self._deaths[request] = self._deaths.get(request, 0) + 1
         if self.trial_at is not None:  # new suspects are tried there too
             self._line_up()
-        if len(present) == 1 and self._deaths[present[0]] >= DEATHS_OF_A_SUSPECT:
-            return present[0]
-        return None
+        return culprit
 
     def begin_trials(self, replica: int = 0) -> None:
         """Try the suspects in a replica that has just loaded, unless another tries them."""

@@ -46,13 +46,24 @@ def test_a_death_during_a_trial_is_the_tried_ones() -> None:
     assert suspects.on_trial == 2
 
 
-def test_whoever_is_alone_at_two_deaths_needs_no_trial() -> None:
-    """But one death alone is no proof, nor are two with a token between them."""
+def test_whoever_is_alone_at_two_deaths_is_tried_too() -> None:
+    """They may have come from outside; a third one, in its trial, is proof."""
+    suspects = Suspects()
+    for _ in range(2):
+        assert suspects.charge(numbers(7)) is None
+    suspects.begin_trials()
+    assert suspects.on_trial == 7
+    assert suspects.charge(numbers(7)) == 7
+
+
+def test_deaths_with_a_token_between_them_make_no_suspect() -> None:
+    """Only those in a row count."""
     suspects = Suspects()
     assert suspects.charge(numbers(7)) is None
     suspects.clear(RequestNumber(7))
     assert suspects.charge(numbers(7)) is None
-    assert suspects.charge(numbers(7)) == 7
+    suspects.begin_trials()
+    assert suspects.on_trial is None
 
 
 def test_a_death_with_nobody_present_blames_nobody() -> None:

@@ -96,7 +96,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("-x", "--exitfirst", action="store_true", help="stop where one fails")
     parser.add_argument("--summary", metavar="FILE", help="write the figures as JSON")
     options = parser.parse_args(arguments)
-    logging.getLogger("fastserve").setLevel(logging.CRITICAL)  # what goes wrong is told here
     if options.seed is not None:
         seeds = [options.seed]
     else:
@@ -157,4 +156,5 @@ def _print(total: Report) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("fastserve").setLevel(logging.CRITICAL)  # what goes wrong is told here
     sys.exit(main(sys.argv[1:]))

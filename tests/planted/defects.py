@@ -311,8 +311,8 @@ DEFECTS = (
     Defect(
         "a request that kills every engine is never blamed",
         "fastserve/client/suspects.py",
-        "        if len(present) == 1 and self._deaths[present[0]] >= DEATHS_OF_A_SUSPECT:\n",
-        "        if False:\n",
+        "        return culprit\n",
+        "        return None\n",
         ("tests/client/test_suspects.py",),
     ),
     Defect(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from math import inf
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.server.scripted import ScriptedEngine, call, make_app, says
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
-BODIES = {
+BODIES: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "a"},
     CHAT: {"messages": [{"role": "user", "content": "a"}]},
 }
