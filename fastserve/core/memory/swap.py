@@ -113,11 +113,13 @@ class Swapper:
         states = {block.state for block in table.blocks if block.wanted <= own}
         if State.CLEAN in states:
             return Way.AT_ONCE
+        if State.SAVING not in states and State.DIRTY not in states:
+            return Way.NONE_LEFT
+        if table.is_stuck:  # even if another copy of it is under way: that may fail as well
+            return Way.NO_HOST_PLACE
         if State.SAVING in states:
             return Way.BY_COPY
-        if State.DIRTY not in states:
-            return Way.NONE_LEFT
-        if table.is_stuck or not self._pool.num_host_available:
+        if not self._pool.num_host_available:
             return Way.NO_HOST_PLACE
         is_busy = self.link.backlog_s(OUT) > self._window_s
         return Way.LATER if is_busy else Way.BY_COPY

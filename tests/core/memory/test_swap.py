@@ -316,6 +316,26 @@ def test_over_a_broken_link_the_head_still_runs(num_device: int) -> None:
     assert (victim.epoch, room.cache.moves.num_failed_copies) == (1, 1)
 
 
+def test_one_that_could_not_leave_is_dropped_though_another_copy_of_it_is_under_way() -> None:
+    """Else there is always one more copy to wait for, and over a broken link for ever."""
+    room = Room(20, 40)
+    victim, table = room.compute(80)
+    assert room.claim(room.request(4)) is Claim.STANDS
+    (first,) = room.begun()
+    room.end(room.requests[-1])
+    head = room.request(60)
+    assert room.claim(head) is Claim.STANDS
+    (second,) = room.begun()
+    room.report(first, has_failed=True)
+    assert {block.state for block in table.blocks} == {State.DIRTY, State.LEAVING}
+    room.end(head)
+    assert room.claim(victim) is Claim.MET
+    assert State.SAVING in states(victim)
+    room.claim(room.request(60))
+    assert (victim.epoch, room.begun()) == (1, ())
+    room.report(second, has_failed=True)
+
+
 def test_what_does_not_fit_is_not_fetched_again_and_again() -> None:
     """A table of which less is fetched at a time than it has is fetched no more than once."""
     room = Room(4, 12, "proactive", OldestGoes())
