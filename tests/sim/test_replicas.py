@@ -80,7 +80,7 @@ def test_each_replica_does_what_it_would_alone_with_its_rows(policy):
 def test_copies_of_replicas_run_beside_each_other(mode):
     """Each machine has a link of its own; all ends as it would with each alone."""
     config = small_config(scheduling_policy="skip-join-mlfq", preemption_mode=mode)
-    workload = random_workload().faster(2.5)
+    workload = random_workload().faster(2.4)
     machine = replace(SWAPPING, num_device_blocks=40)
     outcome, rows_by_replica = replicated(config, machine, workload, 2)
     assert outcome.stats.num_swapped_out_blocks + outcome.stats.num_saved_blocks > 0
