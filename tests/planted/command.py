@@ -36,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     chosen = [defect for defect in DEFECTS if options.only in defect.name]
     summary = None if options.summary is None else output_path(options.summary, "--summary")
+    origin = provenance(["scripts/plant", *arguments])
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         roots = [Path(folder, str(number)) for number in range(options.jobs)]
         for root in roots:
@@ -48,7 +49,6 @@ def main(arguments: Sequence[str]) -> int:
     print(f"caught/planted: {num_caught}/{len(rows)}")
     if summary is not None:
         figures = {"planted": len(rows), "caught": num_caught, "seeds": options.seeds}
-        origin = provenance(["scripts/plant", *arguments])
         write_result(summary, origin | figures | {"defects": rows})
     return 0 if num_caught == len(rows) else 1
 
