@@ -23,7 +23,6 @@ from fastserve.frontend.request_checks import (
     MAX_STOP_STRINGS,
 )
 from fastserve.server import protocol, responses
-from fastserve.server.deadlines import TIMEOUT_HEADER
 from fastserve.server.errors import ErrorBody
 from fastserve.server.gate import OPEN_PATHS
 from fastserve.server.resumption import LAST_EVENT_ID
@@ -53,12 +52,6 @@ RESUMPTION: Mapping[int, str] = {
     404: "There is no such model, or no such stream to go on with.",
     409: "Another request began the stream that Last-Event-ID names.",
     410: "Events after the one that Last-Event-ID names are no longer there.",
-}
-TIMEOUT_PARAMETER: Mapping[str, Any] = {
-    "name": TIMEOUT_HEADER,
-    "in": "header",
-    "description": "Seconds that the answer may take, if that is less than the server lets it.",
-    "schema": {"type": "number", "exclusiveMinimum": 0},
 }
 LAST_EVENT_PARAMETER: Mapping[str, Any] = {
     "name": LAST_EVENT_ID,
@@ -163,16 +156,14 @@ def describe(app: FastAPI, *, has_keys: bool, resumes_streams: bool) -> dict[str
             operation["security"] = [{BEARER: []}]
         if route.body is not None:
             operation["requestBody"] = {"required": True, "content": content(route.body.__name__)}
-        if route.events is not None:
-            operation["parameters"] = [TIMEOUT_PARAMETER]
-            if resumes_streams:
-                add_resumption(operation)
+        if resumes_streams and route.events is not None:
+            add_resumption(operation)
     return schema
 
 
 def add_resumption(operation: dict[str, Any]) -> None:
     """Say of a route that its streams can be resumed."""
-    operation["parameters"].append(LAST_EVENT_PARAMETER)
+    operation["parameters"] = [LAST_EVENT_PARAMETER]
     for status, text in RESUMPTION.items():
         told = {} if status == 204 else {"content": content("ErrorBody")}
         operation["responses"][str(status)] = {"description": text, **told}

@@ -32,7 +32,6 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from fastserve.server.deadlines import TIMEOUT_HEADER
 from tests.server.conftest import API_KEY, serving
 from tests.server.scripted import TOKENIZER, ScriptedEngine, make_app
 
@@ -73,7 +72,6 @@ def config() -> SchemathesisConfig:
 
 def attack(case: Case, base_url: str | None = None) -> None:
     """Send one request, in this process if to no address, and judge what comes back."""
-    case.headers.pop(TIMEOUT_HEADER, None)  # a moment is too short for any answer
     if isinstance(case.body, dict):
         reach_the_engine(case.body)
     case.validate_response(case.call(base_url, timeout=60), checks=CHECKS)
