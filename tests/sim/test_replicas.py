@@ -77,10 +77,11 @@ def test_each_replica_does_what_it_would_alone_with_its_rows(policy):
 
 
 @pytest.mark.parametrize("mode", ["reactive", "proactive", "ideal"])
-def test_copies_of_replicas_run_beside_each_other(mode):
+@pytest.mark.parametrize("rate", [2.5, 2.7, 3.0])
+def test_copies_of_replicas_run_beside_each_other(mode, rate):
     """Each machine has a link of its own; all ends as it would with each alone."""
     config = small_config(scheduling_policy="skip-join-mlfq", preemption_mode=mode)
-    workload = random_workload().faster(2.4)
+    workload = random_workload().faster(rate)
     machine = replace(SWAPPING, num_device_blocks=40)
     outcome, rows_by_replica = replicated(config, machine, workload, 2)
     assert outcome.stats.num_swapped_out_blocks + outcome.stats.num_saved_blocks > 0

@@ -132,8 +132,6 @@ class KVCacheManager:
         self._now = now
         self._num_standing = 0
         self._victims.begin_plan(now)
-        if self._swapper is not None:
-            self._swapper.begin_plan()
         self._reconsider()
 
     def claim(

@@ -34,8 +34,8 @@ from fastserve.core.request import Request
 IN, OUT = CopyDirection.SWAP_IN, CopyDirection.SWAP_OUT
 MIN_BLOCKS = 8  # that a table gives up at a time if they have to be copied
 ARMED_SHARE = 0.2  # of the device: while more of it holds nothing, nothing is saved ahead
-DEMAND_DECAY = 0.9  # of the mean number of places that a plan takes
-PLANS_AHEAD = 4  # whose demand is left alone by what is fetched ahead, or comes back
+DEMAND_DECAY = 0.9  # of the mean number of places that a step takes
+STEPS_AHEAD = 4  # whose demand is left alone by what is fetched ahead, or comes back
 EXCHANGE_SHARE = 0.03  # of the device's memory, which may lie idle for those that come back
 RANKED_PER_CALL = 32  # requests: a ranking of n serves for n / 32 calls
 
@@ -94,7 +94,7 @@ class Swapper:
         self._num_calls_left = 0
         self._num_taken = 0
         self._has_failed = False  # a copy to the host, since the last step
-        self._demand = 0.0  # places that a plan takes, a moving mean
+        self._demand = 0.0  # places that a step takes, a moving mean
         self.moves = Moves()
 
     def _most_blocks_within(self, seconds: float) -> int:
@@ -181,7 +181,7 @@ class Swapper:
     @property
     def num_reserved(self) -> int:
         """Places that those who begin and grow are about to need."""
-        return round(PLANS_AHEAD * self._demand)
+        return round(STEPS_AHEAD * self._demand)
 
     def wait_s(self, num_absent: int) -> float:
         """Return how long a request stays away that lacks so many Blocks, unless there is room.
@@ -201,14 +201,14 @@ class Swapper:
 
     # ── ahead of need ────────────────────────────────────────────────────────────────────────
 
-    def begin_plan(self) -> None:
-        """Take account of the places that the last plan took."""
+    def worked(self) -> None:
+        """Note that a step is done, and take account of the places taken since the one before.
+
+        Not where a plan is asked for: how often that is must not change what is planned.
+        """
+        self._has_failed = False
         self._demand = DEMAND_DECAY * self._demand + (1.0 - DEMAND_DECAY) * self._num_taken
         self._num_taken = 0
-
-    def worked(self) -> None:
-        """Note that a step is done."""
-        self._has_failed = False
 
     def took(self, num_blocks: int) -> None:
         """Note that tables began or grew by so many Blocks."""
