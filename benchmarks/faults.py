@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.fault_clients import Clients, Stream, body_of
 from benchmarks.live_server import STOP_SECONDS, LiveServer, live_process
-from benchmarks.process_cpu import children_of
+from benchmarks.process_cpu import engine_of
 from fastserve.client.supervisor import MAX_RESTARTS
 from fastserve.host.provenance import output_path, provenance, write_result
 from fastserve.settings.option import ConfigError
@@ -58,7 +58,7 @@ async def disturbed(server: LiveServer, kind: str, expected: Sequence[list[int]]
     async with Clients(server) as clients:
         streams = [clients.open(body) for body in bodies(len(expected))]
         await clients.until(lambda: all(stream.times for stream in streams))
-        (engine,) = children_of(server.pid)
+        engine = engine_of(server.pid)
         fault_at = time.monotonic()
         os.kill(engine, SIGNALS[kind])
         num_open = sum(not stream.end for stream in streams)

@@ -1,4 +1,4 @@
-"""Processor time of other processes, as Linux tells it. Must not know: what they do."""
+"""Other processes as Linux tells of them: whose they are, and their processor time."""
 
 from __future__ import annotations
 
@@ -46,3 +46,20 @@ def children_of(pid: int) -> list[int]:
         if stat.parent == pid:
             children.append(int(entry.name))
     return children
+
+
+def engine_of(server: int) -> int:
+    """Return the engine's process among the children of a server, which renders in others.
+
+    Raises ValueError unless there is exactly one.
+    """
+    (engine,) = (pid for pid in children_of(server) if b"--engine-fd" in _command_of(pid))
+    return engine
+
+
+def _command_of(pid: int) -> bytes:
+    """Return the command line of a process; empty when there is none of that number."""
+    try:
+        return (PROC / str(pid) / "cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""

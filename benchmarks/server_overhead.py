@@ -22,7 +22,7 @@ import multiprocessing.connection
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from benchmarks.overhead_figures import (
     run_rounds,
     summary,
 )
-from benchmarks.process_cpu import PROC, children_of, cpu_seconds
+from benchmarks.process_cpu import PROC, cpu_seconds, engine_of
 from benchmarks.small_model import write_small_model
 from fastserve.bench.config import OfflineBenchConfig
 from fastserve.bench.offline import Offline, check_fits, with_room
@@ -141,9 +141,7 @@ def server_flags(config: EngineConfig) -> list[str]:
     return flags
 
 
-def measure_server(
-    server: LiveServer, engine_pids: Sequence[int], bench: ServeBenchConfig
-) -> Figures:
+def measure_server(server: LiveServer, engine_pid: int, bench: ServeBenchConfig) -> Figures:
     """Send the requests of one round and wait for every answer.
 
     Raises RuntimeError when one is lost.
@@ -151,7 +149,7 @@ def measure_server(
     target, requests = Target(bench), plan_requests(bench)
 
     def cpu() -> tuple[float, float, float]:
-        return cpu_seconds([server.pid]), cpu_seconds(engine_pids), time.process_time()
+        return cpu_seconds([server.pid]), cpu_seconds([engine_pid]), time.process_time()
 
     async def exchange() -> tuple[list[Sent], float, list[float]]:
         started, before = time.perf_counter(), cpu()
@@ -187,7 +185,7 @@ def measure(
             offline_engine(bench, config) as (vocab_size, offline),
             live_process(server_flags(config)) as server,
         ):
-            engine_pids = children_of(server.pid)
+            engine_pid = engine_of(server.pid)
 
             def serve(number: int) -> Figures:
                 serving = ServeBenchConfig(
@@ -200,7 +198,7 @@ def measure(
                     seed=number,  # prompts that no cache knows
                     extra_body='{"return_token_ids": true}' if streams_ids else None,
                 )
-                return measure_server(server, engine_pids, serving)
+                return measure_server(server, engine_pid, serving)
 
             for one in run_rounds(rounds, offline, serve):
                 found.append(one)

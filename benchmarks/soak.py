@@ -31,7 +31,7 @@ from rich.progress import Progress
 
 from benchmarks.footprint import footprint
 from benchmarks.live_server import LiveServer, live_process
-from benchmarks.process_cpu import PROC, children_of
+from benchmarks.process_cpu import PROC, engine_of
 from benchmarks.soak_figures import Sample, course, memory
 from benchmarks.soak_requests import FAULTS, Clients
 from fastserve.bench.stream_client import Endpoint
@@ -122,9 +122,8 @@ class Soak:
             before, num_before = now, num_clients
 
     async def engine_pid(self) -> int:
-        """Return the engine's process: the server's largest child."""
-        pids = await asyncio.to_thread(children_of, self.server.pid)
-        return max(pids, key=lambda pid: footprint(pid).rss_bytes)
+        """Return the engine's process."""
+        return await asyncio.to_thread(engine_of, self.server.pid)
 
     async def rest(self) -> Snapshot:
         """Wait until the server has nothing to do, and keeps nothing for clients who left.

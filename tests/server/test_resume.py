@@ -8,12 +8,12 @@ import os
 import re
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from benchmarks.process_cpu import engine_of
 from tests.server.conftest import API_KEY, serving
 
 pytestmark = pytest.mark.processes
@@ -69,16 +69,6 @@ def total(url: str, name: str) -> float:
     found = re.search(rf"^fastserve:{name}_total{{.*}} (\S+)$", exposition, re.MULTILINE)
     assert found, exposition
     return float(found.group(1))
-
-
-def engine_of(server: int) -> int:
-    """Return the engine's process among the children of a server, which renders in others."""
-    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-    (engine,) = (
-        int(child) for child in children
-        if b"--engine-fd" in Path(f"/proc/{child}/cmdline").read_bytes()
-    )  # fmt: skip
-    return engine
 
 
 def test_disturbed_answers_are_the_undisturbed_ones(server_url: str) -> None:
