@@ -1,9 +1,10 @@
 """The log of a process: lines on stderr, written by a thread of its own.
 
 Rules: who logs never waits. Where nobody reads stderr, MAX_WAITING lines wait; further ones are
-dropped and counted, which is said once there is room again. What is unwritten when the process ends
-has FLUSH_S. Lines go straight to the descriptor: a thread that is stuck there holds no lock that
-the end of the process would wait for.
+dropped and counted, which is said once there is room again. Warnings that any client can cause are
+said seldom (`once_in_a_while`). What is unwritten when the process ends has FLUSH_S. Lines go
+straight to the descriptor: a thread that is stuck there holds no lock that the end of the process
+would wait for.
 Must not know: what is logged.
 """
 
@@ -11,16 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import queue
 import select
 import threading
+import time
+from collections.abc import Callable
 from typing import NoReturn
 
 from fastserve.host.log_lines import LineFormatter
 
 MAX_WAITING = 10_000  # lines
 FLUSH_S = 1.0
+SILENCE_S = 10.0  # between two warnings that say the same
 
 
 def open_log(level: str, descriptor: int = 2) -> None:
@@ -28,6 +33,31 @@ def open_log(level: str, descriptor: int = 2) -> None:
     handler = QueuedHandler(descriptor)
     handler.setFormatter(LineFormatter())
     logging.basicConfig(level=level, handlers=[handler])
+
+
+def once_in_a_while(
+    silence_s: float = SILENCE_S, now: Callable[[], float] = time.monotonic
+) -> Callable[[logging.LogRecord], bool]:
+    """Return a filter that lets a warning pass once in so many seconds.
+
+    It then says how often it was held back since. Errors, and what has a traceback, always pass.
+    """
+    silent_until: dict[str, float] = {}
+    num_held_back: dict[str, int] = {}
+
+    def passes(record: logging.LogRecord) -> bool:
+        if record.levelno > logging.WARNING or record.exc_info is not None:
+            return True
+        message = record.msg
+        if now() < silent_until.get(message, -math.inf):
+            num_held_back[message] = num_held_back.get(message, 0) + 1
+            return False
+        silent_until[message] = now() + silence_s
+        if count := num_held_back.pop(message, 0):
+            record.msg += f" (and {count} times before)"
+        return True
+
+    return passes
 
 
 def end_process(status: int) -> NoReturn:

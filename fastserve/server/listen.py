@@ -24,6 +24,7 @@ from fastapi import FastAPI
 
 from fastserve.client.async_engine import AsyncEngine
 from fastserve.client.interfaces import EngineDeadError
+from fastserve.host.log import once_in_a_while
 from fastserve.host.open_files import raise_open_files_limit
 from fastserve.host.streams import write_stderr
 from fastserve.server.connection import BoundedConnection, ConnectionLimits
@@ -168,10 +169,11 @@ def run(
     number where something was cut off, and 1 once the engine is gone for good.
     Raises ConfigError when the engine cannot honour its settings.
     """
-    # Its startup lines tell of processes, not of the model; its warnings are wanted.
+    # Its startup lines tell of processes, not of the model; its warnings are of what clients send.
     uvicorn_logger = logging.getLogger("uvicorn.error")
     uvicorn_logger.setLevel(logging.WARNING)
     uvicorn_logger.addFilter(is_no_cancellation)
+    uvicorn_logger.addFilter(once_in_a_while())
     limits = ConnectionLimits(num_connections(raise_open_files_limit()))
     config = uvicorn.Config(
         app,

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from fastserve.host.log import QueuedHandler
+from fastserve.host.log import QueuedHandler, once_in_a_while
 
 PIPE_BYTES = 1 << 16
 PROGRAM = """
@@ -112,3 +112,25 @@ def test_a_pipe_that_nobody_reads_does_not_hold_the_end_up(end: str) -> None:
     assert process.communicate(timeout=60)[0] == b"logged\n"
     assert process.returncode == 3
     os.close(reader)
+
+
+def test_a_warning_that_comes_again_and_again_is_said_seldom() -> None:
+    """Each by itself, and with how often it came meanwhile; errors are always said."""
+    time = 0.0
+    said: list[str] = []
+    log = logging.Logger("test", logging.INFO)
+    log.addFilter(once_in_a_while(10.0, lambda: time))
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    for time in (0.0, 1.0, 9.0, 10.0, 11.0, 30.0):
+        log.warning("bad %s", time)
+        log.warning("other")
+        log.error("fault")
+    assert said[:3] == ["bad 0.0", "other", "fault"]
+    assert [line for line in said if line.startswith("bad")] == [
+        "bad 0.0",
+        "bad 10.0 (and 2 times before)",
+        "bad 30.0 (and 1 times before)",
+    ]
+    assert said.count("fault") == 6
