@@ -1,8 +1,8 @@
 """Clients of a server that comes to harm: what each was sent, when, and how it ended.
 
 Rules: a request ends in exactly one way, by name: whole, with an error event (`error CODE`), with a
-status (`503 CODE`), `refused` where no connection was taken in, or broken off. Must not know: which
-harm.
+status (`503 CODE`), `refused` where the kernel took no connection in, `unanswered` where it did and
+the connection ended before an answer began, or broken off. Must not know: which harm.
 """
 
 from __future__ import annotations
@@ -123,8 +123,10 @@ class Clients:
                         events.append(line.removeprefix("data: "))
                         self._note(events[-1], stream)
                 return end_of(events, stream)
-        except (httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError) as error:
-            return f"broken off: {error!r}" if is_begun else "refused"
+        except httpx.ConnectError:
+            return "refused"
+        except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+            return f"{'broken off' if is_begun else 'unanswered'}: {error!r}"
 
     def _note(self, event: str, stream: Stream) -> None:
         if event.startswith("{") and "choices" in (piece := json.loads(event)):

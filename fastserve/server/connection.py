@@ -15,7 +15,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from fastserve.server.errors import ApiError, error_body
+from fastserve.server.errors import ApiError, error_body, shutting_down
+from fastserve.server.last_clients import has_unread
 
 MAX_LINE_BYTES = 16 * 2**10
 MAX_HEADER_BYTES = 64 * 2**10  # of one request: the request line, all headers, all trailers
@@ -37,6 +38,7 @@ class ConnectionLimits:
     num_connections: int
     head_s: float = 10.0  # for the head of a request, and for the rest of a body nobody reads
     write_s: float = 30.0  # without taking a byte of what is sent to it
+    last_s: float = 1.0  # for the head of its request, of one that is new when the server ends
 
 
 class BoundedConnection(HttpToolsProtocol):
@@ -49,6 +51,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._num_silent_bytes = 0  # that the parser was fed and has said nothing about
         self._is_in_head = False
         self._is_in_body = False
+        self._is_last = False  # the request that comes, or is being answered: the server ends
         self._refusal = ApiError(400, "This is not an HTTP/1.1 request.")
         self._running: RequestResponseCycle | None = None
         self._read_timer: asyncio.TimerHandle | None = None
@@ -111,6 +114,8 @@ class BoundedConnection(HttpToolsProtocol):
         self._is_in_head, self._is_in_body = False, True
         self._stop_awaiting()
         super().on_headers_complete()
+        if self._is_last:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body."""
@@ -196,6 +201,8 @@ class BoundedConnection(HttpToolsProtocol):
         self._read_timer = None
         if self._is_answering():  # it may have its next request ready in part
             self._await_client()
+        elif self._is_in_head and self._is_last:
+            self._refuse(shutting_down())
         elif self._is_in_head:
             self._refuse(ApiError(408, f"No request within {self._limits.head_s:g} s."))
         else:
@@ -213,6 +220,19 @@ class BoundedConnection(HttpToolsProtocol):
             self._watch_writing()
         else:
             self.transport.abort()
+
+    def shutdown(self) -> None:
+        """Answer one more request where one is there, begun, or still to come; close all others."""
+        self._is_last = True
+        if self.transport.is_closing():
+            return
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        is_new = self.cycle is None
+        if not self._is_answering() and (is_new or self._is_in_head or has_unread(descriptor)):
+            self._stop_awaiting()
+            self._read_timer = self.loop.call_later(self._limits.last_s, self._end_waiting)
+        else:
+            super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the request under way, which may not be the latest, that its client has gone."""
@@ -242,7 +262,7 @@ def refusal_lines(error: ApiError, headers: Iterable[tuple[bytes, bytes]]) -> It
     yield b"HTTP/1.1 %d %s\r\n" % (error.status_code, PHRASES[error.status_code])
     for name, value in headers:
         yield b"%s: %s\r\n" % (name, value)
-    for field, text in (error.headers or {}).items():
+    for field, text in {**(error.headers or {}), "Connection": "close"}.items():
         yield f"{field}: {text}\r\n".encode()
-    yield b"content-type: application/json\r\nconnection: close\r\n"
+    yield b"content-type: application/json\r\n"
     yield b"content-length: %d\r\n\r\n%s" % (len(body), body)

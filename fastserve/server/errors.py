@@ -79,8 +79,13 @@ def engine_dead() -> ApiError:
 
 
 def shutting_down() -> ApiError:
-    """Return the 503 for what a stopping server does not finish, or does not begin."""
-    return unavailable("The server is shutting down.", "shutting_down")
+    """Return the 503 for what a stopping server does not finish, or does not begin.
+
+    The next request is for another server, and is not to be sent on the same connection.
+    """
+    error = unavailable("The server is shutting down.", "shutting_down")
+    error.headers = {**(error.headers or {}), "Connection": "close"}
+    return error
 
 
 def from_validation(error: ValidationError) -> ApiError:

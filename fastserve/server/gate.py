@@ -8,6 +8,7 @@ Must not know: routes, what bodies say, the engine.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastserve.server.errors import ApiError, error_response, shortened
+from fastserve.server.errors import ApiError, error_response, shortened, shutting_down
 from fastserve.server.host_names import HostNames
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,10 @@ class Gate:
             await self._app(scope, self._measured(receive), send_named)
         except ApiError as error:
             await error_response(error)(scope, receive, send_named)
+        except asyncio.CancelledError:  # the server ends, and its body has not come in time
+            if not status:
+                await error_response(shutting_down())(scope, receive, send_named)
+            raise
         except Exception:
             logger.exception("request %s failed", request_id)
             if status:

@@ -2,8 +2,9 @@
 
 Rules: the address is listened at before anything is loaded, so that a port in use is known at once.
 After the first SIGTERM or SIGINT new work is refused and answers under way end, for a bounded time,
-after which each is told that it is cut off; a second signal ends at once. An engine that is gone
-for good ends the server. The exit status tells these apart.
+after which each is told that it is cut off; then the address is given up, and who was let in before
+is answered. A second signal ends at once. An engine that is gone for good ends the server. The exit
+status tells these apart.
 Must not know: routes, the engine's inside.
 """
 
@@ -28,6 +29,7 @@ from fastserve.host.log import once_in_a_while
 from fastserve.host.open_files import raise_open_files_limit
 from fastserve.host.streams import write_stderr
 from fastserve.server.connection import BoundedConnection, ConnectionLimits
+from fastserve.server.last_clients import take_in_last
 from fastserve.settings.option import ConfigError
 from fastserve.settings.server import ServerConfig
 from fastserve.text.render_pool import RenderPool
@@ -102,7 +104,13 @@ class SignalledServer(uvicorn.Server):
         self.exit_status = 128 + self._signal
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close every connection once its client has what was said, for a bounded time."""
+        """Let nobody else in, and close every connection once its client has been answered.
+
+        That takes a bounded time.
+        """
+        if not self.force_exit:
+            for listener in sockets or ():
+                await take_in_last(listener)
         await super().shutdown(sockets)
         if self.server_state.tasks and self._signal:  # of clients that take nothing
             self._cut_off()
