@@ -56,7 +56,7 @@ class Tally:
         options = body.stream_options
         self.body = body
         self.names = names
-        self.choices = choices
+        self._count = choices[0].count
         self.includes_usage = bool(options and options.include_usage)
         self.has_running_usage = self.includes_usage and bool(
             options and options.continuous_usage_stats
@@ -66,7 +66,10 @@ class Tally:
         self._model = model
         self._created = int(time.time())
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        self._num_prompts = len(prompts)
+        firsts: dict[int, Choice] = {}
+        for choice in choices:
+            firsts.setdefault(choice.prompt_index, choice)
+        self._firsts = tuple(firsts.values())  # of each prompt
         self._prompt_logprobs: dict[int, msgspec.Raw] = {}  # by prompt
 
     @property
@@ -99,20 +102,14 @@ class Tally:
         So what of it was cached is what its first choice found, once that has ended: the others
         find what the first one computed. What a restarted engine had of the answer is no prompt.
         """
-        completion = sum(choice.answer.num_output_tokens for choice in self.choices)
-        if not self.counts_output:
-            completion = 0
+        completion = self._count.num_tokens if self.counts_output else 0
         usage = Usage(self._num_prompt_tokens, completion, self._num_prompt_tokens + completion)
-        first: dict[int, Choice] = {}
-        for choice in self.choices:
-            first.setdefault(choice.prompt_index, choice)
-        cached = [
-            min(choice.metrics.cached_tokens, len(choice.prompt.token_ids))
-            for choice in first.values()
-            if choice.metrics is not None
-        ]
-        if len(cached) == self._num_prompts:
-            usage.prompt_tokens_details = PromptTokensDetails(sum(cached))
+        cached = 0
+        for choice in self._firsts:
+            if choice.metrics is None:
+                return usage
+            cached += min(choice.metrics.cached_tokens, len(choice.prompt.token_ids))
+        usage.prompt_tokens_details = PromptTokensDetails(cached)
         return usage
 
     def usage_chunk(self, kind: str) -> Answer | None:

@@ -41,6 +41,13 @@ class PromptScores:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
+class OutputCount:
+    """The tokens of all choices of a request so far: counted on the way, for they may be many."""
+
+    num_tokens: int = 0
+
+
+@dataclasses.dataclass(slots=True, eq=False)
 class Choice:
     """One choice of an answer: one request of the engine."""
 
@@ -50,6 +57,7 @@ class Choice:
     stream: UpdateStream
     answer: Answer
     scores: PromptScores
+    count: OutputCount
     has_begun: bool = False  # something of it was sent
 
     @property
@@ -74,7 +82,9 @@ class Choice:
 
     def take(self, update: RequestUpdate) -> TextDelta:
         """Turn one update into what the client may see of it; RequestFailedError if it failed."""
+        num_before = self.answer.num_output_tokens
         delta = self.answer.take(update)
+        self.count.num_tokens += self.answer.num_output_tokens - num_before
         if delta.samples or delta.finish_reason is not None:  # a token follows the whole prompt
             self.scores.are_complete.set()
         if self.answer.finish_reason is FinishReason.ERROR:
@@ -107,12 +117,11 @@ def submit(
     """Hand every prompt to the engine, once for all of its choices."""
     context.require_place(n * len(prompts))
     choices: list[Choice] = []
+    count = OutputCount()
     try:
         for prompt_index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
-            answers = [
-                Answer(TextStream(context.tokenizer, prompt.token_ids, own, info.eos_token_ids))
-                for _ in range(n)
-            ]
+            text = TextStream(context.tokenizer, prompt.token_ids, own, info.eos_token_ids)
+            answers = [Answer(text.twin()) for _ in range(n)]
             scores = PromptScores(answers[0].prompt_logprobs)
             if own.prompt_logprobs is None:
                 scores.are_complete.set()
@@ -126,7 +135,7 @@ def submit(
             )
             streams = context.engine.submit_choices(arrival, n)
             choices += [
-                Choice(index, prompt_index, prompt, stream, answer, scores)
+                Choice(index, prompt_index, prompt, stream, answer, scores, count)
                 for index, (stream, answer) in enumerate(
                     zip(streams, answers, strict=True), len(choices)
                 )

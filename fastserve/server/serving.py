@@ -46,6 +46,7 @@ from fastserve.text.tokenizer import TextDelta
 logger = logging.getLogger(__name__)
 
 MIN_PIECE_BYTES = 2**16
+MANY_CHOICES = 64
 
 
 async def complete(body: CompletionRequest, context: ServerContext, request: Request) -> Response:
@@ -162,10 +163,13 @@ async def whole_answer(choices: Sequence[Choice], shape: Shape, deadline: Deadli
         if failure is None:
             raise
         raise failure from error
-    whole = [News(choice, joined(deltas[choice.index])) for choice in choices]
-    if shape.tally.has_scores:  # which make it long
-        return await asyncio.to_thread(lambda: shape.whole(whole).pieces())
-    return shape.whole(whole).pieces()
+
+    def body() -> list[bytes]:
+        return shape.whole([News(one, joined(deltas[one.index])) for one in choices]).pieces()
+
+    if shape.tally.has_scores or len(choices) > MANY_CHOICES:  # which make it long
+        return await asyncio.to_thread(body)
+    return body()
 
 
 async def events(

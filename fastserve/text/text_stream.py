@@ -8,6 +8,7 @@ Must not know: where a tokenizer comes from, HTTP, the engine, torch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -43,6 +44,12 @@ class Detokenizer:
         self._window = self._clean_end(context[-MAX_CONTEXT:])
         self._num_emitted = len(self._decode(self._window).rstrip(REPLACEMENT))
         self._num_settled = len(self._window)  # ids of the window that end on a whole character
+
+    def twin(self) -> Detokenizer:
+        """Return one of another output, at the same point."""
+        made = copy.copy(self)
+        made._window = list(self._window)
+        return made
 
     def push(self, token_id: int) -> str:
         """Add one id and return the text that has become certain."""
@@ -191,6 +198,16 @@ class TextStream:
         self._num_chars = 0  # decoded so far, what is held back included
         self.num_output_tokens = 0
         self.matched_stop: str | None = None
+
+    def twin(self) -> TextStream:
+        """Return one of another output of the prompt, at the same point.
+
+        What the prompt's end spells, which takes longest, is not found out again.
+        """
+        made = copy.copy(self)
+        made._detokenizer = None if self._detokenizer is None else self._detokenizer.twin()
+        made._scanner = copy.copy(self._scanner)
+        return made
 
     def push(
         self,

@@ -209,6 +209,17 @@ def test_usage_at_the_end_of_a_stream():
     assert last["usage"]["completion_tokens"] == counts[-1]
 
 
+def test_usage_counts_all_choices():
+    """Each event counts one token more than the one before, whichever choice it is of."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"prompt": ["a", "b"], "n": 3, "stream": True, "stream_options": options}
+    *chunks, last = sse_events(post(ScriptedEngine(says("fox")), PATH, body))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == list(range(1, len(chunks) + 1))
+    assert last["usage"]["completion_tokens"] == counts[-1] == 6 * len(TOKENIZER.encode("fox"))
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_string_is_told_to_the_engine(stream):
     """With the number of tokens that count; the reason names the string."""

@@ -84,6 +84,21 @@ def test_an_output_goes_on_where_its_prompt_ended(prompt, text):
     assert "".join(delta.text for delta in deltas) == whole[len(FALLBACK.decode(head)) :]
 
 
+@given(any_ids, st.lists(groups_of(any_ids), min_size=2, max_size=3))
+def test_twins_know_nothing_of_each_other(prompt, outputs):
+    """Outputs of one prompt that grow by turns say what each says alone."""
+    options = {"prompt": prompt, "stop": ("ab", "t")}
+    first = stream(**options)
+    twins = [first, *(first.twin() for _ in outputs[1:])]
+    alone = [stream(**options) for _ in outputs]
+    for turn in range(max(map(len, outputs))):
+        for groups, twin, one in zip(outputs, twins, alone, strict=True):
+            if turn < len(groups):
+                reason = FinishReason.LENGTH if turn == len(groups) - 1 else None
+                told = samples_of(groups[turn])
+                assert twin.push(told, reason) == one.push(told, reason)
+
+
 def naive_stop(ids, stops, min_tokens, include):
     """Search the whole text after each token: the first match that ends in new text."""
     before = ""
