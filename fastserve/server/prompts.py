@@ -71,9 +71,9 @@ def check_text(text: str, tokenizer: Tokenizer, info: EngineInfo, part: str) -> 
     num_bytes = len(text.encode(errors="surrogatepass"))
     if num_bytes > limit:
         raise invalid(
-            f"This model's maximum context length is {info.max_model_len} tokens. However, your "
-            f"{part} has {num_bytes} bytes, which are more tokens than that. Please reduce the "
-            f"length of the {part}.",
+            f"This model's maximum context length is {info.max_model_len} tokens. However, there "
+            f"are {num_bytes} bytes in the {part}, which are more tokens than that. Please reduce "
+            f"the length of the {part}.",
             part,
             "context_length_exceeded",
         )

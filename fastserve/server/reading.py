@@ -5,7 +5,7 @@ address without asking, but not this. Bodies are parsed here and not by the fram
 fault has one shape. A key that is there twice is a fault: who has read the body before, as a proxy
 that checks it, may have read the other value. A parser cannot be interrupted, and what it makes of
 some bytes is a hundred times as large: so there are only so many values in a large body, and such
-bodies are parsed in turns. Must not know: routes, what is done with a body.
+bodies are counted and parsed in turns. Must not know: routes, what is done with a body.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ async def read_body(request: Request, model: type[B], context: ServerContext) ->
             return parsed(content, model, context.unread_fields)
         if len(content) > PLAIN_BODY_BYTES:
             info = context.engine.info
-            check_size(content, MAX_PARTS if info is None else MAX_PARTS + info.max_model_len)
+            max_parts = MAX_PARTS if info is None else MAX_PARTS + info.max_model_len
+            await context.parsing.run(lambda: check_size(content, max_parts))
         return await context.parsing.run(lambda: parsed(content, model, context.unread_fields))
 
 

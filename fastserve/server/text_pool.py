@@ -1,7 +1,9 @@
 """Threads for work on long texts: few of them, and only so much text that waits for one.
 
 Rules: work that cannot be stopped keeps its thread until it ends, whoever still wants it; work that
-has not begun goes with its caller, and its text too. Must not know: what the work is.
+has not begun goes with its caller, and its text too. A huge text is worked on while no other one
+is: it takes a hundred times its own memory, and others are left a thread. Must not know: what the
+work is.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from fastserve.server.errors import unavailable
 T = TypeVar("T")
 
 LONG_TEXT = 4096  # characters from which work is worth a thread
+HUGE_TEXT = 2**20
 NUM_THREADS = 2
 MAX_CHARS = 32 * 2**20  # of all texts that wait or are worked on
 
@@ -26,6 +29,7 @@ class TextPool:
     def __init__(self, num_threads: int = NUM_THREADS, max_chars: int = MAX_CHARS) -> None:
         self._executor = ThreadPoolExecutor(num_threads, "text")
         self._idle = asyncio.Semaphore(num_threads)
+        self._huge = asyncio.Semaphore(1)
         self._max_chars = max_chars
         self.num_chars = 0
 
@@ -36,16 +40,22 @@ class TextPool:
         if self.num_chars + num_chars > self._max_chars:
             raise unavailable("Too much text is waiting to be tokenized.", "busy", 1)
         self.num_chars += num_chars
-        try:
-            await self._idle.acquire()
-        except asyncio.CancelledError:
-            self.num_chars -= num_chars
-            raise
-        loop = asyncio.get_running_loop()
+        needed = (self._idle,) if num_chars < HUGE_TEXT else (self._huge, self._idle)
+        taken: list[asyncio.Semaphore] = []
 
         def give_back() -> None:
             self.num_chars -= num_chars
-            self._idle.release()
+            for place in taken:
+                place.release()
+
+        try:
+            for place in needed:
+                await place.acquire()
+                taken.append(place)
+        except asyncio.CancelledError:
+            give_back()
+            raise
+        loop = asyncio.get_running_loop()
 
         def end(_: Future[T]) -> None:
             loop.call_soon_threadsafe(give_back)

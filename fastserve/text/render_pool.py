@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PROCESSES = 2
 START_LIMIT_S = 60.0  # of a process
-CPU_LIMIT_S = 2.0  # of one conversation
+CPU_LIMIT_S = 1.0  # of one conversation
 WALL_LIMIT_S = 30.0  # of a process that does not get a processor, or stands still
 TOO_LONG = "The chat template takes more than {:g} s for these messages."
 

@@ -22,7 +22,7 @@ TEMPLATE = (
     "{% elif text == 'space' %}{{ 'x' * 2 ** 31 }}"
     "{% else %}<|user|>{{ text }}<|assistant|>{% endif %}"
 )
-ATTACKS = {"loop": "takes more than 2 s", "power": "takes more than 2 s", "space": "MemoryError"}
+ATTACKS = {"loop": "takes more than 1 s", "power": "takes more than 1 s", "space": "MemoryError"}
 
 
 @pytest.fixture(scope="module")

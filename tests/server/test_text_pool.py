@@ -8,10 +8,16 @@ import threading
 import pytest
 
 from fastserve.server.errors import ApiError
-from fastserve.server.text_pool import LONG_TEXT, TextPool
+from fastserve.server.text_pool import HUGE_TEXT, LONG_TEXT, TextPool
 
 
-async def begin(pool: TextPool, gate: threading.Event, began: list[int], number: int = 0):
+async def begin(
+    pool: TextPool,
+    gate: threading.Event,
+    began: list[int],
+    number: int = 0,
+    num_chars: int = LONG_TEXT,
+):
     """Run work that waits at a gate."""
 
     def work() -> int:
@@ -19,7 +25,7 @@ async def begin(pool: TextPool, gate: threading.Event, began: list[int], number:
         assert gate.wait(30)
         return number
 
-    return await pool.run(LONG_TEXT, work)
+    return await pool.run(num_chars, work)
 
 
 async def until(condition) -> None:
@@ -70,6 +76,28 @@ def test_who_leaves_the_queue_is_not_worked_for() -> None:
         gate.set()
         assert await tasks[2] == 2
         assert began == [0, 2]
+        await until(lambda: pool.num_chars == 0)
+
+    asyncio.run(run())
+
+
+def test_one_huge_text_at_a_time() -> None:
+    """Others have the second thread; who leaves while waiting takes nothing along."""
+
+    async def run() -> None:
+        began: list[int] = []
+        pool, gate = TextPool(2), threading.Event()
+        huge = [
+            asyncio.create_task(begin(pool, gate, began, number, HUGE_TEXT)) for number in range(3)
+        ]
+        await until(lambda: began == [0])
+        long = asyncio.create_task(begin(pool, gate, began, 3))
+        await until(lambda: began == [0, 3])
+        huge[1].cancel()
+        await asyncio.wait(huge[1:2])
+        assert began == [0, 3]
+        gate.set()
+        assert [await one for one in (huge[0], huge[2], long)] == [0, 2, 3]
         await until(lambda: pool.num_chars == 0)
 
     asyncio.run(run())
