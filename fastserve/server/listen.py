@@ -25,6 +25,7 @@ from fastapi import FastAPI
 
 from fastserve.client.async_engine import AsyncEngine
 from fastserve.client.interfaces import EngineDeadError
+from fastserve.host.garbage_collector import leave_startup_alone
 from fastserve.host.log import once_in_a_while
 from fastserve.host.open_files import raise_open_files_limit
 from fastserve.host.streams import write_stderr
@@ -211,6 +212,7 @@ async def _serve(
         asyncio.create_task(_announce(engine, listener)),
         asyncio.create_task(_end_with(engine, server)),
     ]
+    leave_startup_alone()
     try:
         await server.serve(sockets=[listener])
     finally:
