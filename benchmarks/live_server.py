@@ -38,6 +38,11 @@ class LiveServer(NamedTuple):
         """The number of the API process."""
         return self.process.pid
 
+    @property
+    def url(self) -> str:
+        """The address without a path."""
+        return f"http://{self.host}:{self.port}"
+
 
 @contextmanager
 def copied_cache(warm: Path) -> Iterator[Path]:

@@ -16,8 +16,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from benchmarks.neighbours import Seen
 from tests.server.conftest import API_KEY, serving
-from tests.server.neighbours import Seen, watching
+from tests.server.neighbours import watching
 
 pytestmark = pytest.mark.processes
 

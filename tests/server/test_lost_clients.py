@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from benchmarks.footprint import Footprint, footprint
-from benchmarks.process_cpu import children_of
+from benchmarks.process_cpu import children_of, engine_of
 from benchmarks.resuming_client import Received, receive, receive_in_pieces
 from fastserve.bench.stream_client import Endpoint
 from tests.server.conftest import API_KEY, serving
@@ -117,8 +117,7 @@ def test_streams_cut_at_random_bytes_are_the_undisturbed_ones(num_streams, kills
         nonlocal num_cuts
         num_cuts += 1
         if kills_engine and num_cuts == num_streams // 2:
-            [engine] = children_of(process.pid)
-            os.kill(engine, signal.SIGKILL)
+            os.kill(engine_of(process.pid), signal.SIGKILL)
 
     async def run() -> None:
         asked = list(requests(num_streams))

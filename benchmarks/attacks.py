@@ -1,0 +1,146 @@
+"""What attacks on a live server do to its neighbours: /health, and a canary.
+
+    python -m benchmarks.attacks [--seconds 5] [--attacks "n,a long text"] [--output FILE]
+
+A server of the demo model with default limits is attacked for so many seconds in each way of
+attack_kinds.py. Meanwhile a neighbour asks /health all the time, each time on a new connection,
+and another asks for the same greedy completion again and again. Latencies of /health count those
+requests too that would have been sent while one waited. Memory is the API process', at its highest
+during the attack over what it was before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.attack_kinds import ATTACKS, MIB, TEMPLATE, Attack
+from benchmarks.footprint import footprint
+from benchmarks.live_server import LiveServer, live_process
+from benchmarks.neighbours import watched
+from fastserve.host.provenance import output_path, provenance, write_result
+from fastserve.settings.option import ConfigError
+
+FLAGS = ("demo", "--num-threads", "1")
+SAMPLE_S = 0.01  # of memory
+
+
+@contextmanager
+def highest_memory(pid: int) -> Iterator[Callable[[], int]]:
+    """Yield what says how many bytes a process grew by at most."""
+    before = peak = footprint(pid).rss_bytes
+    is_over = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not is_over.wait(SAMPLE_S):
+            peak = max(peak, footprint(pid).rss_bytes)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        yield lambda: peak - before
+    finally:
+        is_over.set()
+        sampler.join()
+
+
+def repeat(server: LiveServer, attack: Attack, seconds: float) -> Counter[str]:
+    """Attack for so long, each client at least once; return how the tries ended."""
+    ends: Counter[str] = Counter()
+    deadline = time.monotonic() + seconds
+
+    def run() -> None:
+        while True:
+            ends[attack.once(server)] += 1
+            if time.monotonic() > deadline:
+                return
+
+    clients = [threading.Thread(target=run) for _ in range(attack.num_clients)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    return ends
+
+
+def measure(server: LiveServer, attack: Attack, seconds: float) -> dict[str, Any]:
+    """Attack, and return what came of it."""
+    with highest_memory(server.pid) as grown, watched(server.url, "") as seen:
+        began = time.monotonic()
+        ends = repeat(server, attack, seconds)
+        spent_s = time.monotonic() - began
+    return {
+        "seconds": round(spent_s, 1),
+        "ends": dict(sorted(ends.items())),
+        "health_ms": {
+            "calm_p50": in_ms(sorted(seen.calm_health_s)[len(seen.calm_health_s) // 2]),
+            "p50": in_ms(seen.health_percentile_s(50)),
+            "p99": in_ms(seen.health_percentile_s(99)),
+            "max": in_ms(max(seen.health_s)),
+        },
+        "canaries": seen.num_answers,
+        "canaries_different": seen.num_different,
+        "neighbours_failures": seen.failures,
+        "memory_mib": round(grown() / MIB),
+    }
+
+
+def in_ms(seconds: float) -> float:
+    """Return seconds as milliseconds, to a tenth."""
+    return round(1e3 * seconds, 1)
+
+
+def main() -> int:
+    """Attack, print, write."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attacks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seconds", type=float, default=5.0, help="that each attack lasts")
+    parser.add_argument("--attacks", default=",".join(ATTACKS), help="names, with commas")
+    parser.add_argument("--output", help="JSON file to write the figures to")
+    args = parser.parse_args()
+    names = args.attacks.split(",")
+    if unknown := set(names) - set(ATTACKS):
+        parser.error(f"--attacks: there is no {', '.join(sorted(unknown))}")
+    try:
+        path = None if args.output is None else output_path(args.output)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result: dict[str, Any] = {
+        "benchmark": "attacks",
+        **provenance(["python", "-m", "benchmarks.attacks", *sys.argv[1:]]),
+        "load_average_at_start": [round(load, 1) for load in os.getloadavg()],
+        "flags": list(FLAGS),
+        "attacks": {},
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        template = Path(directory) / "template.jinja"
+        template.write_text(TEMPLATE)
+        with live_process((*FLAGS, "--chat-template", str(template))) as server:
+            for name in names:
+                found = measure(server, ATTACKS[name], args.seconds)
+                result["attacks"][name] = found
+                print(f"{name:26s} {found}", flush=True)
+    worst = max(found["health_ms"]["p99"] for found in result["attacks"].values())
+    print(f"/health p99 under the worst attack: {worst} ms")
+    result["load_average_at_end"] = [round(load, 1) for load in os.getloadavg()]
+    if path is not None:
+        write_result(path, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
