@@ -26,7 +26,7 @@ from fastserve.engine import process
 from fastserve.engine.engine import Engine, MonotonicClock
 from fastserve.engine.journal_file import open_journal
 from fastserve.engine.length_file import LengthFile, length_path
-from fastserve.host.log import open_log
+from fastserve.host.log import end_process, open_log
 from fastserve.host.machine import num_cores
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
@@ -392,4 +392,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # All is closed by now; libraries whose threads are still about may abort an orderly exit.
+    end_process(main())

@@ -27,6 +27,7 @@ from fastserve.launch import open_async_engine, open_engine, open_tokenizer
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.verbs.replay import replay
+from fastserve.wire.child import spawn
 from tests import tiny_tokenizers
 from tests.checkpoints import make_checkpoint
 
@@ -575,6 +576,18 @@ def test_a_model_that_is_not_there_is_one_line() -> None:
         await served.close()
 
     run(body)
+
+
+@pytest.mark.processes
+def test_no_library_has_a_say_in_the_exit_status(tmp_path: Path) -> None:
+    """What is left to do when a child ends is nothing, so nothing can go wrong with it."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os; atexit.register(os.abort)")
+    python_path = os.pathsep.join((str(tmp_path), *filter(None, sys.path)))
+    environment = {**os.environ, "PYTHONPATH": python_path}
+    command = (sys.executable, "-P", "-m", "fastserve.launch", "--engine-fd")
+    process, ours = spawn(command, environment)
+    ours.close()
+    assert process.wait(30) == 0
 
 
 def text_of(engine: AsyncEngine) -> str:
