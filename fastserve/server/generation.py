@@ -29,6 +29,7 @@ from fastserve.server.prompts import Prompt
 from fastserve.text.tokenizer import TextDelta, TextStream
 from fastserve.wire.engine_messages import EngineInfo
 
+CHOICES_A_TURN = 128  # that are begun before others have theirs on the loop
 NEWS_QUEUE = 64  # updates waiting for a slow client; further ones merge in their streams
 
 
@@ -36,7 +37,7 @@ NEWS_QUEUE = 64  # updates waiting for a slow client; further ones merge in thei
 class PromptScores:
     """The scores of a prompt, which its first choice brings and all of its choices show."""
 
-    logprobs: Sequence[TokenLogprobs]
+    logprobs: Sequence[TokenLogprobs] = ()
     are_complete: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
 
@@ -102,7 +103,7 @@ class News(NamedTuple):
     delta: TextDelta
 
 
-def submit(
+async def submit(
     context: ServerContext,
     info: EngineInfo,
     prompts: Sequence[Prompt],
@@ -114,15 +115,18 @@ def submit(
     cache_salt: str,
     tenant: str,
 ) -> list[Choice]:
-    """Hand every prompt to the engine, once for all of its choices."""
+    """Hand every prompt to the engine, once for CHOICES_A_TURN of its choices.
+
+    Between the turns others have theirs, whose requests may take the last places: 429 then.
+    """
     context.require_place(n * len(prompts))
     choices: list[Choice] = []
     count = OutputCount()
+    turn_ends_at = CHOICES_A_TURN
     try:
         for prompt_index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
             text = TextStream(context.tokenizer, prompt.token_ids, own, info.eos_token_ids)
-            answers = [Answer(text.twin()) for _ in range(n)]
-            scores = PromptScores(answers[0].prompt_logprobs)
+            scores = PromptScores()
             if own.prompt_logprobs is None:
                 scores.are_complete.set()
             arrival = Arrival(
@@ -133,14 +137,20 @@ def submit(
                 cache_salt=cache_salt,
                 tenant=tenant,
             )
-            streams = context.engine.submit_choices(arrival, n)
-            choices += [
-                Choice(index, prompt_index, prompt, stream, answer, scores, count)
-                for index, (stream, answer) in enumerate(
-                    zip(streams, answers, strict=True), len(choices)
-                )
-            ]
-    except Exception as error:
+            for first in range(0, n, CHOICES_A_TURN):
+                if len(choices) >= turn_ends_at:
+                    turn_ends_at = len(choices) + CHOICES_A_TURN
+                    await asyncio.sleep(0)
+                    context.require_place(n * len(prompts) - len(choices))
+                begun = dataclasses.replace(arrival, params=own.of_choice(first))
+                streams = context.engine.submit_choices(begun, min(CHOICES_A_TURN, n - first))
+                choices += [
+                    Choice(index, prompt_index, prompt, stream, Answer(text.twin()), scores, count)
+                    for index, stream in enumerate(streams, len(choices))
+                ]
+                if first == 0:
+                    scores.logprobs = choices[-len(streams)].answer.prompt_logprobs
+    except BaseException as error:
         abort_all(choices)
         if isinstance(error, ValueError):
             raise invalid(str(error)) from error
@@ -163,8 +173,12 @@ async def news_of(choices: Sequence[Choice], deadline: Deadline) -> AsyncGenerat
         return
     queue: asyncio.Queue[tuple[Choice, RequestUpdate | Exception | None]]
     queue = asyncio.Queue(NEWS_QUEUE)
-    pumps = [asyncio.create_task(pump(choice, queue)) for choice in choices]
+    pumps: list[asyncio.Task[None]] = []
     try:
+        for choice in choices:
+            pumps.append(asyncio.create_task(pump(choice, queue)))
+            if len(pumps) % CHOICES_A_TURN == 0:
+                await asyncio.sleep(0)
         num_open = len(choices)
         while num_open:
             choice, item = await deadline.wait(queue.get())

@@ -62,7 +62,7 @@ async def complete(body: CompletionRequest, context: ServerContext, request: Req
         context.require_tokenizer("echo")
     made = completion_prompts(body, context, info)
     prompts = await unless_gone(request.receive, deadline.wait(made))
-    choices, tally = start(body, prompts, context, request.scope, "cmpl")
+    choices, tally = await start(body, prompts, context, request.scope, "cmpl")
     shape = CompletionShape(body, tally, context.tokenizer)
     return await respond(body, choices, shape, deadline, context, request)
 
@@ -85,11 +85,11 @@ async def chat(body: ChatCompletionRequest, context: ServerContext, request: Req
         info=info,
     )
     prompt = await unless_gone(request.receive, deadline.wait(made))
-    choices, tally = start(body, [prompt], context, request.scope, "chatcmpl")
+    choices, tally = await start(body, [prompt], context, request.scope, "chatcmpl")
     return await respond(body, choices, ChatShape(body, tally), deadline, context, request)
 
 
-def start(
+async def start(
     body: GenerationRequest,
     prompts: Sequence[Prompt],
     context: ServerContext,
@@ -105,7 +105,7 @@ def start(
         has_tokenizer=context.tokenizer is not None,
         price=context.max_price(info),
     )
-    choices = submit(
+    choices = await submit(
         context,
         info,
         prompts,
