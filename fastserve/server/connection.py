@@ -20,6 +20,7 @@ from fastserve.server.last_clients import has_unread
 
 MAX_LINE_BYTES = 16 * 2**10
 MAX_HEADER_BYTES = 64 * 2**10  # of one request: the request line, all headers, all trailers
+MAX_HEADERS = 256  # of one request, trailers too
 MAX_PIPELINED = 16  # requests that were sent before the one under way is answered
 
 PHRASES = {
@@ -48,6 +49,7 @@ class BoundedConnection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._limits = limits
         self._num_header_bytes = 0  # of this request
+        self._num_headers = 0  # of this request
         self._num_silent_bytes = 0  # that the parser was fed and has said nothing about
         self._is_in_head = False
         self._is_in_body = False
@@ -89,7 +91,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """See the first byte of a request."""
-        self._num_silent_bytes = self._num_header_bytes = 0
+        self._num_silent_bytes = self._num_header_bytes = self._num_headers = 0
         self._is_in_head = True
         if len(self.pipeline) >= MAX_PIPELINED:
             self._give_up(ApiError(400, f"More than {MAX_PIPELINED} requests are pipelined."))
@@ -107,6 +109,9 @@ class BoundedConnection(HttpToolsProtocol):
         if len(name) + len(value) > MAX_LINE_BYTES:
             self._give_up(too_large(431, f"A header is longer than {MAX_LINE_BYTES} bytes."))
         self._count_header(len(name) + len(value))
+        self._num_headers += 1
+        if self._num_headers > MAX_HEADERS:
+            self._give_up(too_large(431, f"There are more than {MAX_HEADERS} headers."))
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:

@@ -18,6 +18,7 @@ import uvicorn
 from fastserve.server.bodies import Bodies
 from fastserve.server.connection import (
     MAX_HEADER_BYTES,
+    MAX_HEADERS,
     MAX_LINE_BYTES,
     MAX_PIPELINED,
     BoundedConnection,
@@ -164,6 +165,8 @@ def test_no_part_of_a_head_is_endless(connect, kind: str) -> None:
         (["X: " + "a" * MAX_LINE_BYTES], "/health", 431),
         ([f"X{i}: " + "a" * (MAX_HEADER_BYTES // 5) for i in range(4)], "/health", 200),
         ([f"X{i}: " + "a" * (MAX_HEADER_BYTES // 5) for i in range(5)], "/health", 431),
+        (["a: b"] * (MAX_HEADERS - 1), "/health", 200),
+        (["a: b"] * MAX_HEADERS, "/health", 431),
         ([], "/" + "a" * (MAX_LINE_BYTES - 1), 404),
         ([], "/" + "a" * MAX_LINE_BYTES, 414),
         (["no header"], "/health", 400),
