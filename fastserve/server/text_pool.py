@@ -1,9 +1,9 @@
 """Threads for work on long texts: few of them, and only so much text that waits for one.
 
 Rules: work that cannot be stopped keeps its thread until it ends, whoever still wants it; work that
-has not begun goes with its caller, and its text too. A huge text is worked on while no other one
-is: it takes a hundred times its own memory, and others are left a thread. Must not know: what the
-work is.
+has not begun goes with its caller, and its text too. Huge texts have a thread of their own, one
+after the other: one takes a hundred times its own memory, which the allocator keeps for the thread.
+Must not know: what the work is.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ class TextPool:
     """Runs work on texts, off the event loop where they are long."""
 
     def __init__(self, num_threads: int = NUM_THREADS, max_chars: int = MAX_CHARS) -> None:
-        self._executor = ThreadPoolExecutor(num_threads, "text")
-        self._idle = asyncio.Semaphore(num_threads)
-        self._huge = asyncio.Semaphore(1)
+        self._long = Lane(num_threads, "text")
+        self._huge = Lane(1, "huge text")
         self._max_chars = max_chars
         self.num_chars = 0
 
@@ -40,26 +39,29 @@ class TextPool:
         if self.num_chars + num_chars > self._max_chars:
             raise unavailable("Too much text is waiting to be tokenized.", "busy", 1)
         self.num_chars += num_chars
-        needed = (self._idle,) if num_chars < HUGE_TEXT else (self._huge, self._idle)
-        taken: list[asyncio.Semaphore] = []
+        lane = self._long if num_chars < HUGE_TEXT else self._huge
+        try:
+            await lane.idle.acquire()
+        except asyncio.CancelledError:
+            self.num_chars -= num_chars
+            raise
+        loop = asyncio.get_running_loop()
 
         def give_back() -> None:
             self.num_chars -= num_chars
-            for place in taken:
-                place.release()
-
-        try:
-            for place in needed:
-                await place.acquire()
-                taken.append(place)
-        except asyncio.CancelledError:
-            give_back()
-            raise
-        loop = asyncio.get_running_loop()
+            lane.idle.release()
 
         def end(_: Future[T]) -> None:
             loop.call_soon_threadsafe(give_back)
 
-        running = self._executor.submit(work)
+        running = lane.threads.submit(work)
         running.add_done_callback(end)
         return await asyncio.wrap_future(running)
+
+
+class Lane:
+    """Some threads, and as many places."""
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        self.threads = ThreadPoolExecutor(num_threads, name)
+        self.idle = asyncio.Semaphore(num_threads)

@@ -82,11 +82,11 @@ def test_who_leaves_the_queue_is_not_worked_for() -> None:
 
 
 def test_one_huge_text_at_a_time() -> None:
-    """Others have the second thread; who leaves while waiting takes nothing along."""
+    """Long ones do not wait for it; who leaves while waiting takes nothing along."""
 
     async def run() -> None:
         began: list[int] = []
-        pool, gate = TextPool(2), threading.Event()
+        pool, gate = TextPool(1), threading.Event()
         huge = [
             asyncio.create_task(begin(pool, gate, began, number, HUGE_TEXT)) for number in range(3)
         ]
