@@ -21,9 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.contender import Contender, ContenderError
 from benchmarks.contender_figures import Spread, floor_of, medians, ratios, weights_of
 from benchmarks.contenders import (
@@ -37,7 +34,6 @@ from benchmarks.small_model import NAMED
 from experiments.markdown import fill, markdown, number
 from fastserve.host.machine import num_cores
 from fastserve.host.provenance import ROOT, output_path, provenance, write_result
-from fastserve.host.terminal import make_table
 from fastserve.settings.option import ConfigError
 
 RESULT = "benchmarks/results/against_openvino.json"
@@ -93,15 +89,14 @@ def measure_model(name: str, threads: int, rounds: int, output_len: int) -> dict
         }
         described = {key: each.ask("describe") for key, each in contenders.items()}
         agreed = count_equal_first_tokens(contenders, NAMED[name]["vocab_size"])
-        measured = [measure_round(contenders, index, output_len) for index in range(1 + rounds)][
-            1:
-        ]  # the first was to warm up
+        measured = [measure_round(contenders, index, output_len) for index in range(1 + rounds)]
     return {
         "threads": threads,
         "contenders": described,
         "first_tokens_equal": f"{agreed} of {CHECKED_PROMPTS}",
         "load_average_at_start": round(load, 2),
-        **figures(NAMED[name], list(questions(output_len)), measured),
+        # The first round was to warm up.
+        **figures(NAMED[name], list(questions(output_len)), measured[1:]),
         **provenance(["python", "-m", "benchmarks.against_openvino", *sys.argv[1:]]),
     }
 
@@ -135,7 +130,7 @@ def figures(
     rounds: Sequence[Mapping[str, Mapping[str, Mapping[str, float]]]],
 ) -> dict[str, Any]:
     """Return floors and, of every row, all that was measured, its ratios and shares."""
-    keys = list(rounds[0][asked[0].row])
+    keys = [engine + suffix for suffix in ("", ONE_THREAD) for engine in (FASTSERVE, OPENVINO)]
     floors = {key: medians([each["floors"][key] for each in rounds]) for key in rounds[0]["floors"]}
     rows = []
     for each in asked:
@@ -178,19 +173,15 @@ def as_cells(name: str, entry: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def as_table(name: str, entry: Mapping[str, Any]) -> Table:
-    """Lay out the rows of a model for a terminal."""
+def summary(name: str, entry: Mapping[str, Any]) -> str:
+    """Return what the rows of a model were measured on."""
     floors = entry["floors"][FASTSERVE]
-    table = make_table(
-        *COLUMNS,
-        title=f"tokens/s, bfloat16, threads: {entry['threads']}, {entry['machine']['cpu']}",
-        caption=f"copy {floors['copy_gb_per_s']:.1f} GB/s, product "
-        f"{floors['product_gflop_per_s']:,.0f} GFLOP/s; threads: all over one; "
-        f"first tokens equal: {entry['first_tokens_equal']}",
+    return (
+        f"{name}, bfloat16, threads: {entry['threads']}, {entry['machine']['cpu']}: "
+        f"copy {floors['copy_gb_per_s']:.1f} GB/s, "
+        f"product {floors['product_gflop_per_s']:,.0f} GFLOP/s; first tokens equal: "
+        f"{entry['first_tokens_equal']}; load average: {entry['load_average_at_start']}"
     )
-    for cells in as_cells(name, entry):
-        table.add_row(*cells)
-    return table
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -225,7 +216,8 @@ def main() -> int:
         for name in args.models:
             entries[name] = measure_model(name, num_cores(), args.rounds, args.output_len)
             write_result(output, {"benchmark": "against_openvino", "models": entries})
-            Console().print(as_table(name, entries[name]))
+            print(summary(name, entries[name]))
+            print(markdown(COLUMNS, as_cells(name, entries[name])))
     except (ConfigError, ContenderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

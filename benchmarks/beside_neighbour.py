@@ -3,10 +3,11 @@
     benchmarks/openvino/setup                 # once: OpenVINO, in an environment of its own
     python -m benchmarks.beside_neighbour [--model llama-125m] [--rounds 5]
 
-Both engines have as many threads as this machine has cores; the neighbour is a loop that never
-waits, bound to one core, while the engines may run anywhere. Engines take turns, each alone and at
-once after that beside the neighbour, so that the ratio of a round compares neighbouring seconds: of
-the median step, and of the mean step, which shows the steps that waited for the neighbour.
+Engines have as many threads as this machine has cores; the neighbour is a loop that never waits,
+bound to one core. OpenVINO binds its threads to cores by default, and is measured without that too.
+Engines take turns, each alone and at once after that beside the neighbour, so that the ratio of a
+round compares neighbouring seconds: of the median step, and of the mean step, which shows the steps
+that waited for the neighbour.
 """
 
 from __future__ import annotations
@@ -16,12 +17,10 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.contender import Contender, ContenderError
 from benchmarks.contender_figures import Spread, medians, ratios
@@ -36,7 +35,6 @@ from benchmarks.small_model import NAMED
 from experiments.markdown import fill, markdown
 from fastserve.host.machine import num_cores
 from fastserve.host.provenance import ROOT, output_path, provenance, write_result
-from fastserve.host.terminal import make_table
 from fastserve.settings.option import ConfigError
 
 RESULT = "benchmarks/results/beside_neighbour.json"
@@ -54,6 +52,12 @@ print("busy", flush=True)
 while True:
     pass
 """
+
+ENGINES: dict[str, Callable[..., Contender]] = {
+    "FastServe": start_fastserve,
+    "OpenVINO": start_openvino,
+    "OpenVINO, not bound": partial(start_openvino, is_bound=False),
+}
 
 Steps = dict[str, float]
 
@@ -87,7 +91,7 @@ def measure_round(
         with busy_core(core):
             beside = decode(contenders[name], output_len)
         found[name] = {"alone": alone, "beside": beside}
-    return found
+    return {name: found[name] for name in contenders}
 
 
 def figures(rounds: Sequence[Mapping[str, Mapping[str, Steps]]]) -> dict[str, Any]:
@@ -118,15 +122,6 @@ def as_cells(engines: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield tuple(cells)
 
 
-def as_table(result: Mapping[str, Any]) -> Table:
-    """Lay the figures out for a terminal."""
-    title = f"{result['model']}, batch 1, threads: {result['threads']}, {result['machine']['cpu']}"
-    table = make_table(*COLUMNS, title=title)
-    for cells in as_cells(result["engines"]):
-        table.add_row(*cells)
-    return table
-
-
 def measure(model: str, rounds: int, output_len: int) -> dict[str, Any]:
     """Measure both engines."""
     load, threads, core = os.getloadavg()[0], num_cores(), max(os.sched_getaffinity(0))
@@ -134,19 +129,17 @@ def measure(model: str, rounds: int, output_len: int) -> dict[str, Any]:
     with ExitStack() as stack:
         contenders = {
             name: stack.enter_context(start(directory, threads, LIMITS))
-            for name, start in (("FastServe", start_fastserve), ("OpenVINO", start_openvino))
+            for name, start in ENGINES.items()
         }
         described = {name: each.ask("describe") for name, each in contenders.items()}
-        found = [measure_round(contenders, index, core, output_len) for index in range(1 + rounds)][
-            1:
-        ]  # the first was to warm up
+        found = [measure_round(contenders, index, core, output_len) for index in range(1 + rounds)]
     return {
         "benchmark": "beside_neighbour",
         "model": model,
         "threads": threads,
         "contenders": described,
         "load_average_at_start": round(load, 2),
-        "engines": figures(found),
+        "engines": figures(found[1:]),  # the first was to warm up
         **provenance(["python", "-m", "benchmarks.beside_neighbour", *sys.argv[1:]]),
     }
 
@@ -181,7 +174,11 @@ def main() -> int:
     except (ConfigError, ContenderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    Console().print(as_table(result))
+    print(
+        f"{result['model']}, batch 1, threads: {result['threads']}, {result['machine']['cpu']}, "
+        f"load average: {result['load_average_at_start']}"
+    )
+    print(markdown(COLUMNS, as_cells(result["engines"])))
     if args.output == RESULT:
         fill(DOCUMENT, {"beside-neighbour": markdown(COLUMNS, as_cells(result["engines"]))})
     return 0

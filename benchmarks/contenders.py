@@ -49,7 +49,8 @@ def find_model(name: str) -> Path:
         MODELS.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=MODELS) as beside:
             whole = Path(beside) / name
-            command = (str(PYTHON), "-m", "benchmarks.openvino.export_model", name, str(whole))
+            module = "benchmarks.openvino.export_model"
+            command = (str(PYTHON), "-W", "ignore", "-m", module, name, str(whole))
             subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
             shutil.move(whole, directory)
     return directory
@@ -68,8 +69,12 @@ def start_fastserve(model: Path, threads: int, limits: Limits) -> Contender:
     return Contender(f"FastServe, threads: {threads}", command, ROOT, environment())
 
 
-def start_openvino(model: Path, threads: int, limits: Limits) -> Contender:
-    """Start OpenVINO GenAI; it answers once it has loaded."""
+def start_openvino(
+    model: Path, threads: int, limits: Limits, *, is_bound: bool = True
+) -> Contender:
+    """Start OpenVINO GenAI, its threads bound to cores, as by default, or not."""
     words = (str(model / "openvino"), "--threads", str(threads), *limits.flags())
+    if not is_bound:
+        words += ("--unbound",)
     command = (str(PYTHON), "-m", "benchmarks.openvino.contender", *words)
     return Contender(f"OpenVINO, threads: {threads}", command, ROOT, environment())

@@ -35,14 +35,17 @@ PROPERTIES: dict[str, Any] = {
 class Pipeline:
     """Runs batches, each with prompts of its own."""
 
-    def __init__(self, directory: Path, threads: int, max_tokens: int, max_seqs: int) -> None:
+    def __init__(
+        self, directory: Path, threads: int, max_tokens: int, max_seqs: int, is_bound: bool
+    ) -> None:
         scheduling = openvino_genai.SchedulerConfig()
         scheduling.max_num_batched_tokens = max_tokens
         scheduling.max_num_seqs = max_seqs
         scheduling.cache_size = CACHE_GB
         scheduling.dynamic_split_fuse = True
         scheduling.enable_prefix_caching = False
-        self.properties = {**PROPERTIES, "INFERENCE_NUM_THREADS": threads}
+        chosen = {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": is_bound}
+        self.properties = {**PROPERTIES, **chosen}
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(
             str(directory), scheduling, "CPU", self.properties
         )
@@ -111,8 +114,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--max-tokens", type=int, required=True, help="of one step")
     parser.add_argument("--max-seqs", type=int, required=True)
+    parser.add_argument("--unbound", action="store_true", help="threads may run on any core")
     args = parser.parse_args()
-    pipeline = Pipeline(args.directory, args.threads, args.max_tokens, args.max_seqs)
+    pipeline = Pipeline(
+        args.directory, args.threads, args.max_tokens, args.max_seqs, is_bound=not args.unbound
+    )
     answers: dict[str, Any] = {
         "describe": lambda: {
             "version": openvino_genai.__version__,

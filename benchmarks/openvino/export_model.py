@@ -42,7 +42,6 @@ def main() -> None:
         exported,
         task="text-generation-with-past",
         ov_config=OVConfig(dtype="bf16"),
-        convert_tokenizer=True,  # the pipeline does not start without one
     )
 
 

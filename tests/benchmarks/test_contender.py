@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,27 +37,20 @@ def start(directory: Path, program: str = ADDER) -> Contender:
     return Contender("adder", (sys.executable, str(script)), directory, environment)
 
 
-@pytest.fixture
-def adder(tmp_path: Path) -> Iterator[Contender]:
-    """Yield a contender; it is gone afterwards."""
-    with start(tmp_path) as contender:
-        yield contender
-
-
-def test_what_is_printed_is_no_answer(adder: Contender, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_printed_is_no_answer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Questions are answered in turn; what libraries print is seen elsewhere."""
-    assert adder.ask("add", left=1, right=2) == {"sum": 3}
-    assert adder.ask("add", left=3, right=4) == {"sum": 7}
-    with adder:
-        pass
+    with start(tmp_path) as adder:
+        assert adder.ask("add", left=1, right=2) == {"sum": 3}
+        assert adder.ask("add", left=3, right=4) == {"sum": 7}
     assert capfd.readouterr().err.count("noise") == 2
 
 
-def test_one_that_ends_early_is_named(adder: Contender) -> None:
+def test_one_that_ends_early_is_named(tmp_path: Path) -> None:
     """With its exit code, and again however often it is asked."""
-    for _ in range(2):
-        with pytest.raises(ContenderError, match=r"^adder ended with 3$"):
-            adder.ask("fail")
+    with start(tmp_path) as adder:
+        for _ in range(2):
+            with pytest.raises(ContenderError, match=r"^adder ended with 3$"):
+                adder.ask("fail")
 
 
 @pytest.mark.skipif(not PROC.is_dir(), reason="Linux only")

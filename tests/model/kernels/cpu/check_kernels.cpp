@@ -61,9 +61,12 @@ struct Count {
   }
 };
 
+template <typename Args>
+using Entry = void (*)(Args*);
+
 // Runs a kernel on `memory`, which it changes, in two threads and then in one.
 template <typename Args, typename T>
-void run(Count& count, void (*entry)(Args*), std::vector<T>& memory,
+void run(Count& count, Entry<Args> entry, std::vector<T>& memory,
          const std::function<Args(T*)>& arguments) {
   std::vector<T> beside = memory;
   Args args = arguments(beside.data());
@@ -101,7 +104,7 @@ std::vector<double> standardized(const T* x, const T* weight, const T* bias, int
 constexpr int64_t ROWS[] = {1, 3, 70}, WIDTHS[] = {1, 4, 15, 16, 17, 31, 32, 64, 100, 768};
 
 template <typename T>
-int check_norms(void (*rms_entry)(NormArgs*), void (*layer_entry)(NormArgs*)) {
+int check_norms(Entry<NormArgs> rms_entry, Entry<NormArgs> layer_entry) {
   Count norm{"rms_norm", Dtype<T>::NAME}, layer{"layer_norm", Dtype<T>::NAME};
   for (int64_t rows : ROWS)
     for (int64_t width : WIDTHS) {
@@ -127,7 +130,7 @@ int check_norms(void (*rms_entry)(NormArgs*), void (*layer_entry)(NormArgs*)) {
 }
 
 template <typename T>
-int check_silu(void (*entry)(SiluArgs*)) {
+int check_silu(Entry<SiluArgs> entry) {
   Count count{"silu_mul", Dtype<T>::NAME};
   for (int64_t rows : ROWS)
     for (int64_t width : WIDTHS) {
@@ -148,7 +151,7 @@ int check_silu(void (*entry)(SiluArgs*)) {
 }
 
 template <typename T>
-int check_head_norm(void (*entry)(HeadNormArgs*)) {
+int check_head_norm(Entry<HeadNormArgs> entry) {
   Count count{"head_rms_norm", Dtype<T>::NAME};
   for (int64_t tokens : {1, 20})
     for (int64_t heads : {1, 6})
@@ -175,7 +178,7 @@ int check_head_norm(void (*entry)(HeadNormArgs*)) {
 }
 
 template <typename T>
-int check_write(void (*entry)(WriteArgs*)) {
+int check_write(Entry<WriteArgs> entry) {
   Count count{"rotate_and_write", Dtype<T>::NAME};
   for (int64_t tokens : {1, 20})
     for (int64_t heads : {1, 6})
@@ -277,7 +280,7 @@ struct AttentionCase {
 };
 
 template <typename T>
-void check_attention_case(Count& count, void (*entry)(AttendArgs*), const AttentionCase<T>& test,
+void check_attention_case(Count& count, Entry<AttendArgs> entry, const AttentionCase<T>& test,
                           int64_t parts) {
   constexpr int64_t SCRATCH = 1 << 18;  // floats: more than any case needs
   std::vector<float> scratch(2 * SCRATCH);
@@ -305,7 +308,7 @@ void check_attention_case(Count& count, void (*entry)(AttendArgs*), const Attent
 }
 
 template <typename T>
-int check_attention(void (*entry)(AttendArgs*)) {
+int check_attention(Entry<AttendArgs> entry) {
   Count count{"attend", Dtype<T>::NAME};
   for (int64_t dim : {4, 20, 64, 128})
     for (int64_t group : {1, 3, 4})
