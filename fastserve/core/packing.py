@@ -17,7 +17,8 @@ from collections.abc import Iterable
 from itertools import islice
 from math import ceil
 
-from fastserve.core.memory.memory import Claim, KVCacheManager
+from fastserve.core.memory.claim import Claim
+from fastserve.core.memory.memory import KVCacheManager
 from fastserve.core.memory.table import BlockTable
 from fastserve.core.policies.reservation import Reservation
 from fastserve.core.request import Request

@@ -264,9 +264,10 @@ def check_forgotten(scheduler: Scheduler) -> None:
     assert scheduler._accounts._num_started == 0
     assert not scheduler._in_flight
     assert not scheduler._forget
-    assert not scheduler.cache._tables
-    assert not scheduler.cache._away
-    assert not scheduler.cache._draining
+    tables = scheduler.cache._tables
+    assert tables.is_empty
+    assert not tables.away
+    assert not tables._draining
     assert scheduler.cache.num_copies == 0
     assert scheduler.cache.num_leaving == 0
     assert scheduler.cache.num_tables == 0

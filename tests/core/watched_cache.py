@@ -10,8 +10,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from fastserve.core.memory.block import Block, State
-from fastserve.core.memory.memory import Claim, KVCacheManager
+from fastserve.core.memory.claim import Claim
+from fastserve.core.memory.memory import KVCacheManager
+from fastserve.core.memory.reclaim import Reclaimer
 from fastserve.core.memory.table import BlockTable
+from fastserve.core.memory.tables import Tables
 from fastserve.core.messages import Copy
 from fastserve.core.request import Request
 
@@ -52,6 +55,12 @@ class WatchedCache(KVCacheManager):
         cache.__class__ = cls
         assert isinstance(cache, cls)
         cache.watch = Watch()
+        tables, reclaimer = cache._tables, cache._reclaimer
+        tables.__class__ = WatchedTables
+        reclaimer.__class__ = WatchedReclaimer
+        assert isinstance(tables, WatchedTables)
+        assert isinstance(reclaimer, WatchedReclaimer)
+        tables.watch = reclaimer.watch = cache.watch
         return cache.watch
 
     # ── nobody at the head waits for ever ────────────────────────────────────────────────────
@@ -93,7 +102,7 @@ class WatchedCache(KVCacheManager):
 
     def _report(self) -> None:
         watch = self.watch
-        head = next(self._victims._policy.ordered(), None)
+        head = next(self._reclaimer._victims._policy.ordered(), None)
         ran_s = 0.0 if head is None else head.attained_s
         is_running = head is not None and (head.steps_in_flight or head.is_at_length_limit)
         if is_running or head is not watch.head or ran_s != watch.ran_s:
@@ -152,20 +161,11 @@ class WatchedCache(KVCacheManager):
             watch.num_early += 1
             assert watch.num_unused >= 0 or not watch.num_lacking, "it came back too soon"
 
-    def _give_way(self, victim: Request, num_blocks: int) -> None:
-        table = victim.table
-        assert table is not None
-        self.watch.num_left_over += not table.is_wanted
-        super()._give_way(victim, num_blocks)
-        states = {block.state for block in table.blocks}
-        has_left = states & {State.HOST, State.LEAVING}
-        self.watch.num_partial_swaps += bool(has_left and states - {State.HOST, State.LEAVING})
-
     # ── what is fetched ahead, and brought in ────────────────────────────────────────────────
 
     def copies(self, now: float) -> tuple[Copy, ...]:
         """No table is fetched more than once for each time it gives way."""
-        before = {table: table.num_loaded for table in self._away}
+        before = {table: table.num_loaded for table in self._tables.away}
         planned = super().copies(now)
         fetched = self.watch.fetched
         for table, num_loaded in before.items():
@@ -173,13 +173,6 @@ class WatchedCache(KVCacheManager):
                 fetched[table] = fetched.get(table, 0) + table.num_loaded - num_loaded
                 assert fetched[table] <= len(table.blocks), "fetched ahead, lost, fetched again"
         return planned
-
-    def _want(self, table: BlockTable) -> None:
-        if not table.is_wanted:
-            states = {block.state for block in table.blocks}
-            self.watch.num_stays += State.LEAVING in states
-            self.watch.num_kept_partly += State.HOST in states and len(states) > 1
-        super()._want(table)
 
     def _begin_away(
         self, request: Request, table: BlockTable, absent: Sequence[Block], num_new: int
@@ -192,3 +185,33 @@ class WatchedCache(KVCacheManager):
         if outcome is Claim.MET:
             self.watch.fetched.pop(table, None)
         return outcome
+
+
+class WatchedReclaimer(Reclaimer):
+    """What takes places for it."""
+
+    watch: Watch
+
+    def give_way(self, victim: Request, num_blocks: int) -> None:
+        """Note whether a victim has given way before, and whether it keeps some of its KV."""
+        table = victim.table
+        assert table is not None
+        self.watch.num_left_over += not table.is_wanted
+        super().give_way(victim, num_blocks)
+        states = {block.state for block in table.blocks}
+        has_left = states & {State.HOST, State.LEAVING}
+        self.watch.num_partial_swaps += bool(has_left and states - {State.HOST, State.LEAVING})
+
+
+class WatchedTables(Tables):
+    """Its tables."""
+
+    watch: Watch
+
+    def want(self, table: BlockTable, now: float) -> None:
+        """Note where the KV of one that comes back is."""
+        if not table.is_wanted:
+            states = {block.state for block in table.blocks}
+            self.watch.num_stays += State.LEAVING in states
+            self.watch.num_kept_partly += State.HOST in states and len(states) > 1
+        super().want(table, now)

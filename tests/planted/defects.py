@@ -20,7 +20,9 @@ class Defect(NamedTuple):
 
 
 MEMORY, POOL = "fastserve/core/memory/memory.py", "fastserve/core/memory/pool.py"
-SWAP, VICTIMS = "fastserve/core/memory/swap.py", "fastserve/core/memory/victims.py"
+TABLES, PREFIX = "fastserve/core/memory/tables.py", "fastserve/core/memory/prefix.py"
+RECLAIM, SWAP = "fastserve/core/memory/reclaim.py", "fastserve/core/memory/swap.py"
+VICTIMS, RANKING = "fastserve/core/memory/victims.py", "fastserve/core/memory/ranking.py"
 SCHEDULER, PACKING = "fastserve/core/scheduler.py", "fastserve/core/packing.py"
 REQUEST, ACCOUNTS = "fastserve/core/request.py", "fastserve/core/accounts.py"
 POLICIES, POLICY_TESTS = "fastserve/core/policies", "tests/core/policies"
@@ -34,24 +36,25 @@ DEFECTS = (
     # ── blocks ───────────────────────────────────────────────────────────────────────────────
     Defect(
         "a block is free while a step in flight still reads it",
-        MEMORY,
+        TABLES,
         "        table.is_closed = True\n        if table.steps_in_flight:\n",
         "        table.is_closed = True\n        if False:\n",
         (SCHEDULING,),
     ),
     Defect(
         "the first block of a table is given back twice",
-        MEMORY,
-        "        for block in reversed(table.blocks):\n            self.pool.release(block)\n",
+        TABLES,
+        "        for block in reversed(table.blocks):\n            self._pool.release(block)\n",
         "        for block in (*reversed(table.blocks), table.blocks[0]):\n"
-        "            self.pool.release(block)\n",
+        "            self._pool.release(block)\n",
         (SCHEDULING,),
     ),
     Defect(
         "the last block of a table does not come home",
-        MEMORY,
-        "        for block in reversed(table.blocks):\n            self.pool.release(block)\n",
-        "        for block in reversed(table.blocks[:-1]):\n            self.pool.release(block)\n",
+        TABLES,
+        "        for block in reversed(table.blocks):\n            self._pool.release(block)\n",
+        "        for block in reversed(table.blocks[:-1]):\n"
+        "            self._pool.release(block)\n",
         (SCHEDULING,),
     ),
     Defect(
@@ -63,12 +66,12 @@ DEFECTS = (
     ),
     Defect(
         "a cached block is evicted for the request that was to use it",
-        MEMORY,
-        "        return num_new + sum(\n"
-        "            block.state is State.HOST or not (block.refs or block.is_moving)"
+        RECLAIM,
+        "    return num_new + sum(\n"
+        "        block.state is State.HOST or not (block.refs or block.is_moving)"
         " for block in prefix\n"
-        "        )\n",
-        "        return num_new\n",
+        "    )\n",
+        "    return num_new\n",
         ("tests/core/memory/test_memory.py",),
     ),
     Defect(
@@ -76,26 +79,26 @@ DEFECTS = (
         MEMORY,
         "                self.pool.forget_host(block)\n",
         "                pass\n",
-        ("tests/core/memory/test_swap.py", RANDOM_RUNS),
+        ("tests/core/memory/test_memory.py", RANDOM_RUNS),
     ),
     Defect(
         "a request whose copy failed goes on with what is not there",
-        MEMORY,
-        "                if table.is_lost:\n",
-        "                if False:\n",
-        ("tests/core/memory/test_swap.py", RANDOM_RUNS),
+        TABLES,
+        "            if table.is_lost:\n",
+        "            if False:\n",
+        ("tests/core/memory/test_memory.py", RANDOM_RUNS),
     ),
     Defect(
         "one that gave way takes the places of others back at once",
         MEMORY,
         "            if is_early and not self._has_room(num_lacking, num_own):\n",
         "            if False:\n",
-        ("tests/core/memory/test_swap.py", RANDOM_RUNS),
+        ("tests/core/memory/test_memory.py", RANDOM_RUNS),
     ),
     Defect(
         "KV of a request without numbers is still found as a prefix",
-        MEMORY,
-        "            self.pool.unpublish(block_hash)\n",
+        PREFIX,
+        "            self._pool.unpublish(block_hash)\n",
         "            pass\n",
         (SCHEDULING,),
     ),
@@ -129,10 +132,10 @@ DEFECTS = (
     ),
     Defect(
         "of equally cold requests the oldest loses its KV",
-        VICTIMS,
-        "            key=lambda request: (*coldness(request, now), request.handle),\n",
-        "            key=lambda request: (*coldness(request, now), -request.handle),\n",
-        ("tests/core/memory/test_victims.py",),
+        RANKING,
+        "    return lambda request: (*coldness(request, now), request.handle)\n",
+        "    return lambda request: (*coldness(request, now), -request.handle)\n",
+        ("tests/core/memory/test_ranking.py", "tests/core/memory/test_victims.py"),
     ),
     Defect(
         "the link never gets rid of its backlog",

@@ -18,7 +18,7 @@ the order of requests beyond which is colder, seats and tokens of a step, what a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import islice
@@ -26,9 +26,9 @@ from itertools import islice
 from fastserve.core.memory.block import Block, State
 from fastserve.core.memory.link import Link
 from fastserve.core.memory.pool import BlockPool
+from fastserve.core.memory.ranking import ColdnessOf, by_coldness
 from fastserve.core.memory.table import BlockTable
 from fastserve.core.messages import Copy, CopyDirection
-from fastserve.core.policies.protocol import Coldness
 from fastserve.core.request import Request
 
 IN, OUT = CopyDirection.SWAP_IN, CopyDirection.SWAP_OUT
@@ -74,7 +74,7 @@ class Swapper:
         self,
         pool: BlockPool,
         link: Link,
-        warmth: Callable[[Request, float], Coldness],
+        warmth: ColdnessOf,
         *,
         block_size: int,
         window_s: float,
@@ -263,7 +263,7 @@ class Swapper:
         ]
         if not waiting:
             return
-        warmest = min(waiting, key=lambda r: (*self._warmth(r, now), r.handle))
+        warmest = min(waiting, key=by_coldness(self._warmth, now))
         table = warmest.table
         assert table is not None
         absent = table.on_host()
@@ -281,7 +281,7 @@ class Swapper:
         """Return the holders of KV, coldest last."""
         self._num_calls_left -= 1
         if self._num_calls_left < 0:
-            self._ranked = sorted(holders, key=lambda r: (*self._warmth(r, now), r.handle))
+            self._ranked = sorted(holders, key=by_coldness(self._warmth, now))
             self._num_calls_left = len(self._ranked) // RANKED_PER_CALL
         return self._ranked
 

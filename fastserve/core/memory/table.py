@@ -1,7 +1,7 @@
 """BlockTable: the Blocks of one request in one epoch, by position.
 
-Rules: written by the cache that keeps it, but for `num_sent`, `is_known` and `steps_in_flight`,
-which the scheduler counts as plans go out and steps come back. Must not know: whose it is.
+Rules: written by the memory room, but for `num_sent`, `is_known` and `steps_in_flight`, which the
+scheduler counts as plans go out and steps come back. Must not know: whose it is.
 """
 
 from __future__ import annotations

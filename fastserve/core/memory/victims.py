@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from fastserve.core.memory.ranking import by_coldness
 from fastserve.core.policies.protocol import Policy
 from fastserve.core.request import Request
 
@@ -81,10 +82,9 @@ class VictimRanking:
             self._rank(excluded, holders)
 
     def _rank(self, excluded: Collection[int], holders: Iterable[Request]) -> None:
-        coldness, now = self._policy.coldness, self._now
         ranked = sorted(
             (request for request in holders if self._may_lose(request, excluded)),
-            key=lambda request: (*coldness(request, now), request.handle),
+            key=by_coldness(self._policy.coldness, self._now),
         )
         self._leftovers = [request for request in ranked if is_leftover(request)]
         self._ranked = [request for request in ranked if not is_leftover(request)]

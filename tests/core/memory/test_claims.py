@@ -10,8 +10,9 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fastserve.core.memory.block import Block
+from fastserve.core.memory.claim import Claim
 from fastserve.core.memory.eviction import Defer, Eviction, Recompute, RecomputeBudget
-from fastserve.core.memory.memory import Claim, KVCacheManager
+from fastserve.core.memory.memory import KVCacheManager
 from fastserve.core.memory.pool import BlockPool
 from fastserve.core.memory.table import BlockTable
 from fastserve.core.memory.victims import VictimRanking
@@ -47,13 +48,13 @@ def look(cache: KVCacheManager, requests: list[Request]) -> dict[str, Any]:
         "cached": [(block.device_id, block.hash) for block in pool._cached],
         "used": {
             block.device_id: (block.refs, block.hash)
-            for table in cache._tables
+            for table in cache._tables._owners
             for block in table.blocks
         },
         "findable": {block_hash: block.device_id for block_hash, block in pool._by_hash.items()},
         "tables": [
             ([block.device_id for block in table.blocks], table.is_closed, request.handle)
-            for table, request in cache._tables.items()
+            for table, request in cache._tables._owners.items()
         ],
         "counters": (cache.num_tables, cache.num_leaving, pool.num_available),
         "requests": [
@@ -144,7 +145,7 @@ class ClaimsInAnyOrder(RuleBasedStateMachine):
         end = min(start + num_tokens, request.num_tokens)
         twin, requests = copy.deepcopy((self.cache, self.requests))
         epochs = {r.handle: r.epoch for r in self.requests}
-        num_left, num_standing = self.cache.num_left, self.cache._num_standing
+        num_left, num_standing = self.cache.num_left, self.cache._reclaimer._num_standing
         outcome = self.cache.claim(request, end, self.scanned)
 
         lost = [r.handle for r in self.requests if r.epoch != epochs[r.handle]]
@@ -166,9 +167,9 @@ class ClaimsInAnyOrder(RuleBasedStateMachine):
             victim.restart()
         assert look(self.cache, self.requests) == look(twin, requests)
         if outcome is Claim.DEFERRED:
-            assert self.cache._num_standing == num_standing
+            assert self.cache._reclaimer._num_standing == num_standing
             assert not had_kv, "a request that has begun goes on"
-        elif had_kv or self.cache._has_seat:
+        elif had_kv or self.cache._tables.has_seat:
             assert self.cache.num_left < 0, "what is not met does not stand"
 
     def probe(self, request: Request) -> int:
@@ -177,7 +178,7 @@ class ClaimsInAnyOrder(RuleBasedStateMachine):
         found = self.cache.probe(request)
         assert look(self.cache, self.requests) == before
         size = self.cache.block_size
-        named = {block for table in self.cache._tables for block in table.blocks}
+        named = self.cache._tables.blocks()
         alive = set(self.cache.pool._cached) | named
         contents = {self.contents[block] for block in alive if block in self.contents}
         ids = tuple(request.token_ids(0, request.num_tokens))

@@ -1,119 +1,13 @@
-"""Claims and tables: what is shared, what is published, and when places come back."""
+"""Claims step by step: what they leave untouched, and how KV that is away comes back."""
 
 from __future__ import annotations
 
 import pytest
 
-from fastserve.core.memory.eviction import Defer
-from fastserve.core.memory.memory import Claim, KVCacheManager
-from fastserve.core.memory.pool import BlockPool
-from fastserve.core.memory.table import BlockTable
-from fastserve.core.memory.victims import VictimRanking
-from fastserve.core.policies.fcfs import FCFS
-from fastserve.core.request import Arrival, Handle, Request, SamplingParams
-
-BLOCK_SIZE = 4
-
-
-def make_request(handle: int, prompt: list[int], **params: int) -> Request:
-    """Return a request that has done nothing yet."""
-    arrival = Arrival(prompt, SamplingParams(**params))  # type: ignore[arg-type]
-    return Request(Handle(handle), arrival, max_output_tokens=8)
-
-
-def make_cache(num_blocks: int = 8, *, is_enabled: bool = True) -> KVCacheManager:
-    """Return a manager over an empty pool that lets no request without KV take any."""
-    return KVCacheManager(
-        BlockPool(num_blocks),
-        BLOCK_SIZE,
-        VictimRanking(FCFS()),
-        Defer(),
-        enable_prefix_caching=is_enabled,
-    )
-
-
-def compute(cache: KVCacheManager, request: Request, num_tokens: int) -> BlockTable:
-    """Claim the blocks of the first tokens and have them computed."""
-    assert cache.claim(request, num_tokens, {request.handle}) is Claim.MET
-    table = request.table
-    assert table is not None
-    request.num_scheduled_tokens = num_tokens
-    cache.advance(request, table, num_tokens)
-    return table
-
-
-@pytest.mark.parametrize(("length", "num_hits"), [(1, 0), (4, 0), (5, 1), (8, 1), (9, 2), (13, 2)])
-def test_a_hit_leaves_a_token_to_compute(length: int, num_hits: int) -> None:
-    """Only full blocks are shared, and never the whole prompt: its last logits are needed."""
-    cache = make_cache()
-    first = make_request(0, list(range(10)))
-    compute(cache, first, 10)
-    cache.release(first)
-    second = make_request(1, list(range(length)))
-    assert cache.probe(second) == num_hits * BLOCK_SIZE
-    assert cache.claim(second, length, {1}) is Claim.MET
-    assert second.num_computed_tokens == num_hits * BLOCK_SIZE
-    cache.check([second])
-
-
-def test_what_must_not_hit() -> None:
-    """Other ids, caching off and scored prompts find nothing."""
-    cache = make_cache()
-    first = make_request(0, list(range(9)))
-    compute(cache, first, 9)
-    assert cache.probe(make_request(1, list(range(9))))
-    assert not cache.probe(make_request(2, [9, *range(1, 9)]))
-    assert not cache.probe(make_request(3, list(range(9)), prompt_logprobs=0))
-    disabled = make_cache(is_enabled=False)
-    compute(disabled, make_request(5, list(range(9))), 9)
-    assert not disabled.probe(make_request(6, list(range(9))))
-
-
-def test_the_same_block_behind_another_beginning_is_another_block() -> None:
-    """Hashes are chained: content is the ids of a block and of all before it."""
-    cache = make_cache()
-    compute(cache, make_request(0, [1, 1, 1, 1, 7, 7, 7, 7, 9]), 9)
-    assert cache.probe(make_request(1, [2, 2, 2, 2, 7, 7, 7, 7, 9])) == 0
-    assert cache.probe(make_request(2, [1, 1, 1, 1, 7, 7, 7, 7, 9])) == 2 * BLOCK_SIZE
-
-
-def test_blocks_wait_for_the_steps_that_touch_them() -> None:
-    """A closed table gives its blocks back when the last of its steps has landed, not before."""
-    cache = make_cache(4, is_enabled=False)
-    request = make_request(0, list(range(10)))
-    table = compute(cache, request, 10)
-    table.steps_in_flight = 2
-    cache.release(request)
-    assert request.table is None
-    assert (cache.num_left, cache.num_leaving, cache.num_tables) == (1, 3, 0)
-    assert list(cache.holders()) == []
-    cache.check([request])
-    table.steps_in_flight = 1
-    cache.landed(table)
-    assert (cache.num_left, cache.num_leaving) == (1, 3)
-    table.steps_in_flight = 0
-    cache.landed(table)
-    assert (cache.num_left, cache.num_leaving) == (4, 0)
-    cache.check([request])
-
-
-def test_shared_blocks_outlive_one_of_their_owners() -> None:
-    """A block that two tables name stays until both are gone, then stays as cache, tail first."""
-    cache = make_cache(4)
-    first = make_request(0, list(range(12)))
-    ids = [block.device_id for block in compute(cache, first, 12).blocks]
-    second = make_request(1, list(range(9)))
-    assert cache.claim(second, 9, {1}) is Claim.MET
-    assert second.table is not None
-    assert [block.device_id for block in second.table.blocks][:2] == ids[:2]
-    cache.release(first)
-    assert cache.num_left == 1
-    cache.check([first, second])
-    cache.release(second)
-    assert cache.num_left == 4
-    own, *cached = [cache.pool.take().device_id for _ in range(4)]
-    assert own not in ids
-    assert cached == [ids[2], ids[1], ids[0]]
+from fastserve.core.memory.block import State
+from fastserve.core.memory.claim import Claim
+from tests.core.memory.caches import compute, make_cache, make_request
+from tests.core.memory.two_tiers import BLOCK_SIZE, IN, Room, gone, save_all, states
 
 
 def test_what_a_request_finds_is_not_given_up_to_make_room_for_it() -> None:
@@ -135,14 +29,118 @@ def test_what_a_request_finds_is_not_given_up_to_make_room_for_it() -> None:
     cache.check([again])
 
 
-def test_check_sees_a_table_without_an_owner() -> None:
-    """The check is not a formality."""
-    cache = make_cache()
-    request = make_request(0, list(range(9)))
-    table = compute(cache, request, 9)
-    cache.check([request])
-    with pytest.raises(AssertionError, match="no owner"):
-        cache.check([])
-    table.blocks.append(table.blocks[0])
-    with pytest.raises(AssertionError):
-        cache.check([request])
+# ── what is on the host ─────────────────────────────────────────────────────────────────────
+
+
+def prefix_on_host(room: Room) -> None:
+    """Have two full blocks of a beginning on the host alone, named by nobody."""
+    first, table = room.compute(9, shared=8)
+    for block in table.blocks[:2]:
+        room.cache.pool.save(block)
+        room.cache.pool.saved(block)
+    room.end(first)
+    taker, _ = room.compute(room.cache.pool.num_device_blocks * BLOCK_SIZE)
+    room.end(taker)
+    assert [block.state for block in room.cache.pool._saved] == [State.HOST] * 2
+
+
+def test_of_two_that_hold_loaded_blocks_and_do_not_both_fit_one_runs() -> None:
+    """The first of the order takes back what was loaded for the other; it is CLEAN, and goes."""
+    room = Room(4, 12)
+    first, _ = room.compute(12)
+    room.swap_out(first)
+    second, table = room.compute(12)
+    room.swap_out(second)
+    assert room.claim(second) is Claim.STANDS
+    room.report(*room.begun())
+    assert table.is_on_device
+    room.run(first)
+    assert State.HOST in states(second)
+    assert room.claim(second, after=(first.handle,)) is not Claim.MET
+    room.end(first)
+    room.run(second)
+    assert room.cache.moves.num_swapped_in_blocks >= 6
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_a_request_comes_back_while_its_store_is_in_flight(has_failed: bool) -> None:
+    """Its blocks stay: nothing is loaded, and nothing runs before the copy is reported."""
+    room = Room(4, 8)
+    victim, table = room.compute(10)
+    head = room.request(8)
+    assert room.claim(head) is Claim.STANDS
+    (store,) = room.begun()
+    room.end(head)
+    places = [block.device_id for block in table.blocks]
+    assert room.claim(victim) is Claim.STANDS, "its tail would be written under the copy"
+    assert room.begun() == ()
+    room.report(store, has_failed=has_failed)
+    assert room.claim(victim) is Claim.MET
+    assert [block.device_id for block in table.blocks] == places
+    assert table.blocks[-1].state is State.DIRTY, "the host's copy of what changes is kept"
+    assert room.cache.moves.num_swapped_in_blocks == 0
+
+
+def test_a_hit_that_is_evicted_before_its_use_is_no_hit() -> None:
+    """To make room for it, the victim's KV takes the host places of what was found."""
+    room = Room(4, 2)
+    prefix_on_host(room)
+    room.compute(16)
+    late = room.request(12, shared=8)
+    assert room.cache.probe(late) == 8
+    room.run(late)
+    assert late.table is not None
+    assert states(late) == {State.DIRTY}
+    assert late.num_computed_tokens == 0, "it goes on from KV that is gone"
+    assert room.cache.moves.num_swapped_in_blocks == 0
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_one_load_serves_all_that_share_a_prefix(has_failed: bool) -> None:
+    """The second does not queue a load of its own, nor behind the first one's end."""
+    room = Room(8, 8)
+    prefix_on_host(room)
+    twins = [room.request(12, shared=8), room.request(12, shared=8)]
+    assert room.claim(twins[0]) is Claim.STANDS
+    assert room.claim(twins[1], after=(twins[0].handle,)) is Claim.STANDS
+    (load,) = room.begun()
+    assert (load.direction, len(load.src)) == (IN, 2)
+    room.report(load, has_failed=has_failed)
+    assert room.claim(twins[0]) is Claim.MET
+    assert room.claim(twins[1], after=(twins[0].handle,)) is Claim.MET
+    assert room.begun() == ()
+    expected = (0, 1) if has_failed else (8, 0)
+    assert [(twin.num_computed_tokens, twin.epoch) for twin in twins] == [expected] * 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.99, 1.01])
+def test_the_places_of_others_are_taken_back_only_after_a_wait(share: float) -> None:
+    """Before, the claim is as if it had not been made, unless nothing else can run."""
+    room = Room(4, 8)
+    away, wait_s = gone(room)
+    other, _ = room.compute(12)
+    now = away.last_ran_at + share * wait_s
+    assert room.claim(away, now=now, is_patient=True) is (
+        Claim.STANDS if share > 1.0 else Claim.DEFERRED
+    )
+    assert (states(other) == {State.DIRTY}) == (share < 1.0)
+    assert bool(room.begun()) == (share > 1.0)
+    assert room.cache.num_left == room.cache.pool.num_available or share > 1.0
+    assert room.claim(away, now=now) is Claim.STANDS
+    assert room.begun() or share > 1.0
+
+
+def test_unused_places_are_taken_back_at_once() -> None:
+    """What is free, and what is left of another that gave way: nobody runs on it."""
+    room = Room(8, 16)
+    away, _ = gone(room)
+    other, table = room.compute(16)
+    save_all(table, room)
+    for _ in range(60):  # nothing is taken for long enough to be expected no more
+        room.cache.begin_plan(0.0)
+    assert room.claim(away, is_patient=True) is Claim.STANDS
+    (load,) = room.begun()
+    assert (load.direction, len(load.dst)) == (IN, 3)
+    assert states(other) == {State.CLEAN}
+    room.report(load)
+    assert room.claim(away, is_patient=True) is Claim.MET
