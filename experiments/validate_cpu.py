@@ -195,7 +195,7 @@ def run_simulated(
     """Return the completion time of each row as the simulator has it."""
     simulated_eos = frozenset({EOS_TOKEN_ID})
     scheduler_config = dataclasses.replace(engine.scheduler.config, eos_token_ids=simulated_eos)
-    blocks = engine.scheduler.cache.pool.num_device_blocks
+    blocks = engine.scheduler.cache.pool.device.num_blocks
     machine = Machine(cost_model=cost, num_device_blocks=blocks, overhead=overhead)
     outcome = simulate(scheduler_config, machine, workload)
     return outcome.finished_at - outcome.arrived_at

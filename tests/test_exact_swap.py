@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fastserve.core.memory.places import Places
+from fastserve.core.memory.tier import Tier
 from fastserve.core.messages import Fact, RequestUpdate, SchedulerOutput, SchedulerStats
 from fastserve.core.scheduler import Scheduler
 from fastserve.executor import local
@@ -40,7 +40,7 @@ class Poisoner:
 
     def __init__(self, scheduler: Scheduler, executor: LocalExecutor) -> None:
         pool = scheduler.cache.pool
-        self._tiers = (pool._device, pool._host)
+        self._tiers = (pool.device, pool.host)
         self._executor = executor
         self._spoiled: tuple[set[int], set[int]] = set(), set()
         self.num_spoiled = [0, 0]
@@ -62,8 +62,9 @@ class Poisoner:
         """See nothing."""
 
 
-def free_places(places: Places) -> set[int]:
+def free_places(tier: Tier) -> set[int]:
     """Return the places of a tier that hold nothing."""
+    places = tier._places
     return {*places._given_back, *range(places._num_touched, places.total)}
 
 

@@ -117,22 +117,23 @@ class Accounts:
     ) -> SchedulerStats:
         """Return the counters beside what is so now, of so many live requests."""
         levels, counters = _level_stats(policy, num_requests), self.counters
+        device, host = pool.device, pool.host
         predictions, num_started = policy.predictions, self._num_started
         return SchedulerStats(
             num_running=len(self._running),
             num_waiting=num_requests - num_started,
             num_preempted=num_started - len(self._running),
             requests_by_level=levels.requests_by_level,
-            device_blocks_total=pool.num_device_blocks,
-            device_blocks_free=pool.num_free,
-            device_blocks_cached=pool.num_cached,
-            device_blocks_moving=pool.num_moving,
-            device_blocks_used=pool.num_used,
-            host_blocks_total=pool.num_host_blocks,
-            host_blocks_free=pool.num_host_free,
-            host_blocks_cached=pool.num_host_cached,
-            host_blocks_moving=pool.num_host_moving,
-            host_blocks_used=pool.num_host_used,
+            device_blocks_total=device.num_blocks,
+            device_blocks_free=device.num_free,
+            device_blocks_cached=device.num_cached,
+            device_blocks_moving=device.num_moving,
+            device_blocks_used=device.num_used,
+            host_blocks_total=host.num_blocks,
+            host_blocks_free=host.num_free,
+            host_blocks_cached=host.num_cached,
+            host_blocks_moving=host.num_moving,
+            host_blocks_used=host.num_used,
             num_steps=counters.num_steps,
             num_preemptions=counters.num_preemptions,
             num_demotions=levels.num_demotions,

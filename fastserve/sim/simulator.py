@@ -181,7 +181,7 @@ class SimEngine:
 
     def _note_peaks(self) -> None:
         cache, peaks = self.scheduler.cache, self.peaks
-        on_device, on_host = cache.pool.num_used, cache.pool.num_host_used
+        on_device, on_host = cache.pool.device.num_used, cache.pool.host.num_used
         live = on_device + on_host - cache.pool.num_on_both
         if on_device > peaks.device_blocks:
             peaks.device_blocks = on_device

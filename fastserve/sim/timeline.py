@@ -107,7 +107,7 @@ class TraceEvents:
             cache = self.scheduler.cache
             self._count("requests in the system", self.scheduler.num_requests, stages[0][0])
             self._count("requests with KV", cache.num_tables, stages[0][0])
-            self._count("KV blocks", cache.pool.num_used, stages[0][0])
+            self._count("KV blocks", cache.pool.device.num_used, stages[0][0])
 
     def see_copy(self, copy: Copy, begins_at: float, ends_at: float) -> None:
         """Write one copy: those of a direction have a row."""

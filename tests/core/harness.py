@@ -236,8 +236,8 @@ class Harness:
 def spoil_free_places(scheduler: Scheduler, executor: FakeExecutor) -> None:
     """Empty what the scheduler holds free on both tiers, so that one who reads it is seen."""
     pool = scheduler.cache.pool
-    for kv, places in ((executor.device_kv, pool._device), (executor.host_kv, pool._host)):
-        for place in places._given_back:
+    for kv, tier in ((executor.device_kv, pool.device), (executor.host_kv, pool.host)):
+        for place in tier._places._given_back:
             kv.pop(place, None)
 
 

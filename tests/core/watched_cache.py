@@ -97,7 +97,7 @@ class WatchedCache(KVCacheManager):
         Each frees a place that it lacks, brings a block of it in, or computes a token of one that
         may not lose its KV: that has just come back, or is not yet beyond where it was.
         """
-        num_places = self.pool.num_device_blocks
+        num_places = self.pool.device.num_blocks
         return num_places * (2 + self.block_size)
 
     def _report(self) -> None:

@@ -180,7 +180,7 @@ class EngineProcess:
 
     def _hold_to_account(self) -> None:
         pool = self.scheduler.cache.pool
-        is_full = pool.num_host_blocks > 0 and not pool.num_host_available
+        is_full = pool.host.num_blocks > 0 and not pool.num_host_available
         self.num_times_full += is_full and not self._is_full
         self._is_full = is_full
         self._num_turns += 1

@@ -42,7 +42,7 @@ class Reclaimer:
     @property
     def num_left(self) -> int:
         """Blocks that can be taken now, less those of claims of this plan that are not met."""
-        return self._pool.num_available - self._num_standing
+        return self._pool.device.num_available - self._num_standing
 
     @property
     def num_leaving(self) -> int:

@@ -192,7 +192,7 @@ class Swapper:
         if self._is_instant:
             return 0.0
         idle_s = self.link.copy_s(num_absent) + self._window_s
-        return idle_s * self._pool.num_away / (EXCHANGE_SHARE * self._pool.num_device_blocks)
+        return idle_s * self._pool.num_away / (EXCHANGE_SHARE * self._pool.device.num_blocks)
 
     def _load_blocks(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
@@ -217,7 +217,7 @@ class Swapper:
     def save_ahead(self, holders: Iterable[Request], now: float) -> None:
         """Copy to the host what is likely to lose its place first, if the link is idle."""
         pool = self._pool
-        is_armed = pool.num_free < ARMED_SHARE * pool.num_device_blocks
+        is_armed = pool.device.num_free < ARMED_SHARE * pool.device.num_blocks
         # What failed at once would fail again at once, for ever.
         if self._has_failed or not (self._saves_ahead and is_armed and self.link.is_idle(OUT)):
             return

@@ -43,20 +43,22 @@ def look(cache: KVCacheManager, requests: list[Request]) -> dict[str, Any]:
     """Return all that memory and requests hold as plain values, the order of cached blocks too."""
     pool = cache.pool
     return {
-        "free": list(pool._device._given_back),
-        "touched": pool._device._num_touched,
-        "cached": [(block.device_id, block.hash) for block in pool._cached],
+        "free": list(pool.device._places._given_back),
+        "touched": pool.device._places._num_touched,
+        "cached": [(block.device_id, block.hash) for block in pool.device.kept()],
         "used": {
             block.device_id: (block.refs, block.hash)
             for table in cache._tables._owners
             for block in table.blocks
         },
-        "findable": {block_hash: block.device_id for block_hash, block in pool._by_hash.items()},
+        "findable": {
+            block_hash: block.device_id for block_hash, block in pool._contents._by_hash.items()
+        },
         "tables": [
             ([block.device_id for block in table.blocks], table.is_closed, request.handle)
             for table, request in cache._tables._owners.items()
         ],
-        "counters": (cache.num_tables, cache.num_leaving, pool.num_available),
+        "counters": (cache.num_tables, cache.num_leaving, pool.device.num_available),
         "requests": [
             (r.handle, r.epoch, r.num_computed_tokens, r.num_scheduled_tokens, r.table is None)
             for r in requests
@@ -126,7 +128,7 @@ class ClaimsInAnyOrder(RuleBasedStateMachine):
         """A plan looks at requests in some order; what is claimed may go into a step."""
         self.cache.begin_plan(0.0)
         self.scanned.clear()
-        assert self.cache.num_left == self.cache.pool.num_available
+        assert self.cache.num_left == self.cache.pool.device.num_available
         for number, num_tokens, is_submitted in turns:
             request = self.requests[number % len(self.requests)]
             if request.handle not in self.scanned:
@@ -179,7 +181,7 @@ class ClaimsInAnyOrder(RuleBasedStateMachine):
         assert look(self.cache, self.requests) == before
         size = self.cache.block_size
         named = self.cache._tables.blocks()
-        alive = set(self.cache.pool._cached) | named
+        alive = {*self.cache.pool.device.kept(), *named}
         contents = {self.contents[block] for block in alive if block in self.contents}
         ids = tuple(request.token_ids(0, request.num_tokens))
         num_blocks = 0
@@ -248,7 +250,7 @@ class ClaimsInAnyOrder(RuleBasedStateMachine):
         while self.flying:
             self.land_oldest(has_sample=False)
         self.cache.check([])
-        assert self.cache.pool.num_used == 0
+        assert self.cache.pool.device.num_used == 0
         assert (self.cache.num_tables, self.cache.num_leaving) == (0, 0)
 
 

@@ -18,7 +18,7 @@ def test_what_a_request_finds_is_not_given_up_to_make_room_for_it() -> None:
     cache.release(first)
     other = make_request(1, list(range(100, 108)))
     compute(cache, other, 8)
-    assert (cache.pool.num_free, cache.pool.num_cached) == (0, 2)
+    assert (cache.pool.device.num_free, cache.pool.device.num_cached) == (0, 2)
     again = make_request(2, list(range(9)))
     assert cache.claim(again, 9, {1, 2}) is Claim.STANDS
     assert cache.probe(again) == 8
@@ -39,9 +39,9 @@ def prefix_on_host(room: Room) -> None:
         room.cache.pool.save(block)
         room.cache.pool.saved(block)
     room.end(first)
-    taker, _ = room.compute(room.cache.pool.num_device_blocks * BLOCK_SIZE)
+    taker, _ = room.compute(room.cache.pool.device.num_blocks * BLOCK_SIZE)
     room.end(taker)
-    assert [block.state for block in room.cache.pool._saved] == [State.HOST] * 2
+    assert [block.state for block in room.cache.pool.host.kept()] == [State.HOST] * 2
 
 
 def test_of_two_that_hold_loaded_blocks_and_do_not_both_fit_one_runs() -> None:
@@ -125,7 +125,7 @@ def test_the_places_of_others_are_taken_back_only_after_a_wait(share: float) -> 
     )
     assert (states(other) == {State.DIRTY}) == (share < 1.0)
     assert bool(room.begun()) == (share > 1.0)
-    assert room.cache.num_left == room.cache.pool.num_available or share > 1.0
+    assert room.cache.num_left == room.cache.pool.device.num_available or share > 1.0
     assert room.claim(away, now=now) is Claim.STANDS
     assert room.begun() or share > 1.0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import hypothesis.strategies as st
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 
 from fastserve.core.memory.block import NO_PLACE, ON_DEVICE, Block, State
 from fastserve.core.memory.pool import BlockPool
+from tests.core.memory.blocks import saved, taken
 
 HASHES = [bytes([number]) for number in range(8)]
 DEVICE_STATES = {State.DIRTY, State.SAVING, State.LEAVING, State.CLEAN, State.LOADING}
@@ -43,7 +43,7 @@ class Model:
 
     def take(self, number: int) -> None:
         """A table begins or grows."""
-        if not self.pool.num_available:
+        if not self.pool.device.num_available:
             return
         self.expect_device_place()
         block = self.pool.take()
@@ -154,16 +154,16 @@ class Model:
         """A Block that is on both tiers leaves the device."""
         block = self.pick([b for b in self.names if self.states[b] is State.CLEAN], number)
         if block is not None:
-            num_free = self.pool.num_free
+            num_free = self.pool.device.num_free
             self.pool.drop(block)
-            assert self.pool.num_free == num_free + 1
+            assert self.pool.device.num_free == num_free + 1
             self.states[block] = State.HOST
             self.saved_lru.remove(block)
 
     def load(self, number: int) -> None:
         """A Block that a table names comes back."""
         block = self.pick([b for b in self.names if self.states[b] is State.HOST], number)
-        if block is None or not self.pool.num_available:
+        if block is None or not self.pool.device.num_available:
             return
         self.states[block] = State.LOADING
         self.expect_device_place()
@@ -239,7 +239,7 @@ class Model:
 
     def expect_device_place(self) -> None:
         """The oldest of the prefix cache goes from the device, where nothing is free."""
-        if self.pool.num_free:
+        if self.pool.device.num_free:
             return
         oldest = self.device_lru.pop(0)
         if self.states[oldest] is State.CLEAN:
@@ -249,7 +249,7 @@ class Model:
 
     def expect_host_place(self) -> None:
         """First what is free, then the prefix cache, then what is in use on the device as well."""
-        if self.pool.num_host_free:
+        if self.pool.host.num_free:
             return
         if not self.host_lru:
             self.states[self.saved_lru.pop()] = State.DIRTY
@@ -275,11 +275,11 @@ class Model:
         for block in states:
             assert (block.device_id != NO_PLACE) == (block in on_device)
             assert (block.host_id != NO_PLACE) == (block in on_host)
-        assert pool.num_free == pool.num_device_blocks - len(on_device)
-        assert pool.num_host_free == pool.num_host_blocks - len(on_host)
-        assert list(pool._cached) == self.device_lru
-        assert list(pool._saved) == self.host_lru
-        assert list(pool._twins) == self.saved_lru
+        assert pool.device.num_free == pool.device.num_blocks - len(on_device)
+        assert pool.host.num_free == pool.host.num_blocks - len(on_host)
+        assert list(pool.device.kept()) == self.device_lru
+        assert list(pool.host.kept()) == self.host_lru
+        assert list(pool._replacement._twins) == self.saved_lru
         self.compare_counts(named, on_device, on_host)
 
     def compare_counts(self, named: set[Block], on_device: set[Block], on_host: set[Block]) -> None:
@@ -287,21 +287,21 @@ class Model:
         pool, states = self.pool, self.states
         written = {b for b in on_device if states[b] in (State.LOADING, State.LEAVING)}
         held = {b for b in on_device - named if states[b] is State.SAVING}
-        assert pool.num_cached == len(self.device_lru)
-        assert pool.num_moving == len(written | held)
-        assert pool.num_used == len((on_device & named) - written)
-        assert pool.num_available == pool.num_free + pool.num_cached
+        assert pool.device.num_cached == len(self.device_lru)
+        assert pool.device.num_moving == len(written | held)
+        assert pool.device.num_used == len((on_device & named) - written)
+        assert pool.device.num_available == pool.device.num_free + pool.device.num_cached
         readable = {b for b in on_device & named if states[b] in ON_DEVICE}
         assert pool.num_unwanted == len(readable - set(self.wants))
         assert pool.num_away == len({b for b in named if states[b] in (State.HOST, State.LOADING)})
         arriving = {b for b in on_host if states[b] in (State.SAVING, State.LEAVING)}
-        assert pool.num_host_cached == len(self.host_lru)
-        assert pool.num_host_moving == len(arriving)
+        assert pool.host.num_cached == len(self.host_lru)
+        assert pool.host.num_moving == len(arriving)
         assert pool.num_host_available == (
-            pool.num_host_free + len(self.host_lru) + len(self.saved_lru)
+            pool.host.num_free + len(self.host_lru) + len(self.saved_lru)
         )
-        total = pool.num_host_free + pool.num_host_cached + pool.num_host_moving
-        assert pool.num_host_used == pool.num_host_blocks - total
+        total = pool.host.num_free + pool.host.num_cached + pool.host.num_moving
+        assert pool.host.num_used == pool.host.num_blocks - total
 
 
 OPERATIONS = (
@@ -329,8 +329,8 @@ def test_pool_behaves_like_sets(num_device, num_host, turns) -> None:
     while model.names:
         model.release(0)
         model.compare()
-    assert (model.pool.num_used, model.pool.num_moving) == (0, 0)
-    assert (model.pool.num_host_used, model.pool.num_host_moving) == (0, 0)
+    assert (model.pool.device.num_used, model.pool.device.num_moving) == (0, 0)
+    assert (model.pool.host.num_used, model.pool.host.num_moving) == (0, 0)
 
 
 def test_a_twin_is_not_published() -> None:
@@ -341,9 +341,9 @@ def test_a_twin_is_not_published() -> None:
     pool.publish(twin, b"x")
     assert pool.find(b"x") is first
     pool.release(twin)
-    assert (pool.num_free, pool.num_cached) == (1, 0)
+    assert (pool.device.num_free, pool.device.num_cached) == (1, 0)
     pool.release(first)
-    assert (pool.num_free, pool.num_cached) == (1, 1)
+    assert (pool.device.num_free, pool.device.num_cached) == (1, 1)
     pool.check((), ())
 
 
@@ -354,99 +354,9 @@ def test_check_sees_a_leak_and_a_double_owner() -> None:
     pool.check({block}, ())
     with pytest.raises(AssertionError):
         pool.check((), ())
-    pool._device.give_back(block.device_id)
+    pool.device.give_back(block.device_id)
     with pytest.raises(AssertionError):
         pool.check({block}, ())
-
-
-def taken(pool: BlockPool, block_hash: bytes | None = None) -> Block:
-    """Return a named Block that no table wants, findable if it has a hash."""
-    block = pool.take()
-    pool.unwant(block)
-    if block_hash is not None:
-        pool.publish(block, block_hash)
-    return block
-
-
-def saved(pool: BlockPool, block_hash: bytes) -> Block:
-    """Return a named Block that is on both tiers."""
-    block = taken(pool, block_hash)
-    pool.save(block)
-    pool.saved(block)
-    return block
-
-
-def host_places(pool: BlockPool, others: list[Block]) -> Iterator[int]:
-    """Yield the places that saves of other Blocks are given, one after the other."""
-    for block in others:
-        pool.save(block)
-        yield block.host_id
-
-
-def test_the_prefix_cache_gives_up_what_was_used_longest_ago() -> None:
-    """Use counts, not age: a hit makes the oldest the last to go."""
-    pool = BlockPool(3)
-    hashes = [bytes([number]) for number in range(3)]
-    blocks = [pool.take() for _ in hashes]
-    for block, block_hash in zip(blocks, hashes, strict=True):
-        pool.publish(block, block_hash)
-        pool.release(block)
-    pool.retain(blocks[0])
-    pool.release(blocks[0])
-    left: list[list[int]] = []
-    for _ in blocks:
-        pool.take()
-        left.append([n for n, block_hash in enumerate(hashes) if pool.find(block_hash)])
-    assert left == [[0, 2], [0], []]
-
-
-def test_a_host_place_is_taken_from_what_is_missed_least() -> None:
-    """Free ones, then the prefix cache from its oldest on, then those of what is in use."""
-    pool = BlockPool(8, 4)
-    old, young, used = saved(pool, b"o"), saved(pool, b"y"), saved(pool, b"u")
-    pool.release(old)
-    pool.release(young)
-    places = [pool.num_host_blocks - 1, old.host_id, young.host_id, used.host_id]
-    others = [taken(pool) for _ in range(4)]
-    assert list(host_places(pool, others)) == places
-    assert [block.state for block in (old, young, used)] == [State.DIRTY] * 3
-    assert pool.find(b"u") is used, "what is on the device as well is not lost with the host's"
-    assert not pool.num_host_available
-    pool.check({used, *others}, others)
-
-
-def test_the_last_saved_of_what_is_in_use_loses_its_host_place_first() -> None:
-    """The coldest is saved first: it is the next whose place on the device is needed."""
-    pool = BlockPool(8, 2)
-    cold, warm = saved(pool, b"c"), saved(pool, b"w")
-    assert list(host_places(pool, [taken(pool)])) == [1]
-    assert (cold.state, warm.state) == (State.CLEAN, State.DIRTY)
-
-
-def test_a_copy_ahead_of_need_takes_no_host_place_of_what_the_device_has() -> None:
-    """It would make unsaved what it displaces."""
-    pool = BlockPool(8, 1)
-    assert pool.has_spare_host_place
-    block = saved(pool, b"x")
-    assert not pool.has_spare_host_place, "in use"
-    pool.release(block)
-    assert block.state is State.CLEAN
-    assert not pool.has_spare_host_place, "of no use, but on the device as well"
-    assert pool.num_host_available == 1
-    pool.retain(block)
-    pool.drop(block)
-    pool.release(block)
-    assert pool.has_spare_host_place, "only the host remembers it"
-
-
-def test_what_the_prefix_cache_has_on_both_tiers_stays_findable_on_the_host() -> None:
-    """Its place on the device is had for nothing, and its KV is not lost."""
-    pool = BlockPool(1, 1)
-    block = saved(pool, b"x")
-    pool.release(block)
-    taken(pool)
-    assert pool.find(b"x") is block
-    assert block.state is State.HOST
 
 
 def test_a_store_that_failed_is_no_hit_on_the_host() -> None:
@@ -456,7 +366,7 @@ def test_a_store_that_failed_is_no_hit_on_the_host() -> None:
     pool.save(block)
     pool.release(block)
     pool.save_failed(block)
-    assert (block.state, pool.num_host_free) == (State.DIRTY, 1)
+    assert (block.state, pool.host.num_free) == (State.DIRTY, 1)
     assert pool.find(b"x") is block
     taken(pool)
     assert pool.find(b"x") is None
@@ -470,7 +380,7 @@ def test_a_load_that_failed_is_no_hit_on_either_tier() -> None:
     pool.load(block)
     pool.load_failed(block)
     assert pool.find(b"x") is None
-    assert (pool.num_free, pool.num_host_free) == (1, 1)
+    assert (pool.device.num_free, pool.host.num_free) == (1, 1)
     pool.release(block)
     pool.check((), ())
 
@@ -486,10 +396,10 @@ def test_places_come_back_when_the_copy_is_done_not_when_its_owner_ends(has_fail
     pool.leave(leaving)
     for block in (leaving, loading):
         pool.release(block)
-    assert (pool.num_available, pool.num_host_available) == (0, 0)
-    assert (pool.num_moving, pool.num_host_moving) == (2, 1)
+    assert (pool.device.num_available, pool.num_host_available) == (0, 0)
+    assert (pool.device.num_moving, pool.host.num_moving) == (2, 1)
     pool.check((), (leaving, loading))
     (pool.save_failed if has_failed else pool.saved)(leaving)
     (pool.load_failed if has_failed else pool.loaded)(loading)
-    assert (pool.num_free, pool.num_host_free) == (2, 2)
+    assert (pool.device.num_free, pool.host.num_free) == (2, 2)
     pool.check((), ())

@@ -64,12 +64,12 @@ def test_a_host_place_is_not_freed_while_its_copy_runs() -> None:
     assert store.direction is OUT
     room.end(victim)
     pool = room.cache.pool
-    assert (pool.num_host_moving, pool.num_available) == (len(store.dst), 4 - len(store.src))
+    assert (pool.host.num_moving, pool.device.num_available) == (len(store.dst), 4 - len(store.src))
     assert room.claim(head) is Claim.STANDS, "it gets a place that a copy reads"
-    others = [room.cache.pool._host.take() for _ in range(pool.num_host_free)]
+    others = [pool.host.take() for _ in range(pool.host.num_free)]
     assert not set(others) & set(store.dst)
     for place in others:
-        room.cache.pool._host.give_back(place)
+        pool.host.give_back(place)
     room.report(store)
     assert room.claim(head) is Claim.MET
 
@@ -133,7 +133,7 @@ def test_the_wait_grows_with_what_is_away_and_with_what_is_lacking() -> None:
     assert pool.num_away == 6
     assert swapper.wait_s(3) == pytest.approx(2.0 * wait_s)
     idle_s = COSTS.copy_s(3) + COSTS.min_iteration_s
-    share = pool.num_away * idle_s / (pool.num_device_blocks * swapper.wait_s(3))
+    share = pool.num_away * idle_s / (pool.device.num_blocks * swapper.wait_s(3))
     assert share == pytest.approx(EXCHANGE_SHARE)
 
 

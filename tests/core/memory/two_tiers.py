@@ -92,7 +92,7 @@ class Room:
 
     def swap_out(self, request: Request) -> None:
         """Have a head that needs the whole device take it, and go again."""
-        taker = self.request(self.cache.pool.num_device_blocks * BLOCK_SIZE)
+        taker = self.request(self.cache.pool.device.num_blocks * BLOCK_SIZE)
         self.run(taker)
         assert states(request) == {State.HOST}
         self.end(taker)
