@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from experiments.workloads import SETUP
 from fastserve.core.gittins import AnswerLength
 from fastserve.core.lengths import EDGES, LengthModel
-from fastserve.core.policies.learned import boost_s
+from fastserve.core.policies.pricing import boost_s
 from fastserve.host.provenance import ROOT
 
 MEAN_WORK_S = 5.0

@@ -263,7 +263,7 @@ DEFECTS = (
     ),
     Defect(
         "a stream may pause for ever",
-        f"{POLICIES}/learned.py",
+        f"{POLICIES}/begun.py",
         "                if request.table is not None and not request.steps_in_flight:\n",
         "                if False:\n",
         (f"{POLICY_TESTS}/test_learned.py::test_a_stream_with_kv_pauses_no_longer_than_it_may",),

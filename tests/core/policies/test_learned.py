@@ -14,7 +14,8 @@ import pytest
 from fastserve.core.build import policy_factory
 from fastserve.core.cost_model import CostModel
 from fastserve.core.messages import ExecutorOutput, Fact, RequestUpdate, SchedulerOutput
-from fastserve.core.policies.learned import BEGUN_SHARE, BINS_PER_PRICE, Learned
+from fastserve.core.policies.learned import Learned
+from fastserve.core.policies.pricing import BEGUN_SHARE, BINS_PER_PRICE
 from fastserve.core.policies.priority_classes import PriorityClasses
 from fastserve.core.request import FinishReason, Request
 from fastserve.core.scheduler import Scheduler
@@ -191,8 +192,8 @@ class Auditor(Checker):
     def audit(self, policy: Learned) -> None:
         """Hold keys, order and bound to what the docstring says."""
         self.num_audits += 1
-        keyed = [request for request in policy.ordered() if request.handle not in policy._lifted]
-        assert len(keyed) + len(policy._lifted) == len(policy._accounts)
+        keyed = [request for request in policy.ordered() if not policy._begun.is_lifted(request)]
+        assert len(keyed) + len(list(policy._begun.lifted())) == len(policy._accounts)
         least_s, latest = math.inf, -math.inf
         by_line: dict[Any, int] = {}
         for request in keyed:
@@ -225,7 +226,7 @@ class Auditor(Checker):
         """
         kind = policy._accounts[request.handle].kind
         answer = policy._outlook.answer(kind.labels, kind.max_tokens)
-        token_s = policy._token_s(kind)
+        token_s = policy._pricing.token_s(kind)
         last = answer.bin_at(2**30)
         least_s = BEGUN_SHARE * min(answer.index(k, 0.0, token_s) for k in range(last + 1))
         if policy._accounts[request.handle].line is not None:
@@ -240,7 +241,7 @@ class Auditor(Checker):
     @staticmethod
     def boost(policy: Learned, price_s: float) -> float:
         """Return b(G)."""
-        scale_s = policy._boost * policy._outlook.mean_work_s
+        scale_s = policy._pricing.scale_s
         return -scale_s * math.log1p(-math.exp(-price_s / scale_s)) if scale_s else 0.0
 
 
@@ -299,8 +300,8 @@ def assert_empty(scheduler: Scheduler) -> None:
         assert policy._outlook is policies[0]._outlook
         assert not policy._accounts
         assert not len(policy._begun)
-        assert not len(policy._deadlines)
-        assert not policy._lifted
+        assert not policy._begun._watched
+        assert not len(policy._begun._deadlines)
         assert not list(policy._lines)
         assert not list(policy._lines.lines())
     assert abs(policies[0]._outlook._work_s) < 1e-9
@@ -331,7 +332,7 @@ STATES: dict[str, Callable[[Learned, Request], bool]] = {
     "stream": lambda policy, request: request.num_output_tokens > 0,
     "in flight": lambda policy, request: request.steps_in_flight > 0,
     "without KV": lambda policy, request: request.epoch > 0 and request.table is None,
-    "lifted": lambda policy, request: request.handle in policy._lifted,
+    "lifted": lambda policy, request: policy._begun.is_lifted(request),
 }
 
 
