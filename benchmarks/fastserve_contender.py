@@ -15,7 +15,7 @@ from benchmarks.contender import serve
 from fastserve.bench.offline import Offline
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.host.garbage_collector import quiet_garbage_collector
-from fastserve.launch import open_engine
+from fastserve.launch.engine import open_engine
 from fastserve.settings.engine import EngineConfig
 
 DTYPE = "bfloat16"

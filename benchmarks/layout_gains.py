@@ -37,7 +37,7 @@ from fastserve.engine.engine import Engine
 from fastserve.engine.interfaces import Observer
 from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.provenance import output_path, provenance, write_result
-from fastserve.launch import open_engine
+from fastserve.launch.engine import open_engine
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.settings.scheduler import SchedulerConfig

@@ -48,7 +48,7 @@ from fastserve.core.cost_model import CostModel
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.provenance import output_path, provenance, write_result
-from fastserve.launch import open_async_engine
+from fastserve.launch.server import open_async_engine
 from fastserve.settings.engine import POLICIES, EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.sim.measures import Times

@@ -54,7 +54,7 @@ from fastserve.bench.serve_report import Run, Sent, figures
 from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.json_file import read_object
 from fastserve.host.provenance import output_path, provenance
-from fastserve.launch import open_engine
+from fastserve.launch.engine import open_engine
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.text.tokenizer import Tokenizer

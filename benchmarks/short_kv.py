@@ -52,7 +52,7 @@ from fastserve.core.cost_model import CostModel
 from fastserve.engine.engine import Engine
 from fastserve.engine.interfaces import Observer
 from fastserve.host.provenance import output_path, provenance, write_result
-from fastserve.launch import open_engine
+from fastserve.launch.engine import open_engine
 from fastserve.settings.engine import POLICIES, PREEMPTION_MODES, SWAPPING_MODES, EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.settings.scheduler import SchedulerConfig

@@ -36,7 +36,7 @@ from fastserve.core.messages import ExecutorOutput, Fact, RequestUpdate, Schedul
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.host.provenance import provenance
-from fastserve.launch import open_engine
+from fastserve.launch.engine import open_engine
 from fastserve.settings.engine import EngineConfig
 from fastserve.sim.generators import Lognormal, arrivals
 from fastserve.sim.sim_executor import EOS_TOKEN_ID, StepOverhead

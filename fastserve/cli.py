@@ -199,9 +199,9 @@ def serve(settings: Settings) -> int:
     if server_config.log_level in ("debug", "info"):
         announce(config)
     with interrupts_end_at_once():
-        from fastserve import launch
+        from fastserve.launch import server
 
-        return launch.serve(config, server_config)
+        return server.serve(config, server_config)
 
 
 def announce(config: EngineConfig) -> None:

@@ -21,7 +21,8 @@ from fastserve.core import request
 from fastserve.core.messages import RequestFailedError, RequestUpdate
 from fastserve.core.request import Arrival, FinishReason, Handle
 from fastserve.frontend.request_checks import check_params, check_prompt, fitted
-from fastserve.launch import open_engine, open_tokenizer, require_one_engine
+from fastserve.launch.engine import open_engine, require_one_engine
+from fastserve.launch.tokenizer import open_tokenizer
 from fastserve.offline.hf_tokenizer import HFTokenizer
 from fastserve.offline.inputs import (
     Prompt,

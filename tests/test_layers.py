@@ -29,7 +29,11 @@ for module in pkgutil.walk_packages(fastserve.server.__path__, "fastserve.server
     importlib.import_module(module.name)
 """,
     "tokenizer": "import fastserve.text.tokenizer, fastserve.text.text_stream",
-    "launch": "import fastserve.launch",
+    "launch": """
+import importlib, pkgutil, fastserve.launch
+for module in pkgutil.walk_packages(fastserve.launch.__path__, "fastserve.launch."):
+    importlib.import_module(module.name)
+""",
     "cli --help": """
 import contextlib, fastserve.cli
 with contextlib.suppress(SystemExit):

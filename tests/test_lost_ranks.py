@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from fastserve.client.async_engine import AsyncEngine
 from fastserve.client.streams import RequestStream
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
-from fastserve.launch import open_async_engine
+from fastserve.launch.server import open_async_engine
 from fastserve.settings.option import ConfigError
 from tests.checkpoints import VOCAB_SIZE, greedy, make_checkpoint
 from tests.executor.ranks import config_of, open_ranks

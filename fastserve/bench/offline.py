@@ -29,7 +29,8 @@ from fastserve.engine.engine import Engine
 from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.provenance import output_path, provenance, write_result
 from fastserve.host.terminal import make_bar, make_table
-from fastserve.launch import count_threads, open_engine, require_one_engine
+from fastserve.launch.engine import open_engine, require_one_engine
+from fastserve.launch.executor import count_threads
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from fastserve.wire.engine_messages import EngineInfo

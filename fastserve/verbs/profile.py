@@ -17,7 +17,8 @@ from fastserve.checkpoint import locate as checkpoint
 from fastserve.core.cost_model import TERMS, CostModel
 from fastserve.host.provenance import output_path
 from fastserve.host.terminal import make_table, say
-from fastserve.launch import SERVER_CORES, open_executor
+from fastserve.launch.engine import SERVER_CORES
+from fastserve.launch.executor import open_executor
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 

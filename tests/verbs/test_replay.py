@@ -8,7 +8,7 @@ import pytest
 
 from fastserve import cli
 from fastserve.core.request import Arrival, SamplingParams
-from fastserve.launch import open_engine
+from fastserve.launch.engine import open_engine
 from fastserve.settings.engine import EngineConfig
 from tests.failing_step import REASON, fail_once
 
