@@ -2,8 +2,9 @@
 
     python -m benchmarks.cpu_step --model DIR --dtype bfloat16 --batch-size 1,8,32 [--threads 1]
 
-With one thread it counts processor time, which other work on the machine hardly changes; with more,
-wall time. Every part is the mean over the fastest half of the steps.
+The layers are one call; `--parts` calls their parts one by one, to tell them apart. With one thread
+it counts processor time, which other work on the machine hardly changes; with more, wall time.
+Every part is the mean over the fastest half of the steps.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from fastserve.executor import model_runner
 from fastserve.executor.opening import open_worker
 from fastserve.executor.profiler import run_step
 from fastserve.executor.worker import Worker
+from fastserve.model.attention.cpu import CpuAttention
+from fastserve.model.kernels.cpu.kernels import CpuKernels
+from fastserve.model.kernels.cpu.layer_program import LayerProgram
 from fastserve.model.ops import packed_linear
+from fastserve.model.ops.fused_layers import FusedLayers
 from fastserve.settings.engine import EngineConfig
 
 CONTEXT = 192
@@ -53,11 +58,13 @@ def watch_parts(stopwatch: Stopwatch, worker: Worker) -> None:
     stopwatch.watch(
         packed_linear, "_product", lambda x, weight, *rest: "linear {}x{}".format(*weight.shape)
     )
-    kernels = worker.model.layers[0].attention_norm.kernels  # type: ignore[attr-defined]
+    stopwatch.watch(
+        CpuKernels, "project", lambda _, x, weight, *rest: f"linear {weight.width}x{weight.depth}"
+    )
     for name in ("rms_norm", "silu_mul", "rotate_and_write", "attend"):
-        stopwatch.watch(type(kernels), name, lambda *args, name=name: name)
-    attention = type(worker.model.attention)  # type: ignore[attr-defined]
-    stopwatch.watch(attention, "plan", lambda *args: "plan attention")
+        stopwatch.watch(CpuKernels, name, lambda *args, name=name: name)
+    stopwatch.watch(LayerProgram, "__call__", lambda *args: "layers")
+    stopwatch.watch(CpuAttention, "plan", lambda *args: "plan attention")
     for name, label in (("_build", "input batch"), ("_sample", "sample")):
         stopwatch.watch(model_runner.ModelRunner, name, lambda *args, label=label: label)
     stopwatch.watch(type(worker.model), "__call__", lambda *args: "the network in all")
@@ -71,6 +78,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch-size", default="1,8,32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parts", action="store_true", help="call the parts of layers one by one")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = EngineConfig(
@@ -84,6 +92,8 @@ def main() -> None:
         on_progress=lambda stage, share: None,
     )
     worker.kv.touch(1024)
+    if args.parts and isinstance(worker.model.layers, FusedLayers):
+        worker.model.layers = worker.model.layers.loop
     stopwatch = Stopwatch(time.thread_time if args.threads == 1 else time.perf_counter)
     watch_parts(stopwatch, worker)
     for batch_size in map(int, args.batch_size.split(",")):

@@ -53,9 +53,9 @@ def compute(network: Decoder, case: Case) -> tuple[Tensor, Tensor]:
     The strangers' prompts and chunks are others every time, and so are the blocks of everybody.
     """
     rng, batch_size, place = np.random.default_rng(case), case.batch_size, case.place
-    heads: AttentionShape = network.attention.shape  # type: ignore[attr-defined]
+    heads: AttentionShape = network.layers.attention.shape  # type: ignore[attr-defined]
     vocab_size = network.head.vocabulary.out_width  # type: ignore[union-attr]
-    shape = (NUM_BLOCKS * batch_size, len(network.layers), 2, BLOCK_SIZE, heads.num_kv_heads)
+    shape = (NUM_BLOCKS * batch_size, network.stage.num_layers, 2, BLOCK_SIZE, heads.num_kv_heads)
     kv = PagedKV(torch.full((*shape, heads.head_dim), torch.nan, dtype=network.dtype))
     tables = rng.permutation(len(kv.tensor)).reshape(batch_size, NUM_BLOCKS)
     ids = rng.integers(0, vocab_size, (batch_size, NUM_TOKENS))

@@ -1,7 +1,7 @@
 """Decoder: the one loop of all decoder-only networks, over all their layers or a run of them.
 
-Rules: embed, plan attention, run the layers, cut to the rows that get logits, norm and head. In the
-last layer only these rows go through the output projection and the MLP. The first stage of a
+Rules: embed, run the layers, norm and head. Of the last layer's output only the rows that get
+logits are wanted. The first stage of a
 network takes token ids, any other takes the hidden state of the one before it; the last returns
 logits, any other its hidden state. A network in stages computes the bits of the whole one.
 Must not know: families, checkpoints, requests, how hidden state travels.
@@ -9,32 +9,16 @@ Must not know: families, checkpoints, requests, how hidden state travels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastserve.model.attention.interfaces import Attention, LayerAttention, LayerKV, PagedKV
+from fastserve.model.attention.interfaces import PagedKV
 from fastserve.model.attention.rotary import Rotary
 from fastserve.model.input_batch import InputBatch
+from fastserve.model.ops.interfaces import Layers
 from fastserve.model.stages import Stage
-
-
-class DecoderLayer(Protocol):
-    """Attention and an MLP, each added to the stream."""
-
-    def attend(
-        self,
-        hidden: Tensor,  # [num_tokens, hidden]
-        rotations: Tensor | None,
-        layer_kv: LayerKV,
-        attention: LayerAttention,
-    ) -> Tensor:
-        """Return the mixed values of the step's tokens, before the output projection."""
-
-    def add_outputs(self, hidden: Tensor, mixed: Tensor) -> Tensor:
-        """Add attention's output and the MLP's to the stream, which may be overwritten."""
 
 
 class Decoder:
@@ -43,8 +27,7 @@ class Decoder:
     def __init__(
         self,
         stage: Stage,
-        layers: Sequence[DecoderLayer],
-        attention: Attention,
+        layers: Layers,
         *,
         dtype: torch.dtype,
         rotary: Rotary | None,
@@ -55,8 +38,7 @@ class Decoder:
         if (embed is None) == stage.is_first or (head is None) == stage.is_last:
             raise ValueError(f"an end of {stage} lacks its part, or another has one")
         self.stage = stage
-        self.layers = tuple(layers)
-        self.attention = attention
+        self.layers = layers
         self.dtype = dtype
         self.rotary = rotary
         self.embed = embed
@@ -74,11 +56,6 @@ class Decoder:
         if hidden is None:
             raise ValueError(f"{self.stage} takes hidden state")
         rotations = None if self.rotary is None else self.rotary.at(batch.positions)
-        attention = self.attention.plan(batch)
-        last = len(self.layers) - 1
-        for index, (layer, layer_kv) in enumerate(zip(self.layers, kv.layers, strict=True)):
-            mixed = layer.attend(hidden, rotations, layer_kv, attention)
-            if index == last and self.head is not None and batch.scored is not None:
-                hidden, mixed = hidden[batch.scored], mixed[batch.scored]
-            hidden = layer.add_outputs(hidden, mixed)
+        scored = None if self.head is None else batch.scored
+        hidden = self.layers(hidden, rotations, batch, kv, scored)
         return hidden if self.head is None else self.head(hidden)

@@ -101,6 +101,7 @@ def run_sharded(size: int, path, make_ops: Callable[[], Ops], **how) -> list[Run
 
 def make_kv(stage: Decoder, head_dim: int, num_blocks: int, device: torch.device) -> PagedKV:
     """Make the KV of this rank's layers and heads."""
-    heads: AttentionShape = stage.attention.shape  # type: ignore[attr-defined]
-    shape = (num_blocks, len(stage.layers), 2, BLOCK_SIZE, heads.num_kv_heads, head_dim)
+    heads: AttentionShape = stage.layers.attention.shape  # type: ignore[attr-defined]
+    num_layers = stage.stage.stop - stage.stage.first
+    shape = (num_blocks, num_layers, 2, BLOCK_SIZE, heads.num_kv_heads, head_dim)
     return PagedKV(torch.zeros(shape, dtype=stage.dtype, device=device))

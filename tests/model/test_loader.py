@@ -55,7 +55,8 @@ def test_checked_weights_are_finite_or_named(checkpoint, value):
         config = read_model_config(checkpoint)
         return load_network(config, weights, TorchOps(dtype), max_len=64, device=CPU)
 
-    assert torch.equal(network().layers[1].qkv.weight, load(checkpoint).layers[1].qkv.weight)
+    read = network().layers.layers[1].qkv.weight
+    assert torch.equal(read, load(checkpoint).layers.layers[1].qkv.weight)
     change(checkpoint, lambda tensors: tensors[name][3].fill_(1e20))
     network(torch.bfloat16)
     with pytest.raises(ConfigError, match="not finite in float16"):
@@ -72,7 +73,7 @@ def test_shards_equal_one_file(tmp_path):
     model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
     one, many = load(tmp_path / "one"), load(tmp_path / "many")
-    assert torch.equal(one.layers[2].qkv.weight, many.layers[2].qkv.weight)
+    assert torch.equal(one.layers.layers[2].qkv.weight, many.layers.layers[2].qkv.weight)
     assert torch.equal(one.head.vocabulary.weight, many.head.vocabulary.weight)
 
 

@@ -62,10 +62,10 @@ def load_network(
     layers = [family.layer(index) for index in range(stage.first, stage.stop)]
     head = family.head() if stage.is_last else None
     weights.finish(family.names.outside(stage))
+    attention = ops.attention(AttentionShape.of(config, group.size))
     return Decoder(
         stage,
-        layers,
-        ops.attention(AttentionShape.of(config, group.size)),
+        ops.layers(layers, attention),
         dtype=weights.dtype,
         rotary=family.rotary(max_len, device),
         embed=embed,

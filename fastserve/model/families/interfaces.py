@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastserve.model.attention.rotary import Rotary
-from fastserve.model.decoder import DecoderLayer
 from fastserve.model.input_batch import InputBatch
+from fastserve.model.ops.interfaces import DecoderLayer
 from fastserve.model.stages import Stage
 
 

@@ -8,6 +8,8 @@ Must not know: architectures, checkpoints, batches, how kernels are built.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fastserve.checkpoint.activation import Activation
@@ -15,8 +17,24 @@ from fastserve.model.attention.cpu import CpuAttention
 from fastserve.model.attention.interfaces import Attention
 from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.kernels.cpu.kernels import CpuKernels
-from fastserve.model.ops.interfaces import HeadNormOp, LinearOp, MLPOp, NormOp, Ops
+from fastserve.model.ops.cpu_parts import (
+    FusedGatedMLP,
+    FusedHeadNorm,
+    FusedLayerNorm,
+    FusedRMSNorm,
+)
+from fastserve.model.ops.fused_layers import fuse
+from fastserve.model.ops.interfaces import (
+    DecoderLayer,
+    HeadNormOp,
+    Layers,
+    LinearOp,
+    MLPOp,
+    NormOp,
+    Ops,
+)
 from fastserve.model.ops.packed_linear import PackedLinear, can_pack
+from fastserve.model.ops.panel_linear import make_linear
 
 
 class CpuOps:
@@ -27,6 +45,10 @@ class CpuOps:
         self._fallback = fallback
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
+        if self._kernels is not None:
+            own = make_linear(self._kernels, weight, bias)
+            if own is not None:
+                return own
         if can_pack(weight):
             return PackedLinear(weight, bias)
         return self._fallback.linear(weight, bias)
@@ -59,59 +81,6 @@ class CpuOps:
             return self._fallback.attention(shape)
         return CpuAttention(self._kernels, shape)
 
-
-class FusedRMSNorm:
-    """x / rms(x) · weight over rows. Fits `NormOp`."""
-
-    __slots__ = ("eps", "kernels", "weight")
-
-    def __init__(self, kernels: CpuKernels, weight: Tensor, eps: float) -> None:
-        self.kernels = kernels
-        self.weight = weight
-        self.eps = eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.kernels.rms_norm(x, self.weight, self.eps)
-
-
-class FusedHeadNorm:
-    """A norm of the first heads of every token, in place. Fits `HeadNormOp`."""
-
-    __slots__ = ("eps", "kernels", "weight")
-
-    def __init__(self, kernels: CpuKernels, weight: Tensor, eps: float) -> None:
-        self.kernels = kernels
-        self.weight = weight
-        self.eps = eps
-
-    def __call__(self, qkv: Tensor) -> None:
-        self.kernels.head_rms_norm_(qkv, self.weight, self.eps)
-
-
-class FusedLayerNorm:
-    """(x - mean(x)) / std(x) · weight + bias over rows. Fits `NormOp`."""
-
-    __slots__ = ("bias", "eps", "kernels", "weight")
-
-    def __init__(self, kernels: CpuKernels, weight: Tensor, bias: Tensor, eps: float) -> None:
-        self.kernels = kernels
-        self.weight = weight
-        self.bias = bias
-        self.eps = eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps)
-
-
-class FusedGatedMLP:
-    """down(silu(gate(x)) · up(x)), with gate and up in one product. Fits `MLPOp`."""
-
-    __slots__ = ("down", "gate_up", "kernels")
-
-    def __init__(self, kernels: CpuKernels, gate_up: LinearOp, down: LinearOp) -> None:
-        self.kernels = kernels
-        self.gate_up = gate_up
-        self.down = down
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        return self.down.add_to(residual, self.kernels.silu_mul(self.gate_up(x)))
+    def layers(self, layers: Sequence[DecoderLayer], attention: Attention) -> Layers:
+        loop = self._fallback.layers(layers, attention)
+        return loop if self._kernels is None else fuse(self._kernels, layers, attention, loop)

@@ -9,6 +9,8 @@ Imports Triton: only to be imported where it is used. Must not know: architectur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,15 @@ from fastserve.checkpoint.activation import Activation
 from fastserve.model.attention.interfaces import Attention
 from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.attention.triton import FIXED_SPLIT_TOKENS, TritonAttention
-from fastserve.model.ops.interfaces import HeadNormOp, LinearOp, MLPOp, NormOp, Ops
+from fastserve.model.ops.interfaces import (
+    DecoderLayer,
+    HeadNormOp,
+    Layers,
+    LinearOp,
+    MLPOp,
+    NormOp,
+    Ops,
+)
 from fastserve.model.ops.layers import HeadNorm
 from fastserve.model.ops.triton_rowwise import MAX_NORM_WIDTH, TritonGatedMLP, TritonRMSNorm
 
@@ -55,3 +65,6 @@ class CudaOps:
         if not TritonAttention.supports(shape):
             return self._fallback.attention(shape)
         return TritonAttention(shape, self._dtype, split_tokens=self._split_tokens)
+
+    def layers(self, layers: Sequence[DecoderLayer], attention: Attention) -> Layers:
+        return self._fallback.layers(layers, attention)

@@ -1,6 +1,6 @@
 """DeterministicOps: parts whose results for a token have the same bits whatever the batch.
 
-Rules: the parts that are handed in treat every row by itself already, except for their products;
+Rules: the parts that are handed in treat every row by itself already, except for some products;
 here these are cut into tiles of proven heights. What a row's bits do depend on: the weights, the
 machine, the build of torch and of the kernels, and the number of threads.
 Must not know: devices, architectures, batches.
@@ -8,13 +8,23 @@ Must not know: devices, architectures, batches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastserve.checkpoint.activation import Activation
 from fastserve.model.attention.interfaces import Attention
 from fastserve.model.attention.shape import AttentionShape
-from fastserve.model.ops.interfaces import HeadNormOp, LinearOp, MLPOp, NormOp, Ops
+from fastserve.model.ops.interfaces import (
+    DecoderLayer,
+    HeadNormOp,
+    Layers,
+    LinearOp,
+    MLPOp,
+    NormOp,
+    Ops,
+)
 from fastserve.model.ops.tiled_linear import TiledLinear, agreeing_heights
 
 Shape = tuple[int, int, bool, torch.dtype]  # in, out, has bias
@@ -29,6 +39,9 @@ class DeterministicOps:
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
         """Fit `Ops`; the first one of its shape also shows which heights may be used."""
+        whole = self._parts.linear(weight, bias)
+        if whole.is_rowwise:
+            return whole
         out_width, in_width = weight.shape
         shape = (in_width, out_width, bias is not None, weight.dtype)
         if shape not in self._heights:
@@ -40,7 +53,7 @@ class DeterministicOps:
                 dtype=weight.dtype,
                 device=weight.device,
             )
-        return TiledLinear(self._parts.linear(weight, bias), self._heights[shape])
+        return TiledLinear(whole, self._heights[shape])
 
     def rms_norm(self, weight: Tensor, eps: float) -> NormOp:
         return self._parts.rms_norm(weight, eps)
@@ -59,3 +72,6 @@ class DeterministicOps:
 
     def attention(self, shape: AttentionShape) -> Attention:
         return self._parts.attention(shape)
+
+    def layers(self, layers: Sequence[DecoderLayer], attention: Attention) -> Layers:
+        return self._parts.layers(layers, attention)

@@ -7,19 +7,22 @@ Must not know: architectures, checkpoints, batches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from fastserve.checkpoint.activation import Activation
-from fastserve.model.attention.interfaces import Attention
+from fastserve.model.attention.interfaces import Attention, LayerAttention, LayerKV, PagedKV
 from fastserve.model.attention.shape import AttentionShape
+from fastserve.model.input_batch import InputBatch
 
 
 class LinearOp(Protocol):
     """y = x Wᵀ + b."""
 
     out_width: int
+    is_rowwise: bool  # whether the bits of a row depend on that row alone
 
     def __call__(self, x: Tensor) -> Tensor:
         """Project the rows of `x` [num_tokens, in] to [num_tokens, out]."""
@@ -49,6 +52,36 @@ class MLPOp(Protocol):
         """Add the part's output to `residual` [num_tokens, hidden] in place and return it."""
 
 
+class DecoderLayer(Protocol):
+    """Attention and an MLP, each added to the stream."""
+
+    def attend(
+        self,
+        hidden: Tensor,  # [num_tokens, hidden]
+        rotations: Tensor | None,
+        layer_kv: LayerKV,
+        attention: LayerAttention,
+    ) -> Tensor:
+        """Return the mixed values of the step's tokens, before the output projection."""
+
+    def add_outputs(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """Add attention's output and the MLP's to the stream, which may be overwritten."""
+
+
+class Layers(Protocol):
+    """The layers of a stage, one after another."""
+
+    def __call__(
+        self,
+        hidden: Tensor,  # [num_tokens, hidden]; may be overwritten
+        rotations: Tensor | None,  # as `Rotary.at` returns them
+        batch: InputBatch,
+        kv: PagedKV,
+        scored: Tensor | None,  # [num_scored] token rows that are wanted; None: every row
+    ) -> Tensor:
+        """Return the stream behind the last layer, of the rows that are wanted."""
+
+
 class Ops(Protocol):
     """Makes the parts of a network."""
 
@@ -75,3 +108,6 @@ class Ops(Protocol):
 
     def attention(self, shape: AttentionShape) -> Attention:
         """Make paged attention."""
+
+    def layers(self, layers: Sequence[DecoderLayer], attention: Attention) -> Layers:
+        """Make one of layers that are made of these parts, and their attention."""

@@ -17,6 +17,7 @@ from fastserve.model.ops.interfaces import LinearOp, NormOp
 class Linear:
     """y = x Wᵀ + b."""
 
+    is_rowwise = False
     __slots__ = ("bias", "out_width", "transposed", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:

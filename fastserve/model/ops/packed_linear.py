@@ -38,6 +38,7 @@ def can_pack(weight: Tensor) -> bool:
 class PackedLinear:
     """y = x Wᵀ + b. Fits `LinearOp`."""
 
+    is_rowwise = False
     __slots__ = ("bias", "out_width", "packed")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -14,6 +14,7 @@ from fastserve.model.parallel import TensorGroup
 class RowParallelLinear:
     """y = Σ over ranks x_r W_rᵀ, plus b, which is one rank's alone. Fits `LinearOp`."""
 
+    is_rowwise = False
     __slots__ = ("group", "out_width", "partial")
 
     def __init__(self, partial: LinearOp, group: TensorGroup) -> None:

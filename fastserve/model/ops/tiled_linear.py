@@ -35,6 +35,7 @@ Cut = tuple[int, int, int]  # start, stop, height
 class TiledLinear:
     """y = x Wᵀ + b, by tiles. Fits `LinearOp`."""
 
+    is_rowwise = True
     __slots__ = ("_cuts", "heights", "inner", "out_width")
 
     def __init__(self, inner: LinearOp, heights: Sequence[int]) -> None:

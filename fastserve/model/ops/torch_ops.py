@@ -5,6 +5,8 @@ Must not know: architectures, checkpoints, batches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,15 @@ from fastserve.checkpoint.activation import Activation
 from fastserve.model.attention.gathered import GatheredAttention
 from fastserve.model.attention.interfaces import Attention
 from fastserve.model.attention.shape import AttentionShape
-from fastserve.model.ops.interfaces import HeadNormOp, LinearOp, MLPOp, NormOp
+from fastserve.model.ops.interfaces import (
+    DecoderLayer,
+    HeadNormOp,
+    Layers,
+    LinearOp,
+    MLPOp,
+    NormOp,
+)
+from fastserve.model.ops.layer_loop import LayerLoop
 from fastserve.model.ops.layers import MLP, GatedMLP, HeadNorm, LayerNorm, Linear, RMSNorm
 
 
@@ -43,3 +53,6 @@ class TorchOps:
 
     def attention(self, shape: AttentionShape) -> Attention:
         return GatheredAttention(shape, self._dtype)
+
+    def layers(self, layers: Sequence[DecoderLayer], attention: Attention) -> Layers:
+        return LayerLoop(layers, attention)

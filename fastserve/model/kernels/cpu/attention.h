@@ -7,25 +7,26 @@
 #pragma once
 
 #include "products.h"
+#include "stage.h"
 
 namespace {
 
 constexpr int64_t TILE = 32;  // positions
 
 struct AttendArgs {
-  int64_t next;
-  int64_t workers;  // counts the threads, to give each its scratch
   const void* qkv;
   void* out;
   const void* kv;         // keys of the layer in block 0
   const int64_t* pieces;  // [pieces, 4]: first token, tokens, row of the tables, first position
   const int64_t* tables;
-  float* scratch;
-  int64_t scratch_stride;  // floats of a worker
-  int64_t num_pieces, parts;  // parts: how many tasks a piece is, each some of its heads
+  float* scratch;         // a part for each thread
+  int64_t scratch_stride;  // floats of a part
+  int64_t num_pieces, parts;  // parts: how many chunks a piece is, each some of its heads
   int64_t table_stride, block_size, block_stride, value_offset;
   int64_t heads, kv_heads, head_dim;
   double scale;
+
+  int64_t chunks() const { return num_pieces * parts; }
 };
 
 // The queries of a piece for one key-value head, and their state from tile to tile.
@@ -196,19 +197,14 @@ struct Attend {
 };
 
 template <typename T>
-void attend(AttendArgs* args) {
-  const Attend<T> kernel(*args);
-  float* scratch = args->scratch + take(&args->workers, 1) * args->scratch_stride;
-  const int64_t share = args->kv_heads / args->parts;
-  for (int64_t task; (task = take(&args->next, 1)) < args->num_pieces * args->parts;) {
-    const int64_t* piece = args->pieces + task / args->parts * 4;
-    const int64_t head = task % args->parts * share;
-    if (piece[1] == 1) {
-      kernel.heads(piece, head, share, scratch);
-      continue;
-    }
-    for (int64_t h = head; h < head + share; h++) kernel.heads(piece, h, 1, scratch);
-  }
+void attend(const AttendArgs& args, int64_t chunk, int64_t thread) {
+  const Attend<T> kernel(args);
+  float* scratch = args.scratch + thread * args.scratch_stride;
+  const int64_t share = args.kv_heads / args.parts;
+  const int64_t* piece = args.pieces + chunk / args.parts * 4;
+  const int64_t head = chunk % args.parts * share;
+  if (piece[1] == 1) return kernel.heads(piece, head, share, scratch);
+  for (int64_t h = head; h < head + share; h++) kernel.heads(piece, h, 1, scratch);
 }
 
 }  // namespace

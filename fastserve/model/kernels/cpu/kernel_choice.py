@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 from typing import Literal
 
 import torch
 
-from fastserve.model.kernels.cpu.kernels import ENTRIES, CpuKernels
+from fastserve.model.kernels.cpu.kernels import ENTRIES, CpuKernels, Entry
 from fastserve.model.kernels.cpu.native import BuildError, load_native
+from fastserve.model.kernels.cpu.thread_team import ThreadTeam
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +23,17 @@ KernelChoice = Literal["auto", "native", "torch"]
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Dtypes that have kernels, and how their entries are called."""
 
+AMX_ROWS = 16
+"""A tile of AMX has as many rows; from there on, oneDNN's products with it are the faster ones."""
 
-def choose_kernels(choice: KernelChoice, dtype: torch.dtype) -> CpuKernels | None:
+
+def choose_kernels(
+    choice: KernelChoice, dtype: torch.dtype, *, max_rows: float | None = None
+) -> CpuKernels | None:
     """Return kernels for weights and KV of `dtype`; None: use plain torch.
 
-    `auto` is native where it can be built. `native` where it cannot is a BuildError.
+    `auto` is native where it can be built. `native` where it cannot is a BuildError. Their
+    projection is used up to `max_rows` rows; None: as is best on this processor.
     """
     if choice == "torch" or dtype not in DTYPE_NAMES:
         return None
@@ -37,8 +45,22 @@ def choose_kernels(choice: KernelChoice, dtype: torch.dtype) -> CpuKernels | Non
         logger.warning("no fused CPU kernels, plain torch is slower: %s", error)
         return None
     name = DTYPE_NAMES[dtype]
-    addresses = {
-        entry: ctypes.cast(getattr(library, f"{entry}_{name}"), ctypes.c_void_p).value or 0
-        for entry in ENTRIES
-    }
-    return CpuKernels(dtype, addresses)
+    entries = {entry: _entry(library, f"{entry}_{name}") for entry in ENTRIES}
+    per_lane = getattr(library, f"per_lane_{name}")()
+    if max_rows is None:
+        max_rows = own_product_rows(dtype)
+    return CpuKernels(dtype, entries, ThreadTeam(library), per_lane=per_lane, max_rows=max_rows)
+
+
+def own_product_rows(dtype: torch.dtype) -> float:
+    """Return up to how many rows our own projection is used on this processor; 0: nowhere."""
+    if dtype is not torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported():
+        return 0
+    return AMX_ROWS if torch.cpu._is_amx_tile_supported() else math.inf
+
+
+def _entry(library: ctypes.CDLL, name: str) -> Entry:
+    entry = getattr(library, name)
+    entry.argtypes, entry.restype = (ctypes.c_void_p, ctypes.c_void_p), None
+    function: Entry = entry
+    return function

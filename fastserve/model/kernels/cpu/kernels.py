@@ -3,16 +3,16 @@
 Rules: tensors are of the kernels' dtype, rows contiguous; statistics and sums are taken in float32.
 What is computed for a row or a token depends on nothing but that row, or that token's query and the
 keys and values before it: the same bits in any batch, chunking or number of threads. An instance
-serves one thread. An entry is the address of `void entry(void* args)`; the first argument counts
-the shares of work that threads have taken. Pointers are only passed for tensors that were checked:
-dtype, contiguity.
+serves one thread. An entry is `void entry(Threads* threads, void* arguments)`. Pointers are only
+passed for tensors that were checked: dtype, contiguity.
 Must not know: networks, requests, how entries come about.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from struct import Struct
 
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 from fastserve.model.attention.interfaces import LayerKV
 from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.kernels.cpu.attention_work import CHUNK_TOKENS, AttentionWork
-from fastserve.model.kernels.cpu.thread_team import find_parallel
+from fastserve.model.kernels.cpu.panels import Panels
+from fastserve.model.kernels.cpu.thread_team import ThreadTeam
 
 ENTRIES = (
     "rms_norm",
@@ -30,6 +31,8 @@ ENTRIES = (
     "silu_mul",
     "rotate_and_write",
     "attend",
+    "project",
+    "run_layers",
 )
 
 PARALLEL_ELEMENTS = 2**15
@@ -38,34 +41,64 @@ PARALLEL_ELEMENTS = 2**15
 PARALLEL_POSITIONS = 2**10
 """Head positions read by attention from which waking other threads pays."""
 
+PARALLEL_PRODUCTS = 2**17
+"""Single products of a projection from which waking other threads pays."""
+
 PIECES_PER_THREAD = 8
 """With fewer, pieces are cut by heads, for balance."""
 
 TILE = 32  # positions that compiled attention works on at a time
 
-_ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+WRITE_LAYOUT = "11q"
+ATTEND_LAYOUT = "16qd"
+
+Entry = Callable[[int, int], None]
+"""Addresses of threads and of arguments."""
 
 
-class _Call:
+class Call:
     """One entry, its argument layout and the memory they are packed into."""
 
-    __slots__ = ("address", "arguments", "buffer", "entry", "pack_into", "parallel")
+    __slots__ = ("arguments", "buffer", "entry", "pack_into")
 
-    def __init__(self, address: int, layout: str) -> None:
+    def __init__(self, entry: Entry, layout: str) -> None:
         packer = Struct(layout)
-        self.address = address
-        self.entry = _ENTRY(address)
+        self.entry = entry
         self.buffer = ctypes.create_string_buffer(packer.size)
         self.arguments = ctypes.addressof(self.buffer)
         self.pack_into = packer.pack_into
-        self.parallel = find_parallel()
 
     def __call__(self, threads: int, *values: int | float) -> None:
-        self.pack_into(self.buffer, 0, 0, *values)
-        if threads == 1 or self.parallel is None:
-            self.entry(self.arguments)
-        else:
-            self.parallel(self.address, self.arguments, threads, 0)
+        self.pack_into(self.buffer, 0, *values)
+        self.entry(threads, self.arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Where the step's tokens stand, and where their keys and values go."""
+
+    rotations: Tensor | None  # [num_tokens, 1, head_dim / 2] complex64
+    blocks: Tensor  # [num_tokens] int64
+    offsets: Tensor  # [num_tokens] int64
+
+    def values(
+        self, qkv: int, layer: LayerKV, heads: int, kv_heads: int, head_dim: int
+    ) -> tuple[int, ...]:
+        """Return what the struct `WriteArgs` of row_kernels.h holds."""
+        rotations, both = self.rotations, layer.both
+        return (
+            qkv,
+            0 if rotations is None else rotations.data_ptr(),
+            both.data_ptr(),
+            self.blocks.data_ptr(),
+            self.offsets.data_ptr(),
+            len(self.blocks),
+            heads,
+            kv_heads,
+            head_dim,
+            both.stride(0),
+            both.stride(1),
+        )
 
 
 class CpuKernels:
@@ -73,31 +106,47 @@ class CpuKernels:
 
     name = "native"
 
-    def __init__(self, dtype: torch.dtype, entries: Mapping[str, int]) -> None:
-        """Take the addresses of ENTRIES for `dtype`."""
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        entries: Mapping[str, Entry],
+        team: ThreadTeam,
+        *,
+        per_lane: int,
+        max_rows: float,
+    ) -> None:
+        """Take ENTRIES for `dtype`, which add up `per_lane` products with one instruction.
+
+        Up to `max_rows` rows `project` is to be used rather than oneDNN's product.
+        """
         self.dtype = dtype
-        self._norm = _Call(entries["rms_norm"], "=7qd")
-        self._layer_norm = _Call(entries["layer_norm"], "=7qd")
-        self._head_norm = _Call(entries["head_rms_norm"], "=7qd")
-        self._silu_mul = _Call(entries["silu_mul"], "=5q")
-        self._write = _Call(entries["rotate_and_write"], "=12q")
-        self._attend = _Call(entries["attend"], "=18qd")
+        self.max_rows = max_rows
+        self.per_lane = per_lane
+        self.team = team
+        self.run_layers = entries["run_layers"]
+        self._norm = Call(entries["rms_norm"], "=6qd")
+        self._layer_norm = Call(entries["layer_norm"], "=6qd")
+        self._head_norm = Call(entries["head_rms_norm"], "=6qd")
+        self._silu_mul = Call(entries["silu_mul"], "=4q")
+        self._write = Call(entries["rotate_and_write"], f"={WRITE_LAYOUT}")
+        self._attend = Call(entries["attend"], f"={ATTEND_LAYOUT}")
+        self._project = Call(entries["project"], "=10q")
         self._scratch = torch.empty(0, dtype=torch.float32)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return x / rms(x) · weight of the rows of `x` [num_rows, width]."""
         out = torch.empty_like(x)
         rows, width = x.shape
-        pointers = (self._pointer(x), self._pointer(weight), 0, out.data_ptr())
-        self._norm(_threads(rows * width), *pointers, rows, width, eps)
+        pointers = (self.pointer(x), self.pointer(weight), 0, out.data_ptr())
+        self._norm(self._threads(rows, width), *pointers, rows, width, eps)
         return out
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """Return (x - mean) / std · weight + bias of the rows of `x` [num_rows, width]."""
         out = torch.empty_like(x)
         rows, width = x.shape
-        pointers = (self._pointer(x), self._pointer(weight), self._pointer(bias), out.data_ptr())
-        self._layer_norm(_threads(rows * width), *pointers, rows, width, eps)
+        pointers = (self.pointer(x), self.pointer(weight), self.pointer(bias), out.data_ptr())
+        self._layer_norm(self._threads(rows, width), *pointers, rows, width, eps)
         return out
 
     def head_rms_norm_(self, qkv: Tensor, weight: Tensor, eps: float) -> None:
@@ -107,16 +156,16 @@ class CpuKernels:
         """
         tokens, all_heads, head_dim = qkv.shape
         width = all_heads * head_dim
-        pointers = self._pointer(qkv), self._pointer(weight)
+        pointers = self.pointer(qkv), self.pointer(weight)
         shape = (tokens, width, weight.shape[0], head_dim)
-        self._head_norm(_threads(tokens * width), *pointers, *shape, eps)
+        self._head_norm(self._threads(tokens, width), *pointers, *shape, eps)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """Return silu(gate) · up: [num_rows, 2 * width] becomes [num_rows, width]."""
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty((rows, width))
-        threads = _threads(rows * width)
-        self._silu_mul(threads, self._pointer(gate_up), out.data_ptr(), rows, width)
+        threads = self._threads(rows, width)
+        self._silu_mul(threads, self.pointer(gate_up), out.data_ptr(), rows, width)
         return out
 
     def rotate_and_write(
@@ -130,21 +179,10 @@ class CpuKernels:
     ) -> None:
         """Rotate queries and keys in place, and store keys and values in their slots."""
         tokens, all_heads, head_dim = qkv.shape
-        both = layer.both
-        self._write(
-            _threads(tokens * all_heads * head_dim),
-            self._pointer(qkv),
-            0 if rotations is None else rotations.data_ptr(),
-            both.data_ptr(),
-            write_blocks.data_ptr(),
-            write_offsets.data_ptr(),
-            tokens,
-            num_heads,
-            (all_heads - num_heads) // 2,
-            head_dim,
-            both.stride(0),
-            both.stride(1),
-        )
+        threads = self._threads(tokens, all_heads * head_dim)
+        slots = Slots(rotations, write_blocks, write_offsets)
+        heads = num_heads, (all_heads - num_heads) // 2, head_dim
+        self._write(threads, *slots.values(self.pointer(qkv), layer, *heads))
 
     def attend(
         self,
@@ -155,22 +193,42 @@ class CpuKernels:
         shape: AttentionShape,
     ) -> None:
         """Write softmax(scale · q Kᵀ) V of each token over the positions up to its own."""
-        kv_heads = shape.num_kv_heads
-        threads = torch.get_num_threads() if work.positions * kv_heads > PARALLEL_POSITIONS else 1
-        num_pieces = len(work.pieces)
-        parts = kv_heads if threads > 1 and num_pieces < PIECES_PER_THREAD * threads else 1
-        scratch, scratch_stride = self._scratch_for(threads, shape)
+        is_parallel = work.positions * shape.num_kv_heads > PARALLEL_POSITIONS
+        threads = self.threads(len(qkv)) if is_parallel else self.team.alone
+        pointers = self.pointer(qkv), self.pointer(out)
+        self._attend(threads, *self.attend_values(*pointers, layer, work, shape))
+
+    def project(self, x: Tensor, weight: Panels, out: Tensor | None = None) -> Tensor:
+        """Return x Wᵀ + b of the rows of `x` [num_rows, depth], added to `out` if there is one."""
+        rows, depth = x.shape
+        if depth != weight.depth or (out is not None and out.shape != (rows, weight.width)):
+            raise ValueError(f"a weight of {weight.width} x {weight.depth} given {tuple(x.shape)}")
+        adds = out is not None
+        if out is None:
+            out = x.new_empty((rows, weight.width))
+        is_parallel = rows * depth * weight.width >= PARALLEL_PRODUCTS
+        threads = self.team.own() if is_parallel else self.team.alone
+        address, bias, *shape = weight.values(self.team.size)
+        pointers = self.pointer(x), address, bias, self.pointer(out)
+        self._project(threads, *pointers, rows, *shape, adds)
+        return out
+
+    def attend_values(
+        self, qkv: int, out: int, layer: LayerKV, work: AttentionWork, shape: AttentionShape
+    ) -> tuple[int | float, ...]:
+        """Return what the struct `AttendArgs` of attention.h holds."""
+        threads, num_pieces = self.team.size, len(work.pieces)
+        parts = (
+            shape.num_kv_heads if threads > 1 and num_pieces < PIECES_PER_THREAD * threads else 1
+        )
         both = layer.both
-        self._attend(
-            threads,
-            0,
-            self._pointer(qkv),
-            self._pointer(out),
+        return (
+            qkv,
+            out,
             both.data_ptr(),
             work.pieces.ctypes.data,
             work.tables.ctypes.data,
-            scratch,
-            scratch_stride,
+            *self._scratch_for(threads, shape),
             num_pieces,
             parts,
             work.tables.shape[1],
@@ -178,10 +236,17 @@ class CpuKernels:
             both.stride(0),
             both.stride(1),
             shape.num_heads,
-            kv_heads,
+            shape.num_kv_heads,
             shape.head_dim,
             shape.scale,
         )
+
+    def threads(self, rows: int) -> int:
+        """Return all threads: of our own for rows whose products are ours too, else torch's."""
+        return self.team.own() if rows <= self.max_rows else self.team.shared()
+
+    def _threads(self, rows: int, width: int) -> int:
+        return self.team.alone if rows * width < PARALLEL_ELEMENTS else self.threads(rows)
 
     def _scratch_for(self, threads: int, shape: AttentionShape) -> tuple[int, int]:
         """Return memory for every thread, and how many floats each one's is."""
@@ -193,14 +258,11 @@ class CpuKernels:
             self._scratch = torch.empty(stride * threads + 16)
         return -(-self._scratch.data_ptr() // 64) * 64, stride
 
-    def _pointer(self, tensor: Tensor) -> int:
+    def pointer(self, tensor: Tensor) -> int:
+        """Return where the numbers of a tensor lie; ValueError for one of another kind."""
         if tensor.dtype is not self.dtype or not tensor.is_contiguous():
             raise ValueError(
                 f"{self.name} kernels of {self.dtype} were given {tensor.dtype}, "
                 f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
             )
         return tensor.data_ptr()
-
-
-def _threads(elements: int) -> int:
-    return 1 if elements < PARALLEL_ELEMENTS else torch.get_num_threads()

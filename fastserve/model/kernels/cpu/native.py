@@ -34,6 +34,7 @@ FLAGS = (
     "-fno-trapping-math",
     "-fPIC",
     "-shared",
+    "-pthread",
     "-w",
 )
 BUILD_SECONDS = 120

@@ -46,6 +46,8 @@ template <typename T>
 struct Singles {
   static constexpr int64_t PER_LANE = 1;
   static INLINE F16 load_lanes(const T* from, int64_t count) { return load_some(from, count); }
+  static INLINE float load_lane(const T* from) { return to_float(*from); }
+  static INLINE F16 load_columns(const T* from) { return load(from); }
   static INLINE F16 multiply_add(float a, F16 b, F16 sum) { return a * b + sum; }
   static INLINE void pack_values(const T* const* rows, const int64_t* jumps, float* to,
                                  int64_t count, int64_t dim, int64_t padded) {
@@ -72,6 +74,12 @@ struct Pairs {
     std::memcpy(&out, from, count * 2);
     return out;
   }
+  static INLINE float load_lane(const BFloat16* from) {
+    float lane;
+    std::memcpy(&lane, from, 4);
+    return lane;
+  }
+  static INLINE F16 load_columns(const BFloat16* from) { return load((const float*)from); }
   static INLINE F16 multiply_add(float a, F16 b, F16 sum) {
     return (F16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat_bits(a), (__m512bh)b);
   }

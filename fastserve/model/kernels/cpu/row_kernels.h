@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "stage.h"
 #include "vectors.h"
 
 namespace {
@@ -9,13 +10,14 @@ namespace {
 // ---- Norms --------------------------------------------------------------------------------------
 
 struct NormArgs {
-  int64_t next;
   const void* x;
   const void* weight;
   const void* bias;  // layer_norm
   void* out;
   int64_t rows, width;
   double eps;
+
+  int64_t chunks() const { return chunks_of(rows, width); }
 };
 
 template <typename T>
@@ -39,22 +41,22 @@ INLINE void rms_norm_row(const T* x, const T* weight, T* out, int64_t width, flo
 }
 
 template <typename T>
-void rms_norm(NormArgs* args) {
-  const int64_t width = args->width;
-  share_rows(&args->next, args->rows, width, [&](int64_t row) {
-    const T* x = (const T*)args->x + row * width;
-    T* out = (T*)args->out + row * width;
-    rms_norm_row(x, (const T*)args->weight, out, width, float(args->eps));
+void rms_norm(const NormArgs& args, int64_t chunk, int64_t) {
+  const int64_t width = args.width;
+  for_rows(chunk, args.rows, width, [&](int64_t row) {
+    const T* x = (const T*)args.x + row * width;
+    T* out = (T*)args.out + row * width;
+    rms_norm_row(x, (const T*)args.weight, out, width, float(args.eps));
   });
 }
 
 template <typename T>
-void layer_norm(NormArgs* args) {
-  const int64_t width = args->width;
-  const T *weight = (const T*)args->weight, *bias = (const T*)args->bias;
-  share_rows(&args->next, args->rows, width, [&](int64_t row) {
-    const T* x = (const T*)args->x + row * width;
-    T* out = (T*)args->out + row * width;
+void layer_norm(const NormArgs& args, int64_t chunk, int64_t) {
+  const int64_t width = args.width;
+  const T *weight = (const T*)args.weight, *bias = (const T*)args.bias;
+  for_rows(chunk, args.rows, width, [&](int64_t row) {
+    const T* x = (const T*)args.x + row * width;
+    T* out = (T*)args.out + row * width;
     F16 total{};
     sixteens(width, [&](int64_t i, int64_t count) {
       total += load_some(x + i, count);
@@ -67,7 +69,7 @@ void layer_norm(NormArgs* args) {
         for (int64_t k = count; k < 16; k++) a[k] = 0;
       squares += a * a;
     });
-    const float scale = 1.0f / std::sqrt(sum(squares) / float(width) + float(args->eps));
+    const float scale = 1.0f / std::sqrt(sum(squares) / float(width) + float(args.eps));
     sixteens(width, [&](int64_t i, int64_t count) {
       F16 a = (load_some(x + i, count) - mean) * scale;
       a = a * load_some(weight + i, count) + load_some(bias + i, count);
@@ -77,39 +79,41 @@ void layer_norm(NormArgs* args) {
 }
 
 struct HeadNormArgs {
-  int64_t next;
   void* qkv;
   const void* weight;
   int64_t tokens, token_stride, heads, head_dim;
   double eps;
+
+  int64_t chunks() const { return chunks_of(tokens, token_stride); }
 };
 
 template <typename T>
-void head_rms_norm(HeadNormArgs* args) {
-  const int64_t dim = args->head_dim;
-  share_rows(&args->next, args->tokens, args->token_stride, [&](int64_t token) {
-    T* qkv = (T*)args->qkv + token * args->token_stride;
-    const T* weight = (const T*)args->weight;
-    for (int64_t i = 0; i < args->heads * dim; i += dim)
-      rms_norm_row(qkv + i, weight + i, qkv + i, dim, float(args->eps));
+void head_rms_norm(const HeadNormArgs& args, int64_t chunk, int64_t) {
+  const int64_t dim = args.head_dim;
+  for_rows(chunk, args.tokens, args.token_stride, [&](int64_t token) {
+    T* qkv = (T*)args.qkv + token * args.token_stride;
+    const T* weight = (const T*)args.weight;
+    for (int64_t i = 0; i < args.heads * dim; i += dim)
+      rms_norm_row(qkv + i, weight + i, qkv + i, dim, float(args.eps));
   });
 }
 
 // ---- The gated activation -----------------------------------------------------------------------
 
 struct SiluArgs {
-  int64_t next;
   const void* gate_up;
   void* out;
   int64_t rows, width;
+
+  int64_t chunks() const { return chunks_of(rows, width); }
 };
 
 template <typename T>
-void silu_mul(SiluArgs* args) {
-  const int64_t width = args->width;
-  share_rows(&args->next, args->rows, width, [&](int64_t row) {
-    const T* gate = (const T*)args->gate_up + row * 2 * width;
-    T* out = (T*)args->out + row * width;
+void silu_mul(const SiluArgs& args, int64_t chunk, int64_t) {
+  const int64_t width = args.width;
+  for_rows(chunk, args.rows, width, [&](int64_t row) {
+    const T* gate = (const T*)args.gate_up + row * 2 * width;
+    T* out = (T*)args.out + row * width;
     sixteens(width, [&](int64_t i, int64_t count) {
       F16 x = load_some(gate + i, count);
       F16 silu = x / (1.0f + exp2(x * -LOG2_E));
@@ -121,23 +125,25 @@ void silu_mul(SiluArgs* args) {
 // ---- Rotation and the write of new keys and values ----------------------------------------------
 
 struct WriteArgs {
-  int64_t next;
   void* qkv;
   const float* rotations;  // [tokens, head_dim / 2] pairs of cos and sin; may be null
   void* kv;                // keys of the layer in block 0
   const int64_t *blocks, *offsets;  // [tokens]
   int64_t tokens, heads, kv_heads, head_dim;
   int64_t block_stride, value_offset;  // elements
+
+  int64_t width() const { return (heads + 2 * kv_heads) * head_dim; }
+  int64_t chunks() const { return chunks_of(tokens, width()); }
 };
 
 template <typename T>
-void rotate_and_write(WriteArgs* args) {
-  const int64_t dim = args->head_dim, kv_width = args->kv_heads * dim;
-  const int64_t rotated = args->heads * dim + kv_width, stride = rotated + kv_width;
-  share_rows(&args->next, args->tokens, stride, [&](int64_t token) {
-    T* qkv = (T*)args->qkv + token * stride;
-    if (args->rotations) {
-      const float* rotation = args->rotations + token * dim;
+void rotate_and_write(const WriteArgs& args, int64_t chunk, int64_t) {
+  const int64_t dim = args.head_dim, kv_width = args.kv_heads * dim;
+  const int64_t rotated = args.heads * dim + kv_width, stride = rotated + kv_width;
+  for_rows(chunk, args.tokens, stride, [&](int64_t token) {
+    T* qkv = (T*)args.qkv + token * stride;
+    if (args.rotations) {
+      const float* rotation = args.rotations + token * dim;
       for (T* head = qkv; head < qkv + rotated; head += dim)
         for (int64_t i = 0; i < dim; i += 2) {
           const float x = to_float(head[i]), y = to_float(head[i + 1]);
@@ -146,10 +152,10 @@ void rotate_and_write(WriteArgs* args) {
           set(head[i + 1], x * sine + y * cosine);
         }
     }
-    T* keys = (T*)args->kv + args->blocks[token] * args->block_stride;
-    keys += args->offsets[token] * kv_width;
+    T* keys = (T*)args.kv + args.blocks[token] * args.block_stride;
+    keys += args.offsets[token] * kv_width;
     std::memcpy(keys, qkv + rotated - kv_width, kv_width * sizeof(T));
-    std::memcpy(keys + args->value_offset, qkv + rotated, kv_width * sizeof(T));
+    std::memcpy(keys + args.value_offset, qkv + rotated, kv_width * sizeof(T));
   });
 }
 

@@ -1,4 +1,4 @@
-// Sixteen floats at a time, for any processor: loads, stores, exp2, and how threads share work.
+// Sixteen floats at a time, for any processor: loads, stores, exp2.
 
 #pragma once
 
@@ -120,20 +120,6 @@ INLINE F16 exp2(F16 x) {
 }
 
 constexpr float LOG2_E = 1.44269504088896340736f;
-
-INLINE int64_t take(int64_t* next, int64_t count) {
-  return __atomic_fetch_add(next, count, __ATOMIC_RELAXED);
-}
-
-// Calls `body(row)` for the rows that this thread gets.
-template <typename Body>
-INLINE void share_rows(int64_t* next, int64_t rows, int64_t width, Body body) {
-  const int64_t step = width >= 8192 ? 1 : 8192 / width;
-  for (int64_t first; (first = take(next, step)) < rows;) {
-    const int64_t stop = first + step < rows ? first + step : rows;
-    for (int64_t row = first; row < stop; row++) body(row);
-  }
-}
 
 // Calls `body(first, count)` for sixteen elements at a time, then for those that are left.
 template <typename Body>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from functools import cache
 
@@ -25,16 +26,24 @@ def kernels_of(dtype):
     return made
 
 
+def own_products(dtype):
+    """Return new kernels that compute every product too, in threads of their own."""
+    kernels = choose_kernels("native", dtype, max_rows=math.inf)
+    assert kernels is not None
+    return kernels
+
+
 @contextmanager
 def threads(count):
     """Run kernels in `count` threads, however small the work is."""
     old = torch.get_num_threads(), kernels.PARALLEL_ELEMENTS
-    positions = kernels.PARALLEL_POSITIONS
+    positions, products = kernels.PARALLEL_POSITIONS, kernels.PARALLEL_PRODUCTS
     torch.set_num_threads(count)
-    kernels.PARALLEL_ELEMENTS = kernels.PARALLEL_POSITIONS = 0
+    kernels.PARALLEL_ELEMENTS = kernels.PARALLEL_POSITIONS = kernels.PARALLEL_PRODUCTS = 0
     try:
         yield
     finally:
         torch.set_num_threads(old[0])
         kernels.PARALLEL_ELEMENTS = old[1]
         kernels.PARALLEL_POSITIONS = positions
+        kernels.PARALLEL_PRODUCTS = products

@@ -1,0 +1,124 @@
+// A projection: rows times a weight that lies in panels.
+//
+// A panel is 64 outputs over the whole depth, [depth / PER_LANE, 64, PER_LANE], so that it is read
+// from beginning to end; what is missing in the last one is zero. A chunk is the columns of a panel,
+// or some of them, for some rows.
+// Rules: the sum of an element runs over the depth in order and is rounded once, with what it is
+// added to: its bits do not depend on the rows beside it.
+
+#pragma once
+
+#include "products.h"
+#include "stage.h"
+
+namespace {
+
+constexpr int64_t PANEL = 64;        // outputs
+constexpr int64_t ROWS_OF_TASK = 96;  // rows of a chunk: they stay in the cache while panels pass
+
+struct ProjectArgs {
+  const void* x;       // [rows, depth]
+  const void* panels;  // [width / PANEL, panel_stride]
+  const void* bias;    // [width]; may be null
+  void* out;           // [rows, width]
+  int64_t rows, depth, width;
+  int64_t panel_stride;  // elements
+  int64_t columns;       // of a chunk: 16, 32 or 64
+  int64_t adds;          // whether to what lies in `out`
+
+  int64_t parts() const { return (width + columns - 1) / columns; }
+  int64_t chunks() const { return (rows + ROWS_OF_TASK - 1) / ROWS_OF_TASK * parts(); }
+};
+
+template <typename T>
+struct Project {
+  typedef typename ProductOf<T>::Kind Product;
+#ifdef __AVX512F__
+  static constexpr int MOST_COLUMNS = 4, MOST_ROWS = 6;  // sixteens; their sums stay in registers
+#else
+  static constexpr int MOST_COLUMNS = 1, MOST_ROWS = 4;
+#endif
+  const ProjectArgs& args;
+
+  // R rows times 16 * C columns of a panel.
+  template <int R, int C>
+  INLINE void block(const T* x, const T* panel, int64_t row, int64_t column) const {
+    const int64_t steps = args.depth / Product::PER_LANE, stride = args.depth;
+    F16 sums[R][C];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) sums[r][c] = F16{};
+    for (int64_t k = 0; k < steps; k++) {
+      F16 columns[C];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) {
+        columns[c] = Product::load_columns(panel + 16 * c * Product::PER_LANE);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const float lane = Product::load_lane(x + r * stride + k * Product::PER_LANE);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++)
+          sums[r][c] = Product::multiply_add(lane, columns[c], sums[r][c]);
+      }
+      panel += PANEL * Product::PER_LANE;
+    }
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < C; c++) finish(sums[r][c], row + r, column + 16 * c);
+  }
+
+  INLINE void finish(F16 sum, int64_t row, int64_t column) const {
+    const int64_t count = args.width - column;
+    if (count <= 0) return;
+    if (args.bias) sum += load_some((const T*)args.bias + column, count);
+    T* out = (T*)args.out + row * args.width + column;
+    if (args.adds) sum += load_some(out, count);
+    store_some(out, sum, count);
+  }
+
+  template <int C>
+  void blocks(const T* panel, int64_t first, int64_t stop, int64_t column) const {
+    // As even as they can be: a block of few rows does not hide how long a sum takes.
+    for (int64_t num = (stop - first + MOST_ROWS - 1) / MOST_ROWS; num > 0; num--) {
+      const int64_t rows = (stop - first + num - 1) / num;
+      const T* x = (const T*)args.x + first * args.depth;
+      switch (rows) {
+        case 1: block<1, C>(x, panel, first, column); break;
+        case 2: block<2, C>(x, panel, first, column); break;
+        case 3: block<3, C>(x, panel, first, column); break;
+        case 4: block<4, C>(x, panel, first, column); break;
+        case 5: block<5, C>(x, panel, first, column); break;
+        default: block<6, C>(x, panel, first, column);
+      }
+      first += rows;
+    }
+  }
+
+  void chunk(int64_t chunk) const {
+    const int64_t first = chunk / args.parts() * ROWS_OF_TASK;
+    const int64_t stop = first + ROWS_OF_TASK < args.rows ? first + ROWS_OF_TASK : args.rows;
+    int64_t column = chunk % args.parts() * args.columns;
+    const T* panel = (const T*)args.panels + column / PANEL * args.panel_stride;
+    panel += column % PANEL * Product::PER_LANE;
+    for (int64_t left = args.columns / 16; left > 0;) {
+      const int64_t sixteens = left < MOST_COLUMNS ? left : MOST_COLUMNS;
+      if (sixteens == 4)
+        blocks<MOST_COLUMNS < 4 ? 1 : 4>(panel, first, stop, column);
+      else if (sixteens == 2)
+        blocks<MOST_COLUMNS < 2 ? 1 : 2>(panel, first, stop, column);
+      else
+        blocks<1>(panel, first, stop, column);
+      panel += 16 * sixteens * Product::PER_LANE;
+      column += 16 * sixteens;
+      left -= sixteens;
+    }
+  }
+};
+
+template <typename T>
+void project(const ProjectArgs& args, int64_t chunk, int64_t) {
+  Project<T>{args}.chunk(chunk);
+}
+
+}  // namespace

@@ -1,0 +1,43 @@
+// A stage: work that is cut into chunks, which threads may do in any order and at the same time.
+
+#pragma once
+
+#include <cstdint>
+
+namespace {
+
+struct Stage {
+  void (*work)(const void* args, int64_t chunk, int64_t thread);
+  const void* args;
+  int64_t chunks;  // fewer than 2^24
+};
+
+template <typename Args, void (*kernel)(const Args&, int64_t chunk, int64_t thread)>
+void do_chunk(const void* args, int64_t chunk, int64_t thread) {
+  kernel(*(const Args*)args, chunk, thread);
+}
+
+// The stage of a kernel; arguments say how many chunks they make.
+template <typename Args, void (*kernel)(const Args&, int64_t, int64_t)>
+Stage stage_of(const Args& args) {
+  return Stage{do_chunk<Args, kernel>, &args, args.chunks()};
+}
+
+// Rows of a chunk: some thousands of elements, which outweigh that it is handed out.
+inline int64_t rows_of_chunk(int64_t width) { return width >= 8192 ? 1 : 8192 / width; }
+
+inline int64_t chunks_of(int64_t rows, int64_t width) {
+  const int64_t step = rows_of_chunk(width);
+  return (rows + step - 1) / step;
+}
+
+// Calls `body(row)` for the rows of a chunk.
+template <typename Body>
+inline __attribute__((always_inline)) void for_rows(int64_t chunk, int64_t rows, int64_t width,
+                                                    Body body) {
+  const int64_t step = rows_of_chunk(width), first = chunk * step;
+  const int64_t stop = first + step < rows ? first + step : rows;
+  for (int64_t row = first; row < stop; row++) body(row);
+}
+
+}  // namespace

@@ -1,0 +1,191 @@
+// The threads that work through a program: stages in order, each cut into chunks.
+//
+// Rules: a stage begins when every chunk of the one before is done, whoever did it. Who calls is one
+// of the threads, and one thread at a time may call. Must not know: what a chunk is.
+
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "stage.h"
+
+namespace {
+
+class Threads {
+ public:
+  virtual ~Threads() {}
+  // Returns when all is done; every stage has at least one chunk.
+  virtual void run(const Stage* first, const Stage* end) = 0;
+};
+
+// The calling thread.
+class Alone : public Threads {
+ public:
+  void run(const Stage* first, const Stage* end) override {
+    for (; first != end; first++)
+      for (int64_t chunk = 0; chunk < first->chunks; chunk++) first->work(first->args, chunk, 0);
+  }
+};
+
+// The threads of an OpenMP runtime, by its entry point GOMP_parallel: where products are computed in
+// them, others would only take their cores.
+class OpenMP : public Threads {
+ public:
+  typedef void Parallel(void (*function)(void*), void* argument, unsigned threads, unsigned flags);
+
+  OpenMP(Parallel* parallel, int64_t size) : parallel_(parallel), size_(size) {}
+
+  void run(const Stage* first, const Stage* end) override {
+    for (; first != end; first++) {
+      Shared shared{*first, {0}, {0}};
+      if (first->chunks == 1)
+        share(&shared);
+      else
+        parallel_(share, &shared, unsigned(size_), 0);
+    }
+  }
+
+ private:
+  struct Shared {
+    Stage stage;
+    std::atomic<int64_t> chunks, threads;
+  };
+
+  static void share(void* argument) {
+    Shared& shared = *(Shared*)argument;
+    const int64_t thread = shared.threads.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t chunk; (chunk = shared.chunks.fetch_add(1, std::memory_order_relaxed)) <
+                        shared.stage.chunks;)
+      shared.stage.work(shared.stage.args, chunk, thread);
+  }
+
+  Parallel* const parallel_;
+  const int64_t size_;
+};
+
+inline void pause_thread() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb" ::: "memory");
+#endif
+}
+
+// Threads of our own. Chunks are handed out one at a time, and what counts is that they are done, not
+// that threads arrive: one that has lost its core holds up nobody, unless in the middle of a chunk. A
+// thread without a chunk spins for some tens of microseconds, as long as stages of a step take, then
+// gives way to whoever wants its core, then sleeps.
+class Team : public Threads {
+ public:
+  explicit Team(int64_t size) {
+    for (int64_t thread = 1; thread < size; thread++)
+      threads_.emplace_back([this, thread] { serve(thread); });
+  }
+
+  ~Team() override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      is_closing_.store(true);
+    }
+    changed_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  void run(const Stage* first, const Stage* end) override {
+    if (first == end) return;
+    stage_ = first;
+    end_ = end;
+    is_running_.store(true, std::memory_order_relaxed);
+    open();
+    while (is_running_.load(std::memory_order_acquire))
+      if (!work(0)) wait([this] { return !is_running_.load(); });
+  }
+
+ private:
+  // How long threads that have nothing to do keep their core, and how long they only offer it.
+  static constexpr std::chrono::microseconds SPINNING{50}, YIELDING{50};
+  static constexpr int CHUNK_BITS = 24;
+  static constexpr uint64_t CHUNKS = (uint64_t(1) << CHUNK_BITS) - 1;
+
+  void serve(int64_t thread) {
+    while (!is_closing_.load(std::memory_order_acquire))
+      if (!work(thread)) wait([this] { return is_closing_.load(); });
+  }
+
+  // Does one chunk of the open stage; false where none is left.
+  bool work(int64_t thread) {
+    uint64_t tickets = tickets_.load(std::memory_order_acquire);
+    const int64_t left = int64_t(tickets & CHUNKS);
+    if (left == 0) return false;
+    if (!tickets_.compare_exchange_weak(tickets, tickets - 1)) return true;
+    // Nobody opens another stage before this chunk is done: what follows is of this stage.
+    const Stage& stage = *stage_;
+    stage.work(stage.args, stage.chunks - left, thread);
+    if (unfinished_.fetch_sub(1) == 1) {
+      stage_++;
+      if (stage_ != end_)
+        open();
+      else
+        close(thread);
+    }
+    return true;
+  }
+
+  void open() {
+    const int64_t chunks = stage_->chunks;
+    unfinished_.store(chunks, std::memory_order_relaxed);
+    const uint64_t stage = (tickets_.load(std::memory_order_relaxed) >> CHUNK_BITS) + 1;
+    tickets_.store(stage << CHUNK_BITS | uint64_t(chunks));
+    if (chunks > 1) wake();
+  }
+
+  void close(int64_t thread) {
+    is_running_.store(false);
+    if (thread != 0) wake();  // the caller, if it sleeps
+  }
+
+  void wake() {
+    if (sleepers_.load() == 0) return;
+    { std::lock_guard<std::mutex> lock(mutex_); }
+    changed_.notify_all();
+  }
+
+  template <typename Condition>
+  void wait(Condition is_over) {
+    auto is_awaited = [&] { return (tickets_.load() & CHUNKS) || is_over(); };
+    const auto started = std::chrono::steady_clock::now();
+    for (auto waited = started - started; waited < SPINNING + YIELDING;
+         waited = std::chrono::steady_clock::now() - started) {
+      if (waited >= SPINNING) std::this_thread::yield();
+      for (int turn = 0; turn < 16; turn++) {
+        if (is_awaited()) return;
+        pause_thread();
+      }
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1);
+    changed_.wait(lock, is_awaited);
+    sleepers_.fetch_sub(1);
+  }
+
+  // The number of stages opened so far, then the chunks of the open one that nobody has taken: one
+  // word, so that a thread that comes late can take nothing of a stage that it has not seen.
+  alignas(64) std::atomic<uint64_t> tickets_{0};
+  alignas(64) std::atomic<int64_t> unfinished_{0};  // chunks of the open stage that are not done
+  alignas(64) std::atomic<bool> is_running_{false};
+  std::atomic<bool> is_closing_{false};
+  std::atomic<int64_t> sleepers_{0};
+  const Stage* stage_ = nullptr;  // the open one; whoever does its last chunk goes on to the next
+  const Stage* end_ = nullptr;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace
