@@ -86,14 +86,14 @@ class LayerProgram:
 
     def _buffers(self, rows: int, num_scored: int) -> list[int]:
         """Return memory for what passes from stage to stage, in the order of `LayersArgs`."""
-        shape = self._shape
+        shape, most = self._shape, max(rows, num_scored)  # a row may be scored several times
         sizes = (
-            rows * shape.hidden,
+            most * shape.hidden,
             rows * shape.attention.width,
             num_scored * shape.attention.width,
             rows * shape.qkv,
-            rows * 2 * shape.inner,
-            rows * shape.inner,
+            most * 2 * shape.inner,
+            most * shape.inner,
         )
         starts = [0]
         for size in sizes:
