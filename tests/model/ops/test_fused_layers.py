@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from fastserve.model.attention.interfaces import PagedKV
 from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.decoder_parts import PreNormLayer
+from fastserve.model.kernels.cpu.kernel_choice import choose_kernels
 from fastserve.model.ops.cpu_ops import CpuOps
 from fastserve.model.ops.fused_layers import FusedLayers
 from fastserve.model.ops.layer_loop import LayerLoop
 from fastserve.model.ops.torch_ops import TorchOps
 from tests.model.attention.test_interfaces import make_batch, shares_strategy
-from tests.model.kernels.cpu.kernel_cases import DTYPES, own_products, threads
+from tests.model.kernels.cpu.kernel_cases import DTYPES, needs_shared_memory, threads
 
 HIDDEN, INNER, HEAD_DIM, HEADS, KV_HEADS = 96, 160, 16, 6, 2
 BLOCK_SIZE = 4
@@ -28,9 +29,12 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(shape) / shape[-1] ** 0.5).to(dtype)
 
 
-def make_layers(dtype, num_layers, *, has_bias=False, has_head_norm=False, num_own=9):
+def make_layers(
+    dtype, num_layers, *, has_bias=False, has_head_norm=False, num_own=9, max_rows=math.inf
+):
     """Make layers of the parts of a CPU; those from `num_own` on have a norm of plain torch."""
-    ops, plain = CpuOps(own_products(dtype), TorchOps(dtype)), TorchOps(dtype)
+    kernels = choose_kernels("native", dtype, max_rows=max_rows)
+    ops, plain = CpuOps(kernels, TorchOps(dtype)), TorchOps(dtype)
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 
     def linear(out_width, in_width):
@@ -105,15 +109,25 @@ def test_other_parts_are_called_one_by_one():
     assert isinstance(ops.layers([], ops.attention(AttentionShape(1, 1, 16, 1.0))), LayerLoop)
 
 
+@needs_shared_memory
 @pytest.mark.parametrize("num_tokens", [3, 4])
-def test_more_rows_than_our_products_take_run_in_the_loop(num_tokens, monkeypatch):
-    """The border is that of the projections: what they leave to oneDNN is not fused."""
-    layers = make_layers(torch.float32, 1)
-    assert layers._max_rows == math.inf
-    layers._max_rows = 3
-    calls = []
-    monkeypatch.setattr(layers, "loop", lambda hidden, *rest: calls.append(len(hidden)))
+def test_more_rows_than_our_products_take_run_in_the_loop(num_tokens):
+    """As with AMX: few rows in one call, more part by part and by oneDNN, from the same weights."""
+    dtype = torch.bfloat16
+    layers, calls = make_layers(dtype, 2, max_rows=3), []
+    assert isinstance(layers, FusedLayers)
+    plain = layers.loop
+
+    def loop(hidden, *rest):
+        calls.append(len(hidden))
+        return plain(hidden, *rest)
+
+    layers.loop = loop
     batch = make_batch([(num_tokens, 0)], BLOCK_SIZE, 9, 0)
-    kv = PagedKV(torch.zeros(9, 1, 2, BLOCK_SIZE, KV_HEADS, HEAD_DIM))
-    layers(torch.zeros(num_tokens, HIDDEN), None, batch, kv, None)
+    hidden, found = torch.randn(num_tokens, HIDDEN).to(dtype), []
+    for run in (layers, plain):
+        kv = PagedKV(torch.zeros(9, 2, 2, BLOCK_SIZE, KV_HEADS, HEAD_DIM, dtype=dtype))
+        with torch.inference_mode():
+            found.append(run(hidden.clone(), None, batch, kv, None))
+    assert torch.equal(*found)
     assert calls == ([4] if num_tokens == 4 else [])

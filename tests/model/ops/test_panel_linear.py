@@ -12,10 +12,16 @@ from fastserve.model.kernels.cpu.kernel_choice import choose_kernels, own_produc
 from fastserve.model.kernels.cpu.panels import Panels
 from fastserve.model.ops.cpu_ops import CpuOps
 from fastserve.model.ops.deterministic_ops import DeterministicOps
-from fastserve.model.ops.packed_linear import PackedLinear, can_pack
+from fastserve.model.ops.packed_linear import PackedLinear
 from fastserve.model.ops.panel_linear import PanelLinear, find_panels, make_linear, panel_linear
 from fastserve.model.ops.rowwise_ops import RowwiseOps
-from tests.model.kernels.cpu.kernel_cases import TOLERANCES, every_dtype, own_products, threads
+from tests.model.kernels.cpu.kernel_cases import (
+    TOLERANCES,
+    every_dtype,
+    needs_shared_memory,
+    own_products,
+    threads,
+)
 
 SHAPES = [(64, 64), (97, 34), (130, 200), (51, 384), (300, 64)]
 
@@ -72,12 +78,10 @@ def test_what_has_no_kernel():
 
 
 def test_the_processor_decides(monkeypatch):
-    """bfloat16 products: everywhere with AVX-512's, up to a tile of rows with AMX, else nowhere."""
-    for has_bf16, has_amx, expected in ((1, 0, math.inf), (1, 1, 16), (0, 0, 0)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_bf16: bool(has))
+    """Pairs of bfloat16: for any rows, up to a tile of them with AMX; single numbers nowhere."""
+    for per_lane, has_amx, expected in ((2, 0, math.inf), (2, 1, 16), (1, 0, 0), (1, 1, 0)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: bool(has))
-        assert own_product_rows(torch.bfloat16) == expected
-        assert own_product_rows(torch.float32) == 0
+        assert own_product_rows(per_lane) == expected
 
 
 def test_a_row_by_itself_needs_no_tiles():
@@ -85,13 +89,6 @@ def test_a_row_by_itself_needs_no_tiles():
     dtype = torch.bfloat16
     ops = DeterministicOps(CpuOps(own_products(dtype), RowwiseOps(dtype)))
     assert isinstance(ops.linear(torch.zeros(64, 64, dtype=dtype)), PanelLinear)
-
-
-needs_shared_memory = pytest.mark.skipif(
-    not can_pack(torch.zeros(64, 64, dtype=torch.bfloat16))
-    or own_products(torch.bfloat16).per_lane == 1,
-    reason="oneDNN packs no bfloat16 weights here, or our panels are of single numbers",
-)
 
 
 @needs_shared_memory

@@ -48,13 +48,16 @@ def choose_kernels(
     entries = {entry: _entry(library, f"{entry}_{name}") for entry in ENTRIES}
     per_lane = getattr(library, f"per_lane_{name}")()
     if max_rows is None:
-        max_rows = own_product_rows(dtype)
+        max_rows = own_product_rows(per_lane)
     return CpuKernels(dtype, entries, ThreadTeam(library), per_lane=per_lane, max_rows=max_rows)
 
 
-def own_product_rows(dtype: torch.dtype) -> float:
-    """Return up to how many rows our own projection is used on this processor; 0: nowhere."""
-    if dtype is not torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported():
+def own_product_rows(per_lane: int) -> float:
+    """Return up to how many rows our own projection is used on this processor; 0: nowhere.
+
+    It pays where one instruction adds up several products.
+    """
+    if per_lane == 1:
         return 0
     return AMX_ROWS if torch.cpu._is_amx_tile_supported() else math.inf
 
