@@ -23,6 +23,7 @@ from fastserve.executor.opening import open_worker
 from fastserve.executor.profiler import run_step
 from fastserve.executor.worker import Worker
 from fastserve.model.attention.cpu import CpuAttention
+from fastserve.model.decoder import Decoder
 from fastserve.model.kernels.cpu.kernels import CpuKernels
 from fastserve.model.kernels.cpu.layer_program import LayerProgram
 from fastserve.model.ops import packed_linear
@@ -92,8 +93,9 @@ def main() -> None:
         on_progress=lambda stage, share: None,
     )
     worker.kv.touch(1024)
-    if args.parts and isinstance(worker.model.layers, FusedLayers):
-        worker.model.layers = worker.model.layers.loop
+    network = worker.model
+    if args.parts and isinstance(network, Decoder) and isinstance(network.layers, FusedLayers):
+        network.layers = network.layers.loop
     stopwatch = Stopwatch(time.thread_time if args.threads == 1 else time.perf_counter)
     watch_parts(stopwatch, worker)
     for batch_size in map(int, args.batch_size.split(",")):

@@ -9,8 +9,8 @@ from fastserve.model.attention.cpu import CpuAttention
 from fastserve.model.attention.gathered import GatheredAttention
 from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.kernels.cpu.kernel_choice import choose_kernels
-from fastserve.model.ops.cpu_ops import (
-    CpuOps,
+from fastserve.model.ops.cpu_ops import CpuOps
+from fastserve.model.ops.cpu_parts import (
     FusedGatedMLP,
     FusedHeadNorm,
     FusedLayerNorm,

@@ -23,14 +23,15 @@ def build(directory: Path, *flags: str) -> Path:
     """Return the program of SOURCE."""
     program = directory / "team"
     include = f"-I{native.SOURCE.parent}"
-    command = (COMPILER, "-std=c++17", "-O2", "-pthread", "-fopenmp", *flags, include, SOURCE)
-    subprocess.run([*command, "-o", program], check=True)
+    options = ("-std=c++17", "-O2", "-pthread", "-fopenmp", *flags, include)
+    assert COMPILER is not None
+    subprocess.run([COMPILER, *options, str(SOURCE), "-o", str(program)], check=True)
     return program
 
 
 def run(program: Path, kind: str, *numbers: int) -> int:
     """Run it with so many threads, programs and stages; returns the chunks that others did."""
-    command = (program, kind, *map(str, numbers))
+    command = (str(program), kind, *map(str, numbers))
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     failures, _, helped = done.stdout.partition(" failures, ")
