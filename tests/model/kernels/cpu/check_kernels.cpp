@@ -2,7 +2,7 @@
 //
 // A program of its own, without Python or torch, so that it can be built for any processor and run
 // in emulation. Rules: the shapes and tolerances of test_kernels.py and test_cpu.py of attention;
-// every case runs in one thread and in two, and both must leave the same bytes everywhere.
+// every case runs in one thread and in a team of three, and both must leave the same bytes everywhere.
 // Prints a line for each kernel and dtype; exits with 1 where one is wrong.
 
 #include <cstdio>
@@ -62,19 +62,18 @@ struct Count {
 };
 
 template <typename Args>
-using Entry = void (*)(Args*);
+using Entry = void (*)(Threads*, const Args*);
 
-// Runs a kernel on `memory`, which it changes, in two threads and then in one.
+// Runs a kernel on `memory`, which it changes, in a team and then in one thread.
 template <typename Args, typename T>
 void run(Count& count, Entry<Args> entry, std::vector<T>& memory,
          const std::function<Args(T*)>& arguments) {
+  static Team team(3);
+  static Alone alone;
   std::vector<T> beside = memory;
-  Args args = arguments(beside.data());
-  std::thread other(entry, &args);
-  entry(&args);
-  other.join();
-  args = arguments(memory.data());
-  entry(&args);
+  const Args shared = arguments(beside.data()), own = arguments(memory.data());
+  entry(&team, &shared);
+  entry(&alone, &own);
   count.cases++;
   if (std::memcmp(beside.data(), memory.data(), memory.size() * sizeof(T))) count.wrong++;
 }
@@ -147,6 +146,49 @@ int check_silu(Entry<SiluArgs> entry) {
                         Dtype<T>::TOLERANCE);
         }
     }
+  return count.report();
+}
+
+// A weight [width, depth] in panels, as panels.py lays it out.
+template <typename T>
+std::vector<T> pack(const std::vector<T>& weight, int64_t width, int64_t depth) {
+  constexpr int64_t LANE = ProductOf<T>::Kind::PER_LANE;
+  std::vector<T> panels((width + PANEL - 1) / PANEL * PANEL * depth);
+  for (int64_t row = 0; row < width; row++)
+    for (int64_t i = 0; i < depth; i++) {
+      const int64_t step = i / LANE * PANEL + row % PANEL;
+      panels[row / PANEL * PANEL * depth + step * LANE + i % LANE] = weight[row * depth + i];
+    }
+  return panels;
+}
+
+template <typename T>
+int check_project(Entry<ProjectArgs> entry) {
+  Count count{"project", Dtype<T>::NAME};
+  for (int64_t rows : {1, 7, 70, 100})
+    for (int64_t width : {16, 64, 97, 130})
+      for (int64_t depth : {2, 34, 200})
+        for (int64_t columns : {16, 32, 64})
+          for (bool adds : {false, true}) {
+            const float size = 1 / std::sqrt(float(depth));
+            const auto x = draw<T>(rows, depth, 1, true), bias = draw<T>(1, width);
+            const auto weight = draw<T>(width, depth, size, true), before = draw<T>(rows, width);
+            const auto panels = pack(weight, width, depth);
+            auto out = before;
+            run<ProjectArgs, T>(count, entry, out, [&](T* to) {
+              return ProjectArgs{.x = x.data(), .panels = panels.data(), .bias = bias.data(),
+                                 .out = to, .rows = rows, .depth = depth, .width = width,
+                                 .panel_stride = PANEL * depth, .columns = columns,
+                                 .adds = adds};
+            });
+            for (int64_t i = 0; i < rows * width; i++) {
+              double sum = to_float(bias[i % width]) + (adds ? to_float(before[i]) : 0);
+              for (int64_t k = 0; k < depth; k++)
+                sum += double(to_float(x[i / width * depth + k])) *
+                       to_float(weight[i % width * depth + k]);
+              count.compare(to_float(out[i]), sum, Dtype<T>::TOLERANCE);
+            }
+          }
   return count.report();
 }
 
@@ -283,7 +325,7 @@ template <typename T>
 void check_attention_case(Count& count, Entry<AttendArgs> entry, const AttentionCase<T>& test,
                           int64_t parts) {
   constexpr int64_t SCRATCH = 1 << 18;  // floats: more than any case needs
-  std::vector<float> scratch(2 * SCRATCH);
+  std::vector<float> scratch(3 * SCRATCH);
   std::vector<T> out(test.tokens * test.heads * test.dim);
   const int64_t value_offset = test.size * test.kv_heads * test.dim;
   run<AttendArgs, T>(count, entry, out, [&](T* to) {
@@ -332,7 +374,7 @@ int check_attention(Entry<AttendArgs> entry) {
 #define CHECK(suffix, T)                                                                       \
   check_norms<T>(rms_norm_##suffix, layer_norm_##suffix) + check_silu<T>(silu_mul_##suffix) +  \
       check_head_norm<T>(head_rms_norm_##suffix) + check_write<T>(rotate_and_write_##suffix) + \
-      check_attention<T>(attend_##suffix)
+      check_attention<T>(attend_##suffix) + check_project<T>(project_##suffix)
 
 int main() {
   const int wrong = CHECK(float32, float) + CHECK(bfloat16, BFloat16);

@@ -24,8 +24,18 @@ TESTS = (
     "tests/model/kernels/cpu/test_kernels.py",
     "tests/model/attention/test_cpu.py",
     "tests/model/ops/test_cpu_ops.py",
+    "tests/model/ops/test_fused_layers.py",
+    "tests/model/ops/test_panel_linear.py",
 )
-KERNELS = ("rms_norm", "layer_norm", "silu_mul", "head_rms_norm", "rotate_and_write", "attend")
+KERNELS = (
+    "rms_norm",
+    "layer_norm",
+    "silu_mul",
+    "head_rms_norm",
+    "rotate_and_write",
+    "attend",
+    "project",
+)
 
 
 class Processor(NamedTuple):
