@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import json
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ MIB = 2**20
 TIMEOUT_S = 120.0
 BODY_BYTES = 4 * MIB - 64  # almost the largest that is read
 PIECE = 2**16
+HOLD_S = 0.5
 LOOP = "loop"  # what makes TEMPLATE loop
 TEMPLATE = (
     "{% set text = messages[-1].content %}"
@@ -125,12 +127,13 @@ def say_nonsense(server: LiveServer) -> str:
         return connection.recv(12)[-3:].decode() or "closed"
 
 
-def open_many(server: LiveServer) -> str:
-    """Open 200 connections, and close them."""
+def hold(server: LiveServer) -> str:
+    """Open 500 connections, send the first byte of a request on each, and hold them for a while."""
     with contextlib.ExitStack() as opened:
-        for _ in range(200):
-            opened.enter_context(connected(server))
-    return "opened"
+        for _ in range(500):
+            opened.enter_context(connected(server)).sendall(b"G")
+        time.sleep(HOLD_S)
+    return "held"
 
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -139,7 +142,7 @@ ATTACKS = {
     "a header without end": Attack(endless(b"GET /health HTTP/1.1\r\nX: ", b"a"), 4),
     "headers without end": Attack(endless(b"GET /health HTTP/1.1\r\n", b"a: b\r\n"), 4),
     "no HTTP at all": Attack(say_nonsense, 4),
-    "connections": Attack(open_many),
+    "connections that begin": Attack(hold),
     "bodies that stall": Attack(stall, 1),
     "lists": Attack(post(COMPLETIONS, filled(b'{"prompt":[', b"[5],", b"[5]]}"))),
     "messages": Attack(post(CHAT, filled(b'{"messages":[', b'{"role":"","content":""},', b"{}]}"))),
