@@ -30,9 +30,7 @@ from fastserve.text.tokenizer import TextDelta, TextStream
 from fastserve.wire.engine_messages import EngineInfo
 
 CHOICES_A_TURN = 128  # that are begun before others have theirs on the loop
-NEWS_QUEUE = (
-    16  # updates made into text in one turn of the loop; further ones wait in their streams
-)
+NEWS_QUEUE = 16  # updates made into text in one turn; further ones merge in their streams
 
 
 @dataclasses.dataclass(slots=True, eq=False)

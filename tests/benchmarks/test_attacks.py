@@ -13,7 +13,15 @@ from benchmarks.live_server import LiveServer
 from benchmarks.neighbours import HEALTH_PERIOD_S, Seen
 from fastserve.settings.server import ServerConfig
 
-SERVED = {"n", "n of a long prompt", "stop lists", "scores", "scores of a prompt", "a long text"}
+SERVED = {
+    "ids",
+    "n",
+    "n of a long prompt",
+    "stop lists",
+    "scores",
+    "scores of a prompt",
+    "a long text",
+}
 
 
 def test_bodies_are_as_large_as_are_read() -> None:
