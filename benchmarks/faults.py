@@ -14,7 +14,6 @@ to finish, half without. Each request must end whole, with one error event and [
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import signal
@@ -25,11 +24,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.command import command_parser, origin
 from benchmarks.fault_clients import Clients, Stream, body_of
 from benchmarks.live_server import STOP_SECONDS, LiveServer, live_process
 from benchmarks.process_cpu import engine_of
 from fastserve.client.supervisor import MAX_RESTARTS
-from fastserve.host.provenance import output_path, provenance, write_result
+from fastserve.host.provenance import output_path, write_result
 from fastserve.settings.option import ConfigError
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -160,11 +160,7 @@ def say(kind: str, number: int, found: dict[str, Any]) -> None:
 
 def main() -> int:
     """Do harm, print, write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.faults",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("faults", __doc__)
     parser.add_argument("--faults", type=int, default=20, help="of each kind")
     parser.add_argument("--streams", type=int, default=100, help="that are open at each")
     parser.add_argument("--kinds", default="kill,stop,term")
@@ -176,8 +172,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result: dict[str, Any] = {
-        "benchmark": "faults",
-        **provenance(["python", "-m", "benchmarks.faults", *sys.argv[1:]]),
+        **origin("faults"),
         "load_average_at_start": [round(load, 1) for load in os.getloadavg()],
         "flags": list(FLAGS),
         "streams": args.streams,

@@ -19,12 +19,14 @@ import argparse
 import dataclasses
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.command import command_parser, origin, run_command
 from benchmarks.new_cache import use_new_cache
 from benchmarks.predictions import PREDICTIONS, Row, as_table, describe, together
 from benchmarks.short_kv import LONG_SHARE, LONG_TOKENS, PROMPT_TOKENS, SHORT_TOKENS, draw
@@ -36,10 +38,9 @@ from fastserve.core.cost_model import CostModel
 from fastserve.engine.engine import Engine
 from fastserve.engine.interfaces import Observer
 from fastserve.host.garbage_collector import quiet_garbage_collector
-from fastserve.host.provenance import output_path, provenance, write_result
+from fastserve.host.provenance import output_path
 from fastserve.launch.engine import open_engine
 from fastserve.settings.engine import EngineConfig
-from fastserve.settings.option import ConfigError
 from fastserve.settings.scheduler import SchedulerConfig
 from fastserve.sim.sim_executor import StepOverhead
 from fastserve.sim.simulator import Machine
@@ -183,8 +184,7 @@ def measure(args: argparse.Namespace, folder: Path, progress: Progress) -> dict[
     assert overhead is not None
     entries = together(rows)
     return {
-        "benchmark": "layout_gains",
-        **provenance(["python", "-m", "benchmarks.layout_gains", *sys.argv[1:]]),
+        **origin("layout_gains"),
         "model": args.model,
         "seed": args.seed,
         "threads_per_rank": 1,
@@ -203,11 +203,7 @@ def measure(args: argparse.Namespace, folder: Path, progress: Progress) -> dict[
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; ConfigError for what cannot be run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.layout_gains",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("layout_gains", __doc__)
     parser.add_argument("--model", default="llama-125m", choices=NAMED)
     parser.add_argument("--load", type=float, default=1.0, help="over FCFS's throughput (1.0)")
     parser.add_argument("--seconds", type=float, default=15.0, help="of arrivals of one run (15)")
@@ -219,25 +215,26 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    """Measure, print, write; exit code 2 for a run that cannot be."""
-    try:
-        args = parse_arguments()
-        with tempfile.TemporaryDirectory() as name, Progress(console=Console(stderr=True)) as bar:
-            use_new_cache(Path(name))
-            (Path(name) / args.model).mkdir()
-            result = measure(args, Path(name) / args.model, bar)
-        write_result(args.output, result)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure in a folder of its own, with nothing kept of earlier runs."""
+    with tempfile.TemporaryDirectory() as name, Progress(console=Console(stderr=True)) as bar:
+        use_new_cache(Path(name))
+        (Path(name) / args.model).mkdir()
+        return measure(args, Path(name) / args.model, bar)
+
+
+def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Print the table, and what each layout gains."""
     title = f"{args.load:g} × what FCFS completes of each layout"
     Console().print(as_table(result["policies"], ["layout", "policy"], title))
     for each in result["gains"]:
         told = ", ".join(f"{name} {each[name]:.2f}" for name in ("live", *PREDICTIONS))
         Console().print(f"{each['layout']}: gain over FCFS {told}")
-    print(f"written to {args.output}")
-    return 0
+
+
+def main() -> int:
+    """Measure, write, print; exit code 2 for a run that cannot be."""
+    return run_command(parse_arguments, run, show)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.command import command_parser, origin
 from benchmarks.live_server import LiveServer, copied_cache, live_process
 from benchmarks.load_client import Run, measure_capacity, run_workload
 from benchmarks.mixed_figures import as_table, describe, ratios
@@ -44,7 +45,7 @@ from benchmarks.small_model import NAMED, write_small_model
 from fastserve.bench.serve import Target
 from fastserve.bench.serve_config import ServeBenchConfig
 from fastserve.bench.stream_client import Endpoint
-from fastserve.host.provenance import output_path, provenance, write_result
+from fastserve.host.provenance import output_path, write_result
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 
@@ -53,11 +54,7 @@ RESULTS = Path("benchmarks/results")
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; ConfigError for what cannot be run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.mixed_load",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("mixed_load", __doc__)
     parser.add_argument("--policies", default="fcfs,skip-join-mlfq", help="P,P,… to compare")
     parser.add_argument("--low-load", action="store_true", help="0.3 × capacity, a batch of 64")
     parser.add_argument("--trace", type=Path, help="file with lengths, instead of the mix")
@@ -181,8 +178,7 @@ def measure(args: argparse.Namespace, folder: Path, console: Console) -> dict[st
         for policy in args.policies
     ]
     return {
-        "benchmark": "mixed_load",
-        **provenance(["python", "-m", "benchmarks.mixed_load", *sys.argv[1:]]),
+        **origin("mixed_load"),
         "server_flags": {policy: bench.flags(policy) for policy in args.policies},
         "seed": args.seed,
         "requests": len(lengths),

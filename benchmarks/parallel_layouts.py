@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -26,16 +27,16 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.command import command_parser, origin, run_command
 from benchmarks.small_model import NAMED, write_small_model
 from fastserve.bench.offline import Offline
 from fastserve.core.build import build_scheduler
 from fastserve.engine.engine import Engine
 from fastserve.executor.profile_file import load_or_measure
 from fastserve.host.garbage_collector import quiet_garbage_collector
-from fastserve.host.provenance import output_path, provenance, write_result
+from fastserve.host.provenance import output_path
 from fastserve.launch.engine import open_engine
 from fastserve.settings.engine import EngineConfig
-from fastserve.settings.option import ConfigError
 from fastserve.sim.clock import VirtualClock
 from fastserve.sim.sim_executor import SimExecutor
 from fastserve.wire.engine_messages import EngineInfo
@@ -137,11 +138,7 @@ def compare(args: argparse.Namespace, model_dir: Path, chosen: Comparison) -> di
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; ConfigError for a file that cannot be written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.parallel_layouts",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("parallel_layouts", __doc__)
     parser.add_argument("--model", default="llama-125m", choices=NAMED)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -154,28 +151,25 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    """Measure, print, write; exit code 2 for a run that cannot be."""
-    try:
-        args = parse_arguments()
-        with tempfile.TemporaryDirectory() as folder:
-            write_small_model(Path(folder), NAMED[args.model])
-            rows = [compare(args, Path(folder), each) for each in COMPARISONS]
-        result = {
-            "benchmark": "parallel_layouts",
-            **provenance(["python", "-m", "benchmarks.parallel_layouts", *sys.argv[1:]]),
-            "model": args.model,
-            "batch_size": args.batch_size,
-            "input_len": args.input_len,
-            "output_len": args.output_len,
-            "threads_per_rank": 1,
-            "layouts": rows,
-        }
-        write_result(args.output, result)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for row in rows:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare every layout and return the result."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_small_model(Path(folder), NAMED[args.model])
+        rows = [compare(args, Path(folder), each) for each in COMPARISONS]
+    return {
+        **origin("parallel_layouts"),
+        "model": args.model,
+        "batch_size": args.batch_size,
+        "input_len": args.input_len,
+        "output_len": args.output_len,
+        "threads_per_rank": 1,
+        "layouts": rows,
+    }
+
+
+def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Print a line a layout."""
+    for row in result["layouts"]:
         Console().print(
             f"tp {row['tensor_parallel_size']} × pp {row['pipeline_parallel_size']}, "
             f"{row['num_requests']['layout']} requests: "
@@ -184,8 +178,11 @@ def main() -> int:
             f"on one rank: {row['ratio']:.2f} × "
             f"(predicted {row['predicted_ratio']:.2f})"
         )
-    print(f"written to {args.output}")
-    return 0
+
+
+def main() -> int:
+    """Measure, write, print; exit code 2 for a run that cannot be."""
+    return run_command(parse_arguments, measure, show)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ import time
 from statistics import median, quantiles
 from typing import Any
 
+from benchmarks.command import command_parser, origin
 from fastserve.core.messages import SchedulerOutput, Work
 from fastserve.core.request import Handle
-from fastserve.host.provenance import ROOT, output_path, provenance, write_result
+from fastserve.host.provenance import ROOT, output_path, write_result
 from fastserve.settings.option import ConfigError
 from fastserve.wire.child import be_child, reap, spawn
 from fastserve.wire.frames import encode_frame, read_frame
@@ -93,11 +94,7 @@ def described(times: list[float]) -> dict[str, float]:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; ConfigError for a file that cannot be written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.plan_fan_out",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("plan_fan_out", __doc__)
     parser.add_argument("--ranks", default="2,4,16", help="how many, as N,N,... (2,4,16)")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--steps", type=int, default=2000)
@@ -118,8 +115,7 @@ def main() -> int:
             return 0
         rows = [measure(int(count), args.sequences, args.steps) for count in args.ranks.split(",")]
         result = {
-            "benchmark": "plan_fan_out",
-            **provenance(["python", "-m", "benchmarks.plan_fan_out", *sys.argv[1:]]),
+            **origin("plan_fan_out"),
             "sequences": args.sequences,
             "steps": args.steps,
             "rows": rows,

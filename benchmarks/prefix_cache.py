@@ -31,12 +31,12 @@ import httpx
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.command import command_parser, origin, run_command
 from benchmarks.live_server import copied_cache, live_process
 from benchmarks.mixed_workload import NUM_IDS
 from benchmarks.small_model import NAMED, write_small_model
 from fastserve.host.http_client import open_client
-from fastserve.host.provenance import output_path, provenance, write_result
-from fastserve.settings.option import ConfigError
+from fastserve.host.provenance import output_path
 
 RESULT = "benchmarks/results/prefix_cache.json"
 SECONDS = 120.0  # of one answer
@@ -207,11 +207,7 @@ def described(replies: Sequence[Reply]) -> dict[str, Any]:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; ConfigError for a file that cannot be written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.prefix_cache",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("prefix_cache", __doc__)
     parser.add_argument(
         "--model", default="llama-125m", help=f"what `serve` takes, or random: {', '.join(NAMED)}"
     )
@@ -231,8 +227,7 @@ def measure(args: argparse.Namespace, folder: Path, console: Console) -> dict[st
     console.print("Filling the cache directory …")
     bench.prepare()
     result: dict[str, Any] = {
-        "benchmark": "prefix_cache",
-        **provenance(["python", "-m", "benchmarks.prefix_cache", *sys.argv[1:]]),
+        **origin("prefix_cache"),
         "model": args.model,
         "seed": args.seed,
         "rounds": args.rounds,
@@ -245,7 +240,7 @@ def measure(args: argparse.Namespace, folder: Path, console: Console) -> dict[st
     return result
 
 
-def show(result: Mapping[str, Any]) -> None:
+def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
     """Print the medians."""
     if "shared" in result:
         shared = result["shared"]
@@ -267,19 +262,15 @@ def line_of(described_replies: Mapping[str, Any]) -> str:
     )
 
 
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(args, Path(folder), Console(stderr=True))
+
+
 def main() -> int:
-    """Measure, print, write; exit code 2 for a run that cannot be."""
-    try:
-        args = parse_arguments()
-        with tempfile.TemporaryDirectory() as folder:
-            result = measure(args, Path(folder), Console(stderr=True))
-        write_result(args.output, result)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    show(result)
-    print(f"written to {args.output}")
-    return 0
+    """Measure, write, print; exit code 2 for a run that cannot be."""
+    return run_command(parse_arguments, run, show)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.command import command_parser, origin, run_command
 from benchmarks.journals import Journalled, observe
 from benchmarks.mixed_workload import NUM_IDS
 from benchmarks.new_cache import forget_measurements, use_new_cache
@@ -47,7 +48,7 @@ from fastserve.client.streams import RequestStream
 from fastserve.core.cost_model import CostModel
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.host.garbage_collector import quiet_garbage_collector
-from fastserve.host.provenance import output_path, provenance, write_result
+from fastserve.host.provenance import output_path
 from fastserve.launch.server import open_async_engine
 from fastserve.settings.engine import POLICIES, EngineConfig
 from fastserve.settings.option import ConfigError
@@ -241,8 +242,7 @@ def measure(args: argparse.Namespace, bench: Bench, progress: Progress) -> dict[
         rows.append(row)
         details.append({**describe([row]), **detail})
     return {
-        "benchmark": "replicas",
-        **provenance(["python", "-m", "benchmarks.replicas", *sys.argv[1:]]),
+        **origin("replicas"),
         "model": args.model,
         "seed": args.seed,
         "replicas": NUM_REPLICAS,
@@ -261,11 +261,7 @@ def measure(args: argparse.Namespace, bench: Bench, progress: Progress) -> dict[
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; ConfigError for what cannot be run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.replicas",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("replicas", __doc__)
     parser.add_argument("--policies", default="fcfs,learned")
     parser.add_argument("--model", default="llama-125m", choices=NAMED)
     parser.add_argument(
@@ -283,24 +279,25 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    """Measure, print, write; exit code 2 for a run that cannot be."""
-    try:
-        args = parse_arguments()
-        with tempfile.TemporaryDirectory() as name, Progress(console=Console(stderr=True)) as bar:
-            folder = Path(name)
-            use_new_cache(folder)
-            (folder / args.model).mkdir()
-            write_small_model(folder / args.model, NAMED[args.model])
-            result = measure(args, Bench(str(folder / args.model), folder), bar)
-        write_result(args.output, result)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure in a folder of its own, with nothing kept of earlier runs."""
+    with tempfile.TemporaryDirectory() as name, Progress(console=Console(stderr=True)) as bar:
+        folder = Path(name)
+        use_new_cache(folder)
+        (folder / args.model).mkdir()
+        write_small_model(folder / args.model, NAMED[args.model])
+        return measure(args, Bench(str(folder / args.model), folder), bar)
+
+
+def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Print the table, runs below policies."""
     title = f"{args.load:g} × what {NUM_REPLICAS} replicas would complete; below by run"
     Console().print(as_table([*result["policies"], *result["runs"]], ["policy"], title))
-    print(f"written to {args.output}")
-    return 0
+
+
+def main() -> int:
+    """Measure, write, print; exit code 2 for a run that cannot be."""
+    return run_command(parse_arguments, run, show)
 
 
 if __name__ == "__main__":

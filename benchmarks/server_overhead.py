@@ -30,6 +30,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.command import command_parser, origin
 from benchmarks.live_server import LiveServer, live_process
 from benchmarks.overhead_figures import (
     SHARES,
@@ -53,7 +54,7 @@ from fastserve.bench.serve_config import ServeBenchConfig
 from fastserve.bench.serve_report import Run, Sent, figures
 from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.json_file import read_object
-from fastserve.host.provenance import output_path, provenance
+from fastserve.host.provenance import output_path
 from fastserve.launch.engine import open_engine
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
@@ -215,11 +216,7 @@ def positive(text: str) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.server_overhead",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("server_overhead", __doc__)
     parser.add_argument("--model", help="directory with a config.json (a Llama of 17M parameters)")
     parser.add_argument("--threads", type=positive, default=1, help="of the engine, in both")
     parser.add_argument("--streams", type=positive, default=32, help="requests that run together")
@@ -249,8 +246,7 @@ def run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     streams_ids = args.model is not None
     rounds = measure(bench, config, args.rounds, streams_ids)
     return {
-        "benchmark": "server_overhead",
-        **provenance(["python", "-m", "benchmarks.server_overhead", *sys.argv[1:]]),
+        **origin("server_overhead"),
         "model": read_object(directory / "config.json"),
         "has_text": Tokenizer.is_in(directory),
         "streams_ids": streams_ids,

@@ -36,6 +36,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.command import command_parser, origin, run_command
 from benchmarks.short_kv_figures import (
     Measured,
     Row,
@@ -51,7 +52,7 @@ from experiments.workload_traces import saturated_throughput
 from fastserve.core.cost_model import CostModel
 from fastserve.engine.engine import Engine
 from fastserve.engine.interfaces import Observer
-from fastserve.host.provenance import output_path, provenance, write_result
+from fastserve.host.provenance import output_path
 from fastserve.launch.engine import open_engine
 from fastserve.settings.engine import POLICIES, PREEMPTION_MODES, SWAPPING_MODES, EngineConfig
 from fastserve.settings.option import ConfigError
@@ -289,8 +290,7 @@ def measure(args: argparse.Namespace, folder: Path, console: Console) -> dict[st
                     "runs": [mean_jcts(row) for row in rows],
                 }
         return {
-            "benchmark": "short_kv",
-            **provenance(["python", "-m", "benchmarks.short_kv", *sys.argv[1:]]),
+            **origin("short_kv"),
             "model": args.model,
             "seed": args.seed,
             "lengths": {"prompt": PROMPT_TOKENS, "short": SHORT_TOKENS, "long": LONG_TOKENS,
@@ -313,11 +313,7 @@ def measure(args: argparse.Namespace, folder: Path, console: Console) -> dict[st
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; ConfigError for what cannot be run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.short_kv",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("short_kv", __doc__)
     parser.add_argument("--arms", help=f"policy/mode[/{UNPACED}],… (all {len(ARMS)})")
     parser.add_argument("--low-load", action="store_true", help="what a host tier costs when idle")
     parser.add_argument("--pairs", type=int, default=20, help="of --low-load")
@@ -338,20 +334,21 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    """Measure, print, write; exit code 2 for a run that cannot be."""
-    try:
-        args = parse_arguments()
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["XDG_CACHE_HOME"] = folder  # no profile of another day
-            result = measure(args, Path(folder), Console(stderr=True))
-        write_result(args.output, result)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder  # no profile of another day
+        return measure(args, Path(folder), Console(stderr=True))
+
+
+def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Print the table."""
     Console().print(as_table(result))
-    print(f"written to {args.output}")
-    return 0
+
+
+def main() -> int:
+    """Measure, write, print; exit code 2 for a run that cannot be."""
+    return run_command(parse_arguments, run, show)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,14 @@ import uvloop
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.command import command_parser, origin
 from benchmarks.footprint import footprint
 from benchmarks.live_server import LiveServer, live_process
 from benchmarks.process_cpu import PROC, engine_of
 from benchmarks.soak_figures import Sample, course, memory
 from benchmarks.soak_requests import FAULTS, Clients
 from fastserve.bench.stream_client import Endpoint
-from fastserve.host.provenance import output_path, provenance, write_result
+from fastserve.host.provenance import output_path, write_result
 from fastserve.settings.option import ConfigError
 from fastserve.verbs.server_snapshot import Snapshot, read_snapshot
 
@@ -200,11 +201,7 @@ async def soak(server: LiveServer, minutes: float, load: float) -> dict[str, Any
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.soak",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("soak", __doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--load", type=float, default=0.9, help="share of the time to be busy")
     parser.add_argument("--output", help="JSON file to write the figures to")
@@ -221,8 +218,7 @@ def main() -> int:
         with live_process(FLAGS, variables=VARIABLES) as server:
             found = uvloop.run(soak(server, args.minutes, args.load))
         result = {
-            "benchmark": "soak",
-            **provenance(["python", "-m", "benchmarks.soak", *sys.argv[1:]]),
+            **origin("soak"),
             "flags": list(FLAGS),
             "variables": VARIABLES,
             **found,

@@ -1,0 +1,59 @@
+"""The command line that benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.command import command_parser, origin, run_command
+from fastserve.settings.option import ConfigError
+
+
+def test_a_result_is_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says whose it is and which commit it was measured at."""
+    file = tmp_path / "out.json"
+
+    def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+        sys.stdout.write(f"{result['ratio']} of {args.rounds}\n")
+
+    code = run_command(
+        lambda: argparse.Namespace(output=file, rounds=3),
+        lambda args: {**origin("mine"), "ratio": 1.5},
+        show,
+    )
+    assert code == 0
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert (written["benchmark"], written["ratio"]) == ("mine", 1.5)
+    assert written["commit"]
+    assert capsys.readouterr().out == f"1.5 of 3\nwritten to {file}\n"
+
+
+def test_what_cannot_be_measured_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is written, and nothing shown."""
+
+    def refuse() -> argparse.Namespace:
+        raise ConfigError("--rounds: none")
+
+    def measure(args: argparse.Namespace) -> dict[str, Any]:
+        raise AssertionError
+
+    def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+        raise AssertionError
+
+    assert run_command(refuse, measure, show) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "error: --rounds: none\n")
+
+
+def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is laid out there."""
+    with pytest.raises(SystemExit):
+        command_parser("mine", "First.\n\n    indented").parse_args(["--help"])
+    assert "python -m benchmarks.mine" in (told := capsys.readouterr().out)
+    assert "First.\n\n    indented" in told
