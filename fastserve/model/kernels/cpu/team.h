@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <sys/resource.h>
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -78,9 +80,11 @@ inline void pause_thread() {
 }
 
 // Threads of our own. Chunks are handed out one at a time, and what counts is that they are done, not
-// that threads arrive: one that has lost its core holds up nobody, unless in the middle of a chunk. A
-// thread without a chunk spins for some tens of microseconds, as long as stages of a step take, then
-// gives way to whoever wants its core, then sleeps.
+// that threads arrive: one that has lost its core holds up nobody, unless in the middle of a chunk. If
+// another process took its core there, it stays away for a multiple of that time: who calls is sooner
+// done alone than with somebody who is gone half of the time. A thread without a chunk spins for some
+// tens of microseconds, as long as stages of a step take, then gives way to whoever wants its core,
+// then sleeps.
 class Team : public Threads {
  public:
   explicit Team(int64_t size) {
@@ -110,12 +114,42 @@ class Team : public Threads {
  private:
   // How long threads that have nothing to do keep their core, and how long they only offer it.
   static constexpr std::chrono::microseconds SPINNING{50}, YIELDING{50};
+  // A chunk that takes so long may have been interrupted; how many times as long to stay away then.
+  static constexpr std::chrono::microseconds SUSPICIOUS{400};
+  static constexpr int AWAY = 16;
   static constexpr int CHUNK_BITS = 24;
   static constexpr uint64_t CHUNKS = (uint64_t(1) << CHUNK_BITS) - 1;
 
   void serve(int64_t thread) {
-    while (!is_closing_.load(std::memory_order_acquire))
-      if (!work(thread)) wait([this] { return is_closing_.load(); });
+    int64_t times_lost = count_lost();
+    auto started = std::chrono::steady_clock::now();
+    while (!is_closing_.load(std::memory_order_acquire)) {
+      const bool has_worked = work(thread);
+      if (!has_worked) wait([this] { return is_closing_.load(); });
+      const auto now = std::chrono::steady_clock::now();
+      const auto taken = now - started;
+      started = now;
+      if (!has_worked || taken < SUSPICIOUS) continue;
+      const int64_t before = times_lost;
+      times_lost = count_lost();
+      if (times_lost == before) continue;
+      stay_away(AWAY * taken);
+      started = std::chrono::steady_clock::now();
+    }
+  }
+
+  // How often another thread has been given the core of this one.
+  static int64_t count_lost() {
+#ifdef RUSAGE_THREAD
+    rusage usage;
+    if (getrusage(RUSAGE_THREAD, &usage) == 0) return usage.ru_nivcsw;
+#endif
+    return 0;
+  }
+
+  void stay_away(std::chrono::nanoseconds time) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait_for(lock, time, [this] { return is_closing_.load(); });
   }
 
   // Does one chunk of the open stage; false where none is left.

@@ -29,9 +29,9 @@ def build(directory: Path, *flags: str) -> Path:
     return program
 
 
-def run(program: Path, kind: str, *numbers: int) -> int:
+def run(program: Path, kind: str, *numbers: int, under: tuple[str, ...] = ()) -> int:
     """Run it with so many threads, programs and stages; returns the chunks that others did."""
-    command = (str(program), kind, *map(str, numbers))
+    command = (*under, str(program), kind, *map(str, numbers))
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     failures, _, helped = done.stdout.partition(" failures, ")
@@ -39,14 +39,25 @@ def run(program: Path, kind: str, *numbers: int) -> int:
     return int(helped.split()[0])
 
 
-def test_every_chunk_is_done_once_and_in_its_stage(tmp_path):
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    """Build it once."""
+    return build(tmp_path_factory.mktemp("team"))
+
+
+def test_every_chunk_is_done_once_and_in_its_stage(program):
     """More threads than cores, which sleep and wake, some of them in the middle of a stage."""
-    program = build(tmp_path)
     for size in (2, 5):
         assert run(program, "own", size, 800, 20) > 0
     assert run(program, "own", 1, 20, 20) == 0
     assert run(program, "openmp", 2, 100, 20) > 0
     assert run(program, "alone", 1, 20, 20) == 0
+
+
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="no taskset")
+def test_threads_that_take_each_others_core_go_on(program):
+    """All on one core, where each is interrupted by the others."""
+    assert run(program, "own", 4, 2000, 20, under=("taskset", "-c", "0")) > 0
 
 
 @pytest.mark.slow
