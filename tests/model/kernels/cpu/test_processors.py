@@ -94,6 +94,7 @@ def test_avx2_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("processor", OTHERS, ids=lambda processor: processor.march)
 def test_other_processors(tmp_path: Path, processor: Processor) -> None:
     """Builds without any vector extension of Intel's, here or emulated."""
