@@ -71,7 +71,9 @@ def run_check(processor: Processor, directory: Path) -> list[str]:
     skip_unless_here(processor)
     flags = [flag for flag in native.FLAGS if flag not in ("-march=native", "-fPIC", "-shared")]
     program = directory / "check"
-    command = (processor.compiler, *flags, f"-march={processor.march}", "-static", "-pthread")
+    command = (processor.compiler, *flags, f"-march={processor.march}", "-pthread")
+    if processor.emulator:
+        command += ("-static",)  # an emulator has no libraries of that processor
     include = f"-I{native.SOURCE.parent}"
     built = subprocess.run(
         (*command, include, str(CHECK), "-o", str(program)), capture_output=True, text=True
