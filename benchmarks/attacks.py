@@ -11,7 +11,6 @@ during the attack over what it was before.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -24,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attack_kinds import ATTACKS, MIB, TEMPLATE, Attack
+from benchmarks.command import command_parser, origin
 from benchmarks.footprint import footprint
 from benchmarks.live_server import LiveServer, live_process
 from benchmarks.neighbours import watched
-from fastserve.host.provenance import output_path, provenance, write_result
+from fastserve.host.provenance import output_path, write_result
 from fastserve.settings.option import ConfigError
 
 FLAGS = ("demo", "--num-threads", "1")
@@ -56,12 +56,12 @@ def highest_memory(pid: int) -> Iterator[Callable[[], int]]:
 
 def repeat(server: LiveServer, attack: Attack, seconds: float) -> Counter[str]:
     """Attack for so long, each client at least once; return how the tries ended."""
-    ends: Counter[str] = Counter()
+    ends: list[str] = []
     deadline = time.monotonic() + seconds
 
     def run() -> None:
         while True:
-            ends[attack.once(server)] += 1
+            ends.append(attack.once(server))
             if time.monotonic() > deadline:
                 return
 
@@ -70,7 +70,7 @@ def repeat(server: LiveServer, attack: Attack, seconds: float) -> Counter[str]:
         client.start()
     for client in clients:
         client.join()
-    return ends
+    return Counter(ends)
 
 
 def measure(server: LiveServer, attack: Attack, seconds: float) -> dict[str, Any]:
@@ -102,11 +102,7 @@ def in_ms(seconds: float) -> float:
 
 def main() -> int:
     """Attack, print, write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.attacks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("attacks", __doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="that each attack lasts")
     parser.add_argument("--attacks", default=",".join(ATTACKS), help="names, with commas")
     parser.add_argument("--output", help="JSON file to write the figures to")
@@ -120,8 +116,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result: dict[str, Any] = {
-        "benchmark": "attacks",
-        **provenance(["python", "-m", "benchmarks.attacks", *sys.argv[1:]]),
+        **origin("attacks"),
         "load_average_at_start": [round(load, 1) for load in os.getloadavg()],
         "flags": list(FLAGS),
         "attacks": {},
