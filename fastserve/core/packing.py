@@ -3,8 +3,8 @@
 Rules: an earlier request's claim on blocks comes before a later one's, met or not. Two rules make
 livelock impossible: a request that recomputes holds, from its start, the blocks to get beyond where
 it was before, and cannot lose them until it has; and when the scan leaves room in the step, the
-other requests that hold KV may fill it. So every recomputation yields a new token, and there is
-always a request that can run. One that may not come back yet is passed over, as if it had not been
+other requests whose KV is there may fill it. So every recomputation yields a new token, and some
+request can always run. One that may not come back yet is passed over, as if it had not been
 there, and comes back all the same where no other asks for anything. Decodes come first in a step,
 prefill chunks fill the rest of the token budget. Must not know: which blocks there are, what a plan
 looks like, samples, time.
@@ -66,9 +66,10 @@ class Packing:
         """Choose the requests of the step from the order, then from those that hold KV."""
         self._scan(islice(order, self._max_scan))
         if not self._is_full and len(self._scanned) < self._num_requests:
-            self._scan(self._unscanned_holders(self._max_scan))
+            residents = filter(_is_resident, self._unscanned_holders())
+            self._scan(islice(residents, self._max_scan))
         if not self._is_full and not self.chosen:
-            self._scan(self._unscanned_holders(self._num_requests))
+            self._scan(self._unscanned_holders())
         if not self._scanned and self._put_off:
             self._is_patient = False
             self._scan(islice(self._put_off.values(), 1))
@@ -92,10 +93,9 @@ class Packing:
     def _is_full(self) -> bool:
         return len(self.chosen) == self._max_seqs
 
-    def _unscanned_holders(self, limit: int) -> list[Request]:
-        holders = islice(self._cache.holders(), limit)
+    def _unscanned_holders(self) -> list[Request]:
         seen = self._scanned | self._put_off.keys()
-        return [request for request in holders if request.handle not in seen]
+        return [request for request in self._cache.holders() if request.handle not in seen]
 
     def _scan(self, order: Iterable[Request]) -> None:
         """Choose from requests of which none was scanned."""
@@ -198,3 +198,7 @@ class Packing:
         # A whole prompt may overshoot the budget by the decodes beside it: else it could wait
         # for ever for a step without any.
         return num_unscheduled if num_unscheduled <= self._prefill_left else 0
+
+
+def _is_resident(request: Request) -> bool:
+    return request.table is not None and request.table.is_resident

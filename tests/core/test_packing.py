@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from random import Random
 
 import pytest
 
-from fastserve.core.messages import SchedulerOutput
+from fastserve.core.messages import ExecutorOutput, Fact, RequestUpdate, SchedulerOutput
+from fastserve.core.packing import SCAN_MARGIN
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.protocol import Coldness
 from fastserve.core.policies.reservation import Reservation
@@ -444,3 +445,51 @@ def test_nobody_is_evicted_for_a_request_that_cannot_run_now() -> None:
     assert tokens_of(harness.executor.plans[-1]) == {1: 30, holder: 1}
     assert harness.request(holder).epoch == 0
     harness.drain()
+
+
+def test_no_seat_stays_empty_while_a_request_could_run() -> None:
+    """However many that may not come back yet stand before it in the order."""
+    config = small_config(
+        max_num_seqs=8, max_num_batched_tokens=64, scheduling_policy="skip-join-mlfq",
+        starvation_limit=2.0, preemption_mode="proactive",
+    )  # fmt: skip
+    costs = replace(UNIT_COST, copy_base_s=0.5, copy_block_s=0.1)
+    harness = Harness(config, 40, 2000, step_s=one_second, costs=costs)
+    seats = Seats(harness)
+    harness.engine.observers = (*harness.engine.observers, seats)
+    for handle in range(250):
+        harness.add(prompt_of(handle, 4), 30)
+    harness.drain()
+    assert seats.most_away > config.max_num_seqs + SCAN_MARGIN
+    assert harness.scheduler.stats().num_swaps > 0
+
+
+class Seats:
+    """Watches that a plan with an empty seat leaves nobody out who could run."""
+
+    def __init__(self, harness: Harness) -> None:
+        self.most_away = 0
+        self._harness = harness
+
+    def told(self, fact: Fact, now: float) -> None:
+        """A fact is no plan."""
+
+    def planned(self, plan: SchedulerOutput | None, can_compute: bool, now: float) -> None:
+        """Look at those who are not in a plan."""
+        if plan is None or not can_compute:
+            return
+        live = self._harness.scheduler._requests.values()
+        tables = [request.table for request in live if request.table is not None]
+        self.most_away = max(self.most_away, sum(not table.is_resident for table in tables))
+        if len(plan.work) < self._harness.config.max_num_seqs:
+            left_out = {request.handle for request in live} - {work.handle for work in plan.work}
+            assert not [each for each in live if each.handle in left_out and self._could_run(each)]
+
+    def updated(self, output: ExecutorOutput, updates: Sequence[RequestUpdate], now: float) -> None:
+        """What came of a step is no plan."""
+
+    def _could_run(self, request: Request) -> bool:
+        table = request.table
+        if table is None or not table.is_resident or request.steps_in_flight:
+            return False
+        return request.num_scheduled_tokens < len(table.blocks) * self._harness.config.block_size
