@@ -64,8 +64,7 @@ class Poisoner:
 
 def free_places(tier: Tier) -> set[int]:
     """Return the places of a tier that hold nothing."""
-    places = tier._places
-    return {*places._given_back, *range(places._num_touched, places.total)}
+    return {*tier._given_back, *range(tier._num_touched, tier.total)}
 
 
 def requests(max_tokens: int) -> tuple[list[Prompt], list[SamplingParams]]:

@@ -237,7 +237,7 @@ def spoil_free_places(scheduler: Scheduler, executor: FakeExecutor) -> None:
     """Empty what the scheduler holds free on both tiers, so that one who reads it is seen."""
     pool = scheduler.cache.pool
     for kv, tier in ((executor.device_kv, pool.device), (executor.host_kv, pool.host)):
-        for place in tier._places._given_back:
+        for place in tier._given_back:
             kv.pop(place, None)
 
 

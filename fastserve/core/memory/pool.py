@@ -274,12 +274,12 @@ class BlockPool:
         assert self.num_unwanted == spare
         kept = [block for block in blocks if block.refs == 0 and not block.is_moving]
         held = sum(b.state is State.SAVING and not b.refs for b in blocks)
-        self.device.check(
+        self.device.check_account(
             [block.device_id for block in blocks if block.device_id != NO_PLACE],
             [block for block in kept if block.device_id != NO_PLACE],
             count[State.LOADING] + count[State.LEAVING] + held,
         )
-        self.host.check(
+        self.host.check_account(
             [block.host_id for block in blocks if block.host_id != NO_PLACE],
             [block for block in kept if block.host_id != NO_PLACE],
             count[State.SAVING] + count[State.LEAVING],

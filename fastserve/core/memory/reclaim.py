@@ -33,6 +33,7 @@ class Reclaimer:
         swapper: Swapper | None,
     ) -> None:
         self._pool = pool
+        self._device = pool.device
         self._tables = tables
         self._victims = victims
         self._eviction = eviction
@@ -42,7 +43,7 @@ class Reclaimer:
     @property
     def num_left(self) -> int:
         """Blocks that can be taken now, less those of claims of this plan that are not met."""
-        return self._pool.device.num_available - self._num_standing
+        return self._device.num_available - self._num_standing
 
     @property
     def num_leaving(self) -> int:

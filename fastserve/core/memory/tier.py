@@ -14,11 +14,11 @@ from fastserve.core.memory.block import Block
 from fastserve.core.memory.places import Places
 
 
-class Tier:
+class Tier(Places):
     """`num_moving` places are written by a copy, or held by one beyond the need of any table."""
 
     def __init__(self, num_blocks: int) -> None:
-        self._places = Places(num_blocks)
+        super().__init__(num_blocks)
         # A plain dict is slow to give up its first key.
         self._cached: OrderedDict[Block, None] = OrderedDict()
         self.num_moving = 0
@@ -26,12 +26,7 @@ class Tier:
     @property
     def num_blocks(self) -> int:
         """All places."""
-        return self._places.total
-
-    @property
-    def num_free(self) -> int:
-        """Places that hold nothing."""
-        return self._places.num_free
+        return self.total
 
     @property
     def num_cached(self) -> int:
@@ -41,22 +36,12 @@ class Tier:
     @property
     def num_available(self) -> int:
         """Places that can be had without taking any from a table."""
-        return self._places.num_free + len(self._cached)
+        return self.num_free + len(self._cached)
 
     @property
     def num_used(self) -> int:
         """Places that hold a Block which some table names."""
-        return self._places.total - self.num_available - self.num_moving
-
-    # ── free places ──────────────────────────────────────────────────────────────────────────
-
-    def take(self) -> int:
-        """Return a free place, which then is not. The caller has seen that there is one."""
-        return self._places.take()
-
-    def give_back(self, place: int) -> None:
-        """Make a place free."""
-        self._places.give_back(place)
+        return self.total - self.num_available - self.num_moving
 
     # ── what nobody needs ────────────────────────────────────────────────────────────────────
 
@@ -85,8 +70,8 @@ class Tier:
 
     # ── for tests ────────────────────────────────────────────────────────────────────────────
 
-    def check(self, taken: Sequence[int], kept: Collection[Block], num_moving: int) -> None:
+    def check_account(self, taken: Sequence[int], kept: Collection[Block], num_moving: int) -> None:
         """Assert that these places are taken, each of them once, and these Blocks are kept."""
-        self._places.check(taken)
+        self.check(taken)
         assert self._cached.keys() == set(kept)
         assert self.num_moving == num_moving

@@ -43,8 +43,8 @@ def look(cache: KVCacheManager, requests: list[Request]) -> dict[str, Any]:
     """Return all that memory and requests hold as plain values, the order of cached blocks too."""
     pool = cache.pool
     return {
-        "free": list(pool.device._places._given_back),
-        "touched": pool.device._places._num_touched,
+        "free": list(pool.device._given_back),
+        "touched": pool.device._num_touched,
         "cached": [(block.device_id, block.hash) for block in pool.device.kept()],
         "used": {
             block.device_id: (block.refs, block.hash)

@@ -32,7 +32,7 @@ def test_every_place_is_accounted_for_once() -> None:
     counts = (tier.num_free, tier.num_cached, tier.num_moving, tier.num_used)
     assert (counts, sum(counts)) == ((2, 1, 1, 0), tier.num_blocks)
     places = [first.device_id, second.device_id]
-    tier.check(places, [first], 1)
+    tier.check_account(places, [first], 1)
     for wrong in ((places[:1], [first], 1), (places, [second], 1), (places, [first], 0)):
         with pytest.raises(AssertionError):
-            tier.check(*wrong)
+            tier.check_account(*wrong)
