@@ -165,7 +165,8 @@ class Dispatcher:
     def _hand_over(self) -> None:
         """Place all that no replica has and that may run."""
         for stream in self.streams:
-            if self._link_of(stream.number) is None:
+            # One that has ended on the way may have let this be done for all before.
+            if stream.number in self.streams and self._link_of(stream.number) is None:
                 self._place([stream])
 
     def _link_of(self, number: RequestNumber) -> EngineLink | None:

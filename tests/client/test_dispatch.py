@@ -184,6 +184,27 @@ class DispatcherMachine(RuleBasedStateMachine):
             asyncio.run(read_to_the_end(served))
 
 
+def test_an_end_that_lets_others_go_on_may_end_them_too() -> None:
+    """Two suspects whose text is complete: the end of the one under trial ends the other."""
+    machine = DispatcherMachine()
+    machine.submit_choices(3)
+    machine.load()
+    machine.submit()
+    machine.submit()
+    machine.die()
+    machine.load()
+    machine.die()
+    machine.finish(4)
+    for _ in range(3):
+        machine.load()
+        machine.die()
+    machine.finish(3)
+    machine.load()
+    machine.check()
+    assert all(machine.requests[number].stream.is_ended for number in (3, 4))
+    machine.teardown()
+
+
 async def read_to_the_end(served: Served) -> None:
     """Read a stream: the ids drawn, at most one terminal update, and that one last."""
     ids: list[int] = []
