@@ -1,9 +1,9 @@
-"""Decoder: the one loop of all decoder-only networks, over all their layers or a run of them.
+"""Decoder: what all decoder-only networks do in a step, with all their layers or a run of them.
 
 Rules: embed, run the layers, norm and head. Of the last layer's output only the rows that get
-logits are wanted. The first stage of a
-network takes token ids, any other takes the hidden state of the one before it; the last returns
-logits, any other its hidden state. A network in stages computes the bits of the whole one.
+logits are wanted. The first stage of a network takes token ids, any other takes the hidden state of
+the one before it; the last returns logits, any other its hidden state. A network in stages computes
+the bits of the whole one.
 Must not know: families, checkpoints, requests, how hidden state travels.
 """
 
