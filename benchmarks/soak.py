@@ -5,8 +5,10 @@
 A live server of the demo model with little KV serves clients that ask, hang up, lose their
 connection and come back, ask for nonsense, and ask canaries: requests whose answer is known. The
 load is the share of its seats (--max-num-seqs) that run a request, on average; the rate of clients
-follows it, so that it is right on a machine that others use too. Memory of both processes is taken
-every few seconds; its slope counts once the first third is over.
+follows it, so that it is right on a machine that others use too: at every look the logarithm of the
+rate moves by GAIN times what the load lacks. All that it ever lacked, added up, is then how far the
+rate has gone, over GAIN: next to nothing beside a long run. Memory of both processes is taken every
+few seconds; its slope counts once the first third is over.
 
 The server is `--deterministic`, so that a canary that says something else is a fault and no tie.
 torch and oneDNN would keep some 1,000 products, one for each number of rows, and fill 250 MiB with
@@ -21,6 +23,7 @@ import random
 import sys
 import time
 from dataclasses import dataclass, field
+from math import exp
 from statistics import fmean
 from typing import Any
 
@@ -48,10 +51,11 @@ FLAGS = (
 )  # fmt: skip
 VARIABLES = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 SEED = 1
-FIRST_RATE = 4.0  # clients a second
+FIRST_RATE = 8.0  # clients a second
+GAIN = 0.1
 SAMPLE_S = 5.0
 LOOKS_A_SAMPLE = 10  # at how many seats are taken
-MAX_IN_FLIGHT = 200  # beyond, clients stay away
+MAX_IN_FLIGHT = 4 * NUM_SEATS  # beyond, clients stay away: a queue hides that the rate is too high
 WARM_SHARE = 1 / 3
 REST_S = 120.0
 COUNTED = (
@@ -108,18 +112,19 @@ class Soak:
                 await asyncio.sleep(SAMPLE_S / LOOKS_A_SAMPLE)
                 if (share := await self.share_of_seats()) is not None:
                     seats.append(share)
+                    self.rate = followed(self.rate, self.load - share)
             now = time.monotonic()
             num_clients = self.clients.outcomes.total() + self.clients.num_in_flight
-            sample = Sample(
-                now - began,
-                fmean(seats or (0.0,)),
-                (num_clients - num_before) / (now - before),
-                self.clients.num_in_flight,
-                footprint(self.server.pid),
-                footprint(engine_pid),
+            self.samples.append(
+                Sample(
+                    now - began,
+                    fmean(seats or (0.0,)),
+                    (num_clients - num_before) / (now - before),
+                    self.clients.num_in_flight,
+                    footprint(self.server.pid),
+                    footprint(engine_pid),
+                )
             )
-            self.samples.append(sample)
-            self.rate *= min(1.2, max(0.8, self.load / max(sample.load, 0.05)))
             before, num_before = now, num_clients
 
     async def engine_pid(self) -> int:
@@ -145,6 +150,11 @@ class Soak:
                     "streams are left"
                 )
             await asyncio.sleep(0.2)  # another process: there is nothing to wait on
+
+
+def followed(rate: float, lacking: float) -> float:
+    """Return the rate of clients after a look at which the load lacked so much."""
+    return rate * exp(GAIN * lacking)
 
 
 def num_resumable(exposition: str) -> int:

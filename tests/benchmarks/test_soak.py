@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from statistics import fmean
 
 import pytest
 
 from benchmarks.footprint import Footprint
+from benchmarks.soak import FIRST_RATE, LOOKS_A_SAMPLE, followed
 from benchmarks.soak_figures import MIB, ROWS_OF_A_REPORT, Sample, course, memory, slope
 from benchmarks.soak_requests import (
     CANARIES,
@@ -39,6 +41,19 @@ def test_a_slope_is_that_of_the_best_line():
     assert slope([(0, 1), (1, 3), (2, 5)]) == pytest.approx(2)
     assert slope([(0, 0), (1, 2), (2, 0)]) == pytest.approx(0)
     assert slope([(5, 5)]) == slope([]) == 0
+
+
+def test_the_load_is_held_while_the_machine_changes_its_speed():
+    """Seats are full where more clients come than are served; the mean is right all the same."""
+    rng, rate = random.Random(1), FIRST_RATE
+    shares = []
+    for look in range(360 * LOOKS_A_SAMPLE):
+        served = (6.0, 12.0)[look // 400 % 2] * rng.uniform(0.5, 1.5)
+        shares.append(min(1.0, rate / served))
+        rate = followed(rate, 0.9 - shares[-1])
+    assert min(shares) < 0.5
+    assert max(shares) == 1.0
+    assert fmean(shares) == pytest.approx(0.9, abs=0.005)
 
 
 def sampled(minute: int, api_mib: float, engine_mib: float) -> Sample:
