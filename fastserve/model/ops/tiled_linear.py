@@ -10,6 +10,7 @@ Must not know: networks, batches, what computes the product.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,9 @@ SMALL_HEIGHT = 32
 MAX_PADDING = 0.25
 """Share of a taller tile that may be padding, before a second tile is the cheaper way."""
 
+MAX_CUTS = 256
+"""Numbers of rows whose cuts are kept; all projections of a step ask for the same ones."""
+
 Cut = tuple[int, int, int]  # start, stop, height
 
 
@@ -36,21 +40,18 @@ class TiledLinear:
     """y = x Wᵀ + b, by tiles. Fits `LinearOp`."""
 
     is_rowwise = True
-    __slots__ = ("_cuts", "heights", "inner", "out_width")
+    __slots__ = ("heights", "inner", "out_width")
 
     def __init__(self, inner: LinearOp, heights: Sequence[int]) -> None:
         self.inner = inner
         self.heights = tuple(heights)
         self.out_width = inner.out_width
-        self._cuts: dict[int, list[Cut]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         num_rows = x.shape[0]
         if num_rows in self.heights:
             return self.inner(x)
-        cuts = self._cuts.get(num_rows)
-        if cuts is None:
-            cuts = self._cuts[num_rows] = cut_rows(num_rows, self.heights)
+        cuts = cut_rows(num_rows, self.heights)
         parts = [self._tile(x[start:stop], height) for start, stop, height in cuts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -64,7 +65,8 @@ class TiledLinear:
         return self.inner(F.pad(x, (0, 0, 0, height - len(x))))[: len(x)]
 
 
-def cut_rows(num_rows: int, heights: Sequence[int]) -> list[Cut]:
+@lru_cache(maxsize=MAX_CUTS)
+def cut_rows(num_rows: int, heights: tuple[int, ...]) -> tuple[Cut, ...]:
     """Cover rows by tiles of some of `heights`; only the last tile may be padded."""
     ascending = sorted(heights)
     cuts: list[Cut] = []
@@ -78,7 +80,7 @@ def cut_rows(num_rows: int, heights: Sequence[int]) -> list[Cut]:
         stop = min(start + height, num_rows)
         cuts.append((start, stop, height))
         start = stop
-    return cuts
+    return tuple(cuts)
 
 
 def agreeing_heights(

@@ -12,7 +12,13 @@ from torch import Tensor
 from fastserve.model.ops import tiled_linear
 from fastserve.model.ops.interfaces import LinearOp
 from fastserve.model.ops.layers import Linear
-from fastserve.model.ops.tiled_linear import HEIGHTS, TiledLinear, agreeing_heights, cut_rows
+from fastserve.model.ops.tiled_linear import (
+    HEIGHTS,
+    MAX_CUTS,
+    TiledLinear,
+    agreeing_heights,
+    cut_rows,
+)
 
 CPU = torch.device("cpu")
 MORE = 1 + 2**-20
@@ -94,9 +100,9 @@ def test_cuts_cover_every_row_once(heights):
 
 def test_few_rows_are_one_tile_and_many_are_little_padded():
     """A decode reads the weight once; a prefill computes little that nobody asked for."""
-    assert cut_rows(17, HEIGHTS) == [(0, 17, 32)]
-    assert cut_rows(512, HEIGHTS) == [(0, 512, 512)]
-    assert cut_rows(130, HEIGHTS) == [(0, 128, 128), (128, 130, 2)]
+    assert cut_rows(17, HEIGHTS) == ((0, 17, 32),)
+    assert cut_rows(512, HEIGHTS) == ((0, 512, 512),)
+    assert cut_rows(130, HEIGHTS) == ((0, 128, 128), (128, 130, 2))
     for num_rows in range(33, 600):
         assert sum(height for *_, height in cut_rows(num_rows, HEIGHTS)) < 1.34 * num_rows
 
@@ -111,3 +117,16 @@ def test_tiles_give_the_projection(num_rows):
     torch.testing.assert_close(tiled(x), inner(x))
     torch.testing.assert_close(tiled.add_to(residual.clone(), x), residual + inner(x))
     assert tiled.out_width == 24
+
+
+def test_steps_of_ever_other_sizes_leave_little_behind():
+    """Cuts are kept once for all projections, and of the latest numbers of rows only."""
+    projections = [TiledLinear(Linear(torch.randn(8, 4), None), (64, 4)) for _ in range(4)]
+    cut_rows.cache_clear()
+    for num_rows in range(100, 100 + MAX_CUTS):
+        for projection in projections:
+            projection(torch.zeros(num_rows, 4))
+    found = cut_rows.cache_info()
+    assert (found.misses, found.hits) == (MAX_CUTS, 3 * MAX_CUTS)
+    cut_rows(10_000, (64, 4))
+    assert cut_rows.cache_info().currsize == MAX_CUTS
