@@ -57,7 +57,7 @@ class PanelLinear:
 def panel_linear(kernels: CpuKernels, weight: Tensor, bias: Tensor | None = None) -> PanelLinear:
     """Return the projection of a weight that is held in panels only."""
     width, depth = weight.shape
-    tensor = pack_panels(weight, kernels.per_lane)
+    tensor = kernels.weights.keep(pack_panels(weight, kernels.per_lane))
     panels = Panels(tensor, tensor.data_ptr(), bias, width, depth, tensor[0].numel())
     return PanelLinear(kernels, panels)
 

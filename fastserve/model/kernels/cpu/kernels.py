@@ -23,6 +23,7 @@ from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.kernels.cpu.attention_work import CHUNK_TOKENS, AttentionWork
 from fastserve.model.kernels.cpu.panels import Panels
 from fastserve.model.kernels.cpu.thread_team import ThreadTeam
+from fastserve.model.kernels.cpu.weight_memory import WeightMemory
 
 ENTRIES = (
     "rms_norm",
@@ -123,6 +124,7 @@ class CpuKernels:
         self.max_rows = max_rows
         self.per_lane = per_lane
         self.team = team
+        self.weights = WeightMemory()
         self.run_layers = entries["run_layers"]
         self._norm = Call(entries["rms_norm"], "=6qd")
         self._layer_norm = Call(entries["layer_norm"], "=6qd")
