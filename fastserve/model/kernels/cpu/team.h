@@ -81,10 +81,10 @@ inline void pause_thread() {
 
 // Threads of our own. Chunks are handed out one at a time, and what counts is that they are done, not
 // that threads arrive: one that has lost its core holds up nobody, unless in the middle of a chunk. If
-// another process took its core there, it stays away for a multiple of that time: who calls is sooner
-// done alone than with somebody who is gone half of the time. A thread without a chunk spins for some
-// tens of microseconds, as long as stages of a step take, then gives way to whoever wants its core,
-// then sleeps.
+// another process took its core there, it stays away for as long as that took, and twice as long each
+// time it happens soon again: who calls is sooner done alone than with somebody who is gone half of
+// the time. A thread without a chunk spins for some tens of microseconds, as long as stages of a step
+// take, then gives way to whoever wants its core, then sleeps.
 class Team : public Threads {
  public:
   explicit Team(int64_t size) {
@@ -114,27 +114,35 @@ class Team : public Threads {
  private:
   // How long threads that have nothing to do keep their core, and how long they only offer it.
   static constexpr std::chrono::microseconds SPINNING{50}, YIELDING{50};
-  // A chunk that takes so long may have been interrupted; how many times as long to stay away then.
+  // A chunk that takes so long may have been interrupted.
   static constexpr std::chrono::microseconds SUSPICIOUS{400};
-  static constexpr int AWAY = 16;
+  // How many times as long to stay away at most, and how many times that means soon.
+  static constexpr int MOST_AWAY = 32, SOON = 4;
   static constexpr int CHUNK_BITS = 24;
   static constexpr uint64_t CHUNKS = (uint64_t(1) << CHUNK_BITS) - 1;
 
   void serve(int64_t thread) {
     int64_t times_lost = count_lost();
-    auto started = std::chrono::steady_clock::now();
+    int away = 1;
+    auto started = std::chrono::steady_clock::now(), forgiven = started;
     while (!is_closing_.load(std::memory_order_acquire)) {
-      const bool has_worked = work(thread);
-      if (!has_worked) wait([this] { return is_closing_.load(); });
+      if (!work(thread)) {
+        // To give way counts as losing the core.
+        if (wait([this] { return is_closing_.load(); })) times_lost = count_lost();
+        started = std::chrono::steady_clock::now();
+        continue;
+      }
       const auto now = std::chrono::steady_clock::now();
       const auto taken = now - started;
       started = now;
-      if (!has_worked || taken < SUSPICIOUS) continue;
+      if (taken < SUSPICIOUS) continue;
       const int64_t before = times_lost;
       times_lost = count_lost();
       if (times_lost == before) continue;
-      stay_away(AWAY * taken);
+      away = now > forgiven ? 1 : away < MOST_AWAY ? 2 * away : MOST_AWAY;
+      stay_away(away * taken);
       started = std::chrono::steady_clock::now();
+      forgiven = started + SOON * away * taken;
     }
   }
 
@@ -190,15 +198,20 @@ class Team : public Threads {
     changed_.notify_all();
   }
 
+  // Returns whether it gave way or slept.
   template <typename Condition>
-  void wait(Condition is_over) {
+  bool wait(Condition is_over) {
     auto is_awaited = [&] { return (tickets_.load() & CHUNKS) || is_over(); };
     const auto started = std::chrono::steady_clock::now();
+    bool has_yielded = false;
     for (auto waited = started - started; waited < SPINNING + YIELDING;
          waited = std::chrono::steady_clock::now() - started) {
-      if (waited >= SPINNING) std::this_thread::yield();
+      if (waited >= SPINNING) {
+        std::this_thread::yield();
+        has_yielded = true;
+      }
       for (int turn = 0; turn < 16; turn++) {
-        if (is_awaited()) return;
+        if (is_awaited()) return has_yielded;
         pause_thread();
       }
     }
@@ -206,6 +219,7 @@ class Team : public Threads {
     sleepers_.fetch_add(1);
     changed_.wait(lock, is_awaited);
     sleepers_.fetch_sub(1);
+    return true;
   }
 
   // The number of stages opened so far, then the chunks of the open one that nobody has taken: one
