@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,10 +96,11 @@ def run_shares(attention, tensor, qkv, table, shares):
 
 
 @every_dtype
-def test_bits_of_a_token_are_its_own(dtype):
-    """Batch, row, chunking and threads leave a token's bits alone."""
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3), (5, 1)])
+def test_bits_of_a_token_are_its_own(heads, kv_heads, dtype):
+    """Batch, row, chunking and threads leave a token's bits alone, of few queries as of many."""
     torch.manual_seed(0)
-    heads, kv_heads, dim, length = 6, 2, 64, 200
+    dim, length = 64, 200
     qkv = torch.randn(length, heads + 2 * kv_heads, dim).to(dtype)
     table = np.random.default_rng(0).permutation(13)
     tensor = torch.full((13, 1, 2, 16, kv_heads, dim), torch.nan, dtype=dtype)

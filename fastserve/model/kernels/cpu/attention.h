@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int64_t TILE = 32;  // positions
+constexpr int64_t FEW = 4;    // queries, for which a tile is read as it is multiplied
 
 struct AttendArgs {
   const void* qkv;
@@ -89,18 +90,23 @@ struct Attend {
     }
   }
 
+  // Lanes [i, i + 16) of sixteen keys, one position per lane.
+  INLINE void load_part(const T* const* rows, const int64_t* jumps, int64_t i, F16* part) const {
+    const int64_t column = i * Product::PER_LANE, left = dim - column;
+    for (int r = 0; r < 16; r++) {
+      const T* row = rows[r] + column;
+      __builtin_prefetch(row + jumps[r], 0, 2);
+      part[r] = left > 0 ? Product::load_lanes(row, left) : F16{};
+    }
+    transpose(part);
+  }
+
   void pack_keys(const T* const* rows, const int64_t* jumps, int64_t count,
                  float* to) const {
     for (int64_t first = 0; first < count; first += 16)
       for (int64_t i = 0; i < lanes; i += 16) {
         F16 part[16];
-        const int64_t column = i * Product::PER_LANE, left = dim - column;
-        for (int r = 0; r < 16; r++) {
-          const T* row = rows[first + r] + column;
-          __builtin_prefetch(row + jumps[first + r], 0, 2);
-          part[r] = left > 0 ? Product::load_lanes(row, left) : F16{};
-        }
-        transpose(part);
+        load_part(rows + first, jumps + first, i, part);
         for (int r = 0; r < 16; r++) store(to + (i + r) * TILE + first, part[r]);
       }
   }
@@ -112,36 +118,112 @@ struct Attend {
             int64_t start, int64_t position) const {
     const int64_t last = position + (rows - 1) / group;
     const int64_t count = last - start + 1 < TILE ? last - start + 1 : TILE;
-    pack_keys(keys, jumps, count, scratch.keys);
-    Product::pack_values(values, jumps, scratch.values, count, dim, padded);
-    multiply<Product>(queries.lanes + from * lanes, lanes, scratch.keys, TILE, rows - from, lanes,
-                      TILE, nullptr, scratch.scores, TILE);
     const int64_t depth = (count + Product::PER_LANE - 1) / Product::PER_LANE;
     constexpr int64_t WIDTH = TILE / Product::PER_LANE;
+    const bool is_few = rows - from <= FEW;
+    const float* lanes_from = queries.lanes + from * lanes;
+    float* sums = queries.sums + from * padded;
+    if (is_few) {
+      switch (rows - from) {
+        case 1: score_few<1>(lanes_from, keys, jumps, count, scratch.scores); break;
+        case 2: score_few<2>(lanes_from, keys, jumps, count, scratch.scores); break;
+        case 3: score_few<3>(lanes_from, keys, jumps, count, scratch.scores); break;
+        default: score_few<4>(lanes_from, keys, jumps, count, scratch.scores);
+      }
+    } else {
+      pack_keys(keys, jumps, count, scratch.keys);
+      Product::pack_values(values, jumps, scratch.values, count, dim, padded);
+      multiply<Product>(lanes_from, lanes, scratch.keys, TILE, rows - from, lanes, TILE, nullptr,
+                        scratch.scores, TILE);
+    }
     for (int64_t r = from; r < rows; r++)
       weigh(queries, r, scratch.scores + (r - from) * TILE, position + r / group - start,
             scratch.weights + (r - from) * WIDTH, scratch.factors + r - from);
-    multiply<Product>(scratch.weights, WIDTH, scratch.values, padded, rows - from, depth, padded,
-                      scratch.factors, queries.sums + from * padded, padded);
+    if (is_few) {
+      switch (rows - from) {
+        case 1: add_few<1>(scratch, values, jumps, depth, sums); break;
+        case 2: add_few<2>(scratch, values, jumps, depth, sums); break;
+        case 3: add_few<3>(scratch, values, jumps, depth, sums); break;
+        default: add_few<4>(scratch, values, jumps, depth, sums);
+      }
+    } else {
+      multiply<Product>(scratch.weights, WIDTH, scratch.values, padded, rows - from, depth, padded,
+                        scratch.factors, sums, padded);
+    }
+  }
+
+  // Scores of R queries, whose keys are not worth keeping in the layout of the product.
+  template <int R>
+  INLINE void score_few(const float* queries, const T* const* rows, const int64_t* jumps,
+                        int64_t count, float* scores) const {
+    for (int64_t first = 0; first < count; first += 16) {
+      F16 sums[R];
+      for (int q = 0; q < R; q++) sums[q] = F16{};
+      for (int64_t i = 0; i < lanes; i += 16) {
+        F16 part[16];
+        load_part(rows + first, jumps + first, i, part);
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; r++)
+#pragma GCC unroll 4
+          for (int q = 0; q < R; q++)
+            sums[q] = Product::multiply_add(queries[q * lanes + i + r], part[r], sums[q]);
+      }
+      for (int q = 0; q < R; q++) store(scores + q * TILE + first, sums[q]);
+    }
+  }
+
+  // Adds the weighted values of a tile to the sums of R queries.
+  template <int R>
+  INLINE void add_few(const TileScratch& scratch, const T* const* values, const int64_t* jumps,
+                      int64_t depth, float* sums) const {
+    int64_t i = 0;
+    for (; i + 64 <= padded; i += 64) add_columns<R, 2>(scratch, values, jumps, depth, i, sums + i);
+    if (i < padded) add_columns<R, 1>(scratch, values, jumps, depth, i, sums + i);
+  }
+
+  template <int R, int C>
+  INLINE void add_columns(const TileScratch& scratch, const T* const* values, const int64_t* jumps,
+                          int64_t depth, int64_t column, float* out) const {
+    constexpr int64_t WIDTH = TILE / Product::PER_LANE;
+    F16 sums[R][2 * C];
+    for (int q = 0; q < R; q++)
+      for (int c = 0; c < 2 * C; c++)
+        sums[q][c] = load(out + q * padded + 16 * c) * scratch.factors[q];
+    for (int64_t k = 0; k < depth; k++) {
+      F16 columns[2 * C];
+#pragma GCC unroll 2
+      for (int c = 0; c < C; c++)
+        Product::load_values(values, jumps, k, column + 32 * c, dim, columns + 2 * c);
+#pragma GCC unroll 4
+      for (int q = 0; q < R; q++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * C; c++)
+          sums[q][c] =
+              Product::multiply_add(scratch.weights[q * WIDTH + k], columns[c], sums[q][c]);
+    }
+    for (int q = 0; q < R; q++)
+      for (int c = 0; c < 2 * C; c++) store(out + q * padded + 16 * c, sums[q][c]);
   }
 
   // Turns the scores of a query, which sees positions up to `reach`, into weights.
   INLINE void weigh(const Queries& queries, int64_t r, const float* scores, int64_t reach,
                     float* weights, float* factor) const {
-    const I16 index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const int32_t seen = reach < TILE ? int32_t(reach) : int32_t(TILE);
-    const F16 hidden = splat(-INFINITY);
-    F16 first = choose(index <= seen, load(scores) * scale, hidden);
-    F16 second = choose(index + 16 <= seen, load(scores + 16) * scale, hidden);
+    F16 first = load(scores) * scale, second = load(scores + 16) * scale;
+    if (reach < TILE - 1) {
+      const I16 index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      const F16 hidden = splat(-INFINITY);
+      first = choose(index <= int32_t(reach), first, hidden);
+      second = choose(index + 16 <= int32_t(reach), second, hidden);
+    }
     const float peak = queries.peaks[r], here = largest(larger(first, second));
     const float top = here > peak ? here : peak;
     first = exp2(first - top);
     second = exp2(second - top);
-    const F16 kept = exp2(splat(peak - top));
+    const float kept = here > peak ? exp2(splat(peak - top))[0] : 1.0f;
     Product::pack_weights(first, second, weights);
     float* totals = queries.totals + r * 16;
     store(totals, load(totals) * kept + first + second);
-    *factor = kept[0];
+    *factor = kept;
     queries.peaks[r] = top;
   }
 

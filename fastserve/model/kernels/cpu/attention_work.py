@@ -11,7 +11,7 @@ import numpy as np
 
 from fastserve.model.input_batch import IntArray, Rows
 
-CHUNK_TOKENS = 16
+CHUNK_TOKENS = 32
 """Query tokens of one sequence that share what is read of its keys and values."""
 
 

@@ -57,6 +57,13 @@ struct Singles {
         store(to + row * padded + i, load_some(rows[row] + i, dim - i));
       }
   }
+  // Values [i, i + 32) of row k.
+  static INLINE void load_values(const T* const* rows, const int64_t* jumps, int64_t k, int64_t i,
+                                 int64_t dim, F16* columns) {
+    __builtin_prefetch(rows[k] + jumps[k] + i, 0, 2);
+    columns[0] = load_some(rows[k] + i, dim - i);
+    columns[1] = dim - i > 16 ? load_some(rows[k] + i + 16, dim - i - 16) : F16{};
+  }
   static INLINE void pack_weights(F16& first, F16& second, float* to) {
     store(to, first);
     store(to + 16, second);
@@ -83,38 +90,46 @@ struct Pairs {
   static INLINE F16 multiply_add(float a, F16 b, F16 sum) {
     return (F16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat_bits(a), (__m512bh)b);
   }
+  static INLINE F16 widen(__m256i half) {
+    return (F16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+  }
   static INLINE F16 splat_bits(float a) { return (F16)_mm512_set1_ps(a); }
   // Two rows become one of pairs; within 32 columns these come in the order of `unpack`.
   static INLINE void pack_values(const BFloat16* const* rows, const int64_t* jumps, float* to,
                                  int64_t count, int64_t dim, int64_t padded) {
     for (int64_t row = 0; row < count; row += 2)
       for (int64_t i = 0; i < dim; i += 32) {
-        __builtin_prefetch(rows[row] + jumps[row] + i, 0, 2);
-        __builtin_prefetch(rows[row + 1] + jumps[row + 1] + i, 0, 2);
-        __m512i a = (__m512i)load_lanes(rows[row] + i, dim - i);
-        __m512i b = (__m512i)load_lanes(rows[row + 1] + i, dim - i);
-        float* pairs = to + row / 2 * padded + i;
-        store(pairs, (F16)_mm512_unpacklo_epi16(a, b));
-        store(pairs + 16, (F16)_mm512_unpackhi_epi16(a, b));
+        F16 pairs[2];
+        load_values(rows, jumps, row / 2, i, dim, pairs);
+        store(to + row / 2 * padded + i, pairs[0]);
+        store(to + row / 2 * padded + i + 16, pairs[1]);
       }
+  }
+  // Values [i, i + 32) of rows 2 k and 2 k + 1, in the order of `unpack`.
+  static INLINE void load_values(const BFloat16* const* rows, const int64_t* jumps, int64_t k,
+                                 int64_t i, int64_t dim, F16* columns) {
+    const int64_t row = 2 * k;
+    __builtin_prefetch(rows[row] + jumps[row] + i, 0, 2);
+    __builtin_prefetch(rows[row + 1] + jumps[row + 1] + i, 0, 2);
+    __m512i a = (__m512i)load_lanes(rows[row] + i, dim - i);
+    __m512i b = (__m512i)load_lanes(rows[row + 1] + i, dim - i);
+    columns[0] = (F16)_mm512_unpacklo_epi16(a, b);
+    columns[1] = (F16)_mm512_unpackhi_epi16(a, b);
   }
   // Rounds the weights as they will be multiplied, so that they are also summed like that.
   static INLINE void pack_weights(F16& first, F16& second, float* to) {
-    BFloat16 rounded[32];
-    __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-    std::memcpy(rounded, &both, 64);
-    std::memcpy(to, &both, 64);
-    first = load(rounded);
-    second = load(rounded + 16);
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    store(to, (F16)both);
+    first = widen(_mm512_castsi512_si256(both));
+    second = widen(_mm512_extracti64x4_epi64(both, 1));
   }
   static INLINE void unpack(float* sums, int64_t padded) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_or_si512(low, _mm512_set1_epi32(8));
     for (int64_t i = 0; i < padded; i += 32) {
-      float out[32];
-      for (int lane = 0; lane < 4; lane++) {
-        std::memcpy(out + 8 * lane, sums + i + 4 * lane, 16);
-        std::memcpy(out + 8 * lane + 4, sums + i + 16 + 4 * lane, 16);
-      }
-      std::memcpy(sums + i, out, 128);
+      const __m512 a = (__m512)load(sums + i), b = (__m512)load(sums + i + 16);
+      store(sums + i, (F16)_mm512_permutex2var_ps(a, low, b));
+      store(sums + i + 16, (F16)_mm512_permutex2var_ps(a, high, b));
     }
   }
 };

@@ -136,24 +136,46 @@ struct WriteArgs {
   int64_t chunks() const { return chunks_of(tokens, width()); }
 };
 
+// `rotation` [dim / 2] is pairs of cos and sin.
+template <typename T>
+INLINE void rotate(T* head, const float* rotation, int64_t dim) {
+  int64_t i = 0;
+  for (; i + 32 <= dim; i += 32) {
+    F16 x, y, cosine, sine;
+    load_pairs(head + i, x, y);
+    load_pairs(rotation + i, cosine, sine);
+    store_pairs(head + i, x * cosine - y * sine, x * sine + y * cosine);
+  }
+  for (; i < dim; i += 2) {
+    const float x = to_float(head[i]), y = to_float(head[i + 1]);
+    const float cosine = rotation[i], sine = rotation[i + 1];
+    set(head[i], x * cosine - y * sine);
+    set(head[i + 1], x * sine + y * cosine);
+  }
+}
+
 template <typename T>
 void rotate_and_write(const WriteArgs& args, int64_t chunk, int64_t) {
   const int64_t dim = args.head_dim, kv_width = args.kv_heads * dim;
   const int64_t rotated = args.heads * dim + kv_width, stride = rotated + kv_width;
+  auto slot_of = [&](int64_t token) {
+    return (T*)args.kv + args.blocks[token] * args.block_stride + args.offsets[token] * kv_width;
+  };
   for_rows(chunk, args.tokens, stride, [&](int64_t token) {
+    // Slots lie anywhere, and none has been near for a step: the next one is called for now.
+    if (token + 1 < args.tokens) {
+      const T* next = slot_of(token + 1);
+      for (int64_t i = 0; i < kv_width; i += 64 / int64_t(sizeof(T))) {
+        __builtin_prefetch(next + i, 1);
+        __builtin_prefetch(next + i + args.value_offset, 1);
+      }
+    }
     T* qkv = (T*)args.qkv + token * stride;
     if (args.rotations) {
       const float* rotation = args.rotations + token * dim;
-      for (T* head = qkv; head < qkv + rotated; head += dim)
-        for (int64_t i = 0; i < dim; i += 2) {
-          const float x = to_float(head[i]), y = to_float(head[i + 1]);
-          const float cosine = rotation[i], sine = rotation[i + 1];
-          set(head[i], x * cosine - y * sine);
-          set(head[i + 1], x * sine + y * cosine);
-        }
+      for (T* head = qkv; head < qkv + rotated; head += dim) rotate(head, rotation, dim);
     }
-    T* keys = (T*)args.kv + args.blocks[token] * args.block_stride;
-    keys += args.offsets[token] * kv_width;
+    T* keys = slot_of(token);
     std::memcpy(keys, qkv + rotated - kv_width, kv_width * sizeof(T));
     std::memcpy(keys + args.value_offset, qkv + rotated, kv_width * sizeof(T));
   });

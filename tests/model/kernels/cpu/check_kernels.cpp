@@ -283,18 +283,27 @@ struct AttentionCase {
     int64_t last = 0;
     for (const auto& row : rows) last = std::max(last, row.second + row.first);
     most_blocks = (last + size - 1) / size;
-    for (size_t row = 0; row < rows.size(); row++) {
-      const auto [length, start] = rows[row];
-      for (int64_t first = 0; first < length; first += 16) {
-        const int64_t taken = std::min<int64_t>(16, length - first);
-        pieces.insert(pieces.end(), {tokens + first, taken, int64_t(row), start + first});
-      }
-      tokens += length;
+    for (const auto& row : rows) {
+      tokens += row.first;
       for (int64_t block = 0; block < most_blocks; block++) tables.push_back(num_blocks++);
     }
+    cut(rows, 32);
     std::shuffle(tables.begin(), tables.end(), generator);
     qkv = draw<T>(tokens, (heads + 2 * kv_heads) * dim, 1, true);
     kv = draw<T>(num_blocks, 2 * size * kv_heads * dim, 1, true);
+  }
+
+  void cut(const std::vector<std::pair<int64_t, int64_t>>& rows, int64_t size) {
+    pieces.clear();
+    int64_t token = 0;
+    for (size_t row = 0; row < rows.size(); row++) {
+      const auto [length, start] = rows[row];
+      for (int64_t first = 0; first < length; first += size) {
+        const int64_t taken = std::min(size, length - first);
+        pieces.insert(pieces.end(), {token + first, taken, int64_t(row), start + first});
+      }
+      token += length;
+    }
   }
 
   const T* slot(int64_t row, int64_t position, int64_t kv_head, bool is_value) const {
@@ -321,9 +330,10 @@ struct AttentionCase {
   }
 };
 
+// Returns the bytes of the result.
 template <typename T>
-void check_attention_case(Count& count, Entry<AttendArgs> entry, const AttentionCase<T>& test,
-                          int64_t parts) {
+std::vector<T> check_attention_case(Count& count, Entry<AttendArgs> entry,
+                                    const AttentionCase<T>& test, int64_t parts) {
   constexpr int64_t SCRATCH = 1 << 18;  // floats: more than any case needs
   std::vector<float> scratch(3 * SCRATCH);
   std::vector<T> out(test.tokens * test.heads * test.dim);
@@ -347,23 +357,31 @@ void check_attention_case(Count& count, Entry<AttendArgs> entry, const Attention
           count.compare(to_float(out[(at * test.heads + head) * test.dim + i]), expected[i],
                         Dtype<T>::TOLERANCE);
       }
+  return out;
 }
 
 template <typename T>
 int check_attention(Entry<AttendArgs> entry) {
   Count count{"attend", Dtype<T>::NAME};
-  for (int64_t dim : {4, 20, 64, 128})
+  for (int64_t dim : {4, 20, 64, 96, 128})
     for (int64_t group : {1, 3, 4})
       for (int64_t kv_heads : {1, 2})
         for (int64_t size : {1, 16}) {
           // Tokens and first positions: decodes at the edges of tiles, chunks that begin anywhere.
           const AttentionCase<T> decodes(group * kv_heads, kv_heads, dim, size,
                                          {{1, 0}, {1, 5}, {1, 31}, {1, 32}, {1, 63}, {1, 100}});
-          const AttentionCase<T> chunks(group * kv_heads, kv_heads, dim, size,
-                                        {{40, 0}, {17, 37}, {1, 70}});
+          const std::vector<std::pair<int64_t, int64_t>> rows = {{40, 0}, {17, 37}, {1, 70}};
+          AttentionCase<T> chunks(group * kv_heads, kv_heads, dim, size, rows);
           for (int64_t parts : {int64_t(1), kv_heads}) {
             check_attention_case(count, entry, decodes, parts);
-            check_attention_case(count, entry, chunks, parts);
+            const auto whole = check_attention_case(count, entry, chunks, parts);
+            // However few tokens share what is read, their bytes are the same.
+            for (int64_t few : {1, 2}) {
+              chunks.cut(rows, few);
+              const auto cut = check_attention_case(count, entry, chunks, parts);
+              if (std::memcmp(cut.data(), whole.data(), whole.size() * sizeof(T))) count.wrong++;
+            }
+            chunks.cut(rows, 32);
           }
         }
   return count.report();
