@@ -11,23 +11,24 @@ during the attack over what it was before.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.attack_kinds import ATTACKS, MIB, TEMPLATE, Attack
-from benchmarks.command import command_parser, origin
+from benchmarks.command import command_parser, origin, run_command
 from benchmarks.footprint import footprint
 from benchmarks.live_server import LiveServer, live_process
 from benchmarks.neighbours import watched
-from fastserve.host.provenance import output_path, write_result
+from fastserve.host.provenance import output_path
 from fastserve.settings.option import ConfigError
 
 FLAGS = ("demo", "--num-threads", "1")
@@ -100,21 +101,22 @@ def in_ms(seconds: float) -> float:
     return round(1e3 * seconds, 1)
 
 
-def main() -> int:
-    """Attack, print, write."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; ConfigError for what cannot be run."""
     parser = command_parser("attacks", __doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="that each attack lasts")
     parser.add_argument("--attacks", default=",".join(ATTACKS), help="names, with commas")
     parser.add_argument("--output", help="JSON file to write the figures to")
     args = parser.parse_args()
-    names = args.attacks.split(",")
-    if unknown := set(names) - set(ATTACKS):
-        parser.error(f"--attacks: there is no {', '.join(sorted(unknown))}")
-    try:
-        path = None if args.output is None else output_path(args.output)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args.attacks = args.attacks.split(",")
+    if unknown := set(args.attacks) - set(ATTACKS):
+        raise ConfigError(f"--attacks: there is no {', '.join(sorted(unknown))}")
+    args.output = None if args.output is None else output_path(args.output)
+    return args
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Attack one server in all ways, and tell each as it is over."""
     result: dict[str, Any] = {
         **origin("attacks"),
         "load_average_at_start": [round(load, 1) for load in os.getloadavg()],
@@ -125,16 +127,23 @@ def main() -> int:
         template = Path(directory) / "template.jinja"
         template.write_text(TEMPLATE)
         with live_process((*FLAGS, "--chat-template", str(template))) as server:
-            for name in names:
+            for name in args.attacks:
                 found = measure(server, ATTACKS[name], args.seconds)
                 result["attacks"][name] = found
                 print(f"{name:26s} {found}", flush=True)
+    result["load_average_at_end"] = [round(load, 1) for load in os.getloadavg()]
+    return result
+
+
+def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Print what the worst attack did to everybody."""
     worst = max(found["health_ms"]["p99"] for found in result["attacks"].values())
     print(f"/health p99 under the worst attack: {worst} ms")
-    result["load_average_at_end"] = [round(load, 1) for load in os.getloadavg()]
-    if path is not None:
-        write_result(path, result)
-    return 0
+
+
+def main() -> int:
+    """Attack, write, print; exit code 2 for a run that cannot be."""
+    return run_command(parse_arguments, run, show)
 
 
 if __name__ == "__main__":

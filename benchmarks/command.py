@@ -37,14 +37,16 @@ def run_command(
     measure: Callable[[argparse.Namespace], Mapping[str, Any]],
     show: Callable[[argparse.Namespace, Mapping[str, Any]], None],
 ) -> int:
-    """Measure, write to the `output` of the arguments, print; return the exit code."""
+    """Measure, write to the `output` of the arguments, if any, print; return the exit code."""
     try:
         args = parse()
         result = measure(args)
-        write_result(args.output, result)
+        if args.output is not None:
+            write_result(args.output, result)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     show(args, result)
-    print(f"written to {args.output}")
+    if args.output is not None:
+        print(f"written to {args.output}")
     return 0

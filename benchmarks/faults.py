@@ -14,6 +14,7 @@ to finish, half without. Each request must end whole, with one error event and [
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import signal
@@ -21,18 +22,19 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.command import command_parser, origin
+from benchmarks.command import command_parser, origin, run_command
 from benchmarks.fault_clients import Clients, Stream, body_of
 from benchmarks.live_server import STOP_SECONDS, LiveServer, live_process
 from benchmarks.process_cpu import engine_of
 from fastserve.client.supervisor import MAX_RESTARTS
-from fastserve.host.provenance import output_path, write_result
+from fastserve.host.provenance import output_path
 from fastserve.settings.option import ConfigError
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+KINDS = (*SIGNALS, "term")
 QUIET_S = 0.5  # what comes sooner after a fault was on its way
 LONG_TOKENS, SHORT_TOKENS = 64, 24
 PATIENT_S, HASTY_S = 60.0, 0.5  # --shutdown-timeout
@@ -158,36 +160,48 @@ def say(kind: str, number: int, found: dict[str, Any]) -> None:
     print(kind, number, shown, flush=True)
 
 
-def main() -> int:
-    """Do harm, print, write."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; ConfigError for what cannot be run."""
     parser = command_parser("faults", __doc__)
     parser.add_argument("--faults", type=int, default=20, help="of each kind")
     parser.add_argument("--streams", type=int, default=100, help="that are open at each")
-    parser.add_argument("--kinds", default="kill,stop,term")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="names, with commas")
     parser.add_argument("--output", help="JSON file to write the figures to")
     args = parser.parse_args()
-    try:
-        path = None if args.output is None else output_path(args.output)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args.kinds = args.kinds.split(",")
+    if unknown := set(args.kinds) - set(KINDS):
+        raise ConfigError(f"--kinds: there is no {', '.join(sorted(unknown))}")
+    args.output = None if args.output is None else output_path(args.output)
+    return args
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Do harm of each kind."""
     result: dict[str, Any] = {
         **origin("faults"),
         "load_average_at_start": [round(load, 1) for load in os.getloadavg()],
         "flags": list(FLAGS),
         "streams": args.streams,
     }
-    for kind in args.kinds.split(","):
+    for kind in args.kinds:
         result[kind] = (
             terminate_servers(args.faults, args.streams)
             if kind == "term"
             else harm_engines(kind, args.faults, args.streams)
         )
-        print(kind, result[kind])
     result["load_average_at_end"] = [round(load, 1) for load in os.getloadavg()]
-    if path is not None:
-        write_result(path, result)
-    return 0
+    return result
+
+
+def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Print what each kind came to."""
+    for kind in args.kinds:
+        print(kind, result[kind])
+
+
+def main() -> int:
+    """Do harm, write, print; exit code 2 for a run that cannot be."""
+    return run_command(parse_arguments, run, show)
 
 
 if __name__ == "__main__":

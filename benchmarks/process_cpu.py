@@ -13,6 +13,7 @@ PROC = Path("/proc")
 class Stat(NamedTuple):
     """What one line of /proc says of a process."""
 
+    state: str  # a letter; Z: it has ended, and its parent has not asked how
     parent: int
     cpu_s: float  # of all its threads, those that ended too
 
@@ -20,7 +21,7 @@ class Stat(NamedTuple):
 def stat_of(line: str, ticks_per_s: int) -> Stat:
     """Read the content of /proc/PID/stat; the name in it may hold spaces and brackets."""
     fields = line.rpartition(")")[2].split()
-    return Stat(int(fields[1]), (int(fields[11]) + int(fields[12])) / ticks_per_s)
+    return Stat(fields[0], int(fields[1]), (int(fields[11]) + int(fields[12])) / ticks_per_s)
 
 
 def read_stat(pid: int) -> Stat:
@@ -34,7 +35,7 @@ def cpu_seconds(pids: Iterable[int]) -> float:
 
 
 def children_of(pid: int) -> list[int]:
-    """Return the processes that this one has started and that live."""
+    """Return the processes that this one has started and that live, in ascending order."""
     children = []
     for entry in PROC.iterdir():
         if not entry.name.isdigit():
@@ -43,9 +44,9 @@ def children_of(pid: int) -> list[int]:
             stat = read_stat(int(entry.name))
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended since the folder was listed
-        if stat.parent == pid:
+        if stat.parent == pid and stat.state != "Z":
             children.append(int(entry.name))
-    return children
+    return sorted(children)
 
 
 def engine_of(server: int) -> int:

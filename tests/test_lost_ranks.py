@@ -22,6 +22,7 @@ import pytest
 import transformers
 from safetensors.torch import load_file, save_file
 
+from benchmarks.process_cpu import children_of
 from fastserve.client.async_engine import AsyncEngine
 from fastserve.client.streams import RequestStream
 from fastserve.core.request import Arrival, FinishReason, SamplingParams
@@ -54,21 +55,6 @@ def _own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", None)
-
-
-def children_of(pid: int) -> list[int]:
-    """Return the processes that a process has started and that are there."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit():
-                _, _, rest = (entry / "stat").read_text().rpartition(")")
-                state, parent = rest.split()[:2]
-                if int(parent) == pid and state != "Z":
-                    found.append(int(entry.name))
-        except OSError:
-            continue
-    return sorted(found)
 
 
 def is_there(pid: int) -> bool:

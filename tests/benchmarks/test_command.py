@@ -34,6 +34,17 @@ def test_a_result_is_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == f"1.5 of 3\nwritten to {file}\n"
 
 
+def test_a_result_may_only_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no file is named, none is written."""
+    shown: list[Mapping[str, Any]] = []
+    code = run_command(
+        lambda: argparse.Namespace(output=None),
+        lambda args: {"ratio": 1.5},
+        lambda args, result: shown.append(result),
+    )
+    assert (code, shown, capsys.readouterr().out) == (0, [{"ratio": 1.5}], "")
+
+
 def test_what_cannot_be_measured_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is written, and nothing shown."""
 
