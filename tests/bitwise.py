@@ -36,12 +36,20 @@ class Case(NamedTuple):
     place: int  # among the sequences of the batch
 
 
-def load(path: Path, dtype: torch.dtype, *, kernels: str, is_deterministic: bool = True) -> Decoder:
+def load(
+    path: Path,
+    dtype: torch.dtype,
+    *,
+    kernels: str,
+    is_deterministic: bool = True,
+    quantization: str | None = None,
+) -> Decoder:
     """Load a checkpoint with the parts that the worker chooses."""
+    cpu_kernels = choose_cpu_kernels(kernels, dtype, CPU, quantization)
     return load_network(
         read_model_config(path),
         open_weights(path, "auto", dtype, CPU),
-        choose_ops(dtype, CPU, choose_cpu_kernels(kernels, dtype, CPU), is_deterministic),
+        choose_ops(dtype, CPU, cpu_kernels, is_deterministic, quantization),
         max_len=NUM_TOKENS,
         device=CPU,
     )

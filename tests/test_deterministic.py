@@ -18,6 +18,7 @@ from fastserve.offline.output import RequestOutput
 from fastserve.offline.sampling_params import SamplingParams
 from tests.bitwise import Case, differing, digest, load
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
+from tests.model.kernels.cpu.kernel_cases import needs_int8
 
 DTYPES = (torch.float32, torch.bfloat16)
 ALL_CASES = tuple(
@@ -120,15 +121,22 @@ def generate(path: Path, dtype: str, **settings: int | float | bool | str) -> li
         return llm.generate(prompts, params, use_tqdm=False)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_preempted_requests_keep_tokens_and_logprobs(name: str, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "settings"),
+    [
+        *((name, dtype, {}) for name in ("llama", "mixtral") for dtype in ("float32", "bfloat16")),
+        pytest.param("llama", "bfloat16", {"quantization": "int8"}, marks=needs_int8),
+    ],
+)
+def test_preempted_requests_keep_tokens_and_logprobs(
+    name: str, dtype: str, settings: dict[str, str], tmp_path: Path
+) -> None:
     """Preempted, recomputed and on other requests' prefix blocks: the very same log probabilities.
 
     The reference runs one request at a time, its prompt in one step, and shares nothing.
     """
     make_checkpoint(tmp_path, name)
-    alone = generate(tmp_path, dtype, max_num_seqs=1, enable_prefix_caching=False)
+    alone = generate(tmp_path, dtype, max_num_seqs=1, enable_prefix_caching=False, **settings)
     pressed = generate(
         tmp_path,
         dtype,
@@ -138,6 +146,7 @@ def test_preempted_requests_keep_tokens_and_logprobs(name: str, dtype: str, tmp_
         max_num_batched_tokens=16,
         scheduling_policy="skip-join-mlfq",
         starvation_limit=0.01,
+        **settings,
     )
     metrics = [output.metrics for output in pressed if output.metrics is not None]
     assert sum(item.num_preemptions for item in metrics) > 0

@@ -213,6 +213,7 @@ def figures(
     return {
         "model": info.model,
         "dtype": info.dtype,
+        "quantization": info.quantization,
         "device": info.device,
         "threads": count_threads(config),
         "max_num_batched_tokens": config.max_num_batched_tokens,
@@ -229,12 +230,14 @@ def figures(
 
 def as_table(result: Mapping[str, Any]) -> Table:
     """Lay the figures out for people."""
+    kind = result["quantization"]
+    weights = result["dtype"] if kind is None else f"{kind} weights"
     table = make_table(
         "",
         "tokens/s",
         "step ms (p50)",
         "tokens/s with prefill",
-        title=f"{result['model']}, {result['dtype']}, threads: {result['threads']}",
+        title=f"{result['model']}, {weights}, threads: {result['threads']}",
         caption=f"copy {result['copy_gb_per_s']:.1f} GB/s, "
         f"product {result['product_gflop_per_s']:,.0f} GFLOP/s",
     )

@@ -5,13 +5,14 @@ Rules: a flag that would have no effect here is refused in one line, not ignored
 Dtype `auto`: on CUDA the checkpoint's; on a CPU float32, except for bfloat16 checkpoints of some
 size: from a hidden size of 384 where the processor multiplies bfloat16 (half the time of a step,
 docs/performance.md; below, too little is gained to give up exactness), from 1024 elsewhere, where
-only reading half the bytes counts.
+only reading half the bytes counts. With `--quantization` it is bfloat16, in which that computes.
 Must not know: plans, requests, weights, KV.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import cast
@@ -55,7 +56,7 @@ def choose(config: EngineConfig, model_config: ModelConfig) -> Choices:
     max_model_len = choose_max_model_len(config.max_model_len, model_config)
     return Choices(
         device=device,
-        dtype=choose_dtype(config.dtype, model_config, device),
+        dtype=choose_dtype(config.dtype, model_config, device, config.quantization),
         max_model_len=max_model_len,
         limits=StepLimits.resolve(config, max_model_len, is_cpu=device.type == "cpu"),
     )
@@ -71,8 +72,16 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(
+    name: str, config: ModelConfig, device: torch.device, quantization: str | None = None
+) -> torch.dtype:
     """Return the dtype of `--dtype`; see the module docstring for auto."""
+    if quantization is not None:
+        if name not in ("auto", "bfloat16"):
+            raise ConfigError(
+                f"--quantization {quantization}: computes in bfloat16, not in --dtype {name}"
+            )
+        return torch.bfloat16
     if name == "auto":
         is_kept = device.type == "cuda" or (
             config.dtype == "bfloat16" and config.hidden_size >= _least_bfloat16_size()
@@ -87,8 +96,15 @@ def _least_bfloat16_size() -> int:
     return BFLOAT16_HIDDEN_SIZE if has_products else BFLOAT16_HIDDEN_SIZE_EMULATED
 
 
-def choose_cpu_kernels(name: str, dtype: torch.dtype, device: torch.device) -> CpuKernels | None:
-    """Return the kernels of `--cpu-kernels`; None: plain torch, or no CPU."""
+def choose_cpu_kernels(
+    name: str, dtype: torch.dtype, device: torch.device, quantization: str | None = None
+) -> CpuKernels | None:
+    """Return the kernels of `--cpu-kernels`; None: plain torch, or no CPU.
+
+    With `--quantization` there are kernels that compute every product, or a ConfigError.
+    """
+    if quantization is not None:
+        return _quantized_kernels(f"--quantization {quantization}", name, dtype, device)
     if device.type != "cpu":
         if name != "auto":
             raise ConfigError(f"--cpu-kernels {name}: the device is {device.type}, not a CPU")
@@ -102,11 +118,28 @@ def choose_cpu_kernels(name: str, dtype: torch.dtype, device: torch.device) -> C
     return kernels
 
 
+def _quantized_kernels(
+    flag: str, name: str, dtype: torch.dtype, device: torch.device
+) -> CpuKernels:
+    if device.type != "cpu":
+        raise ConfigError(f"{flag}: the device is {device.type}, not a CPU")
+    if name == "torch":
+        raise ConfigError(f"{flag}: needs compiled kernels, not --cpu-kernels torch")
+    try:
+        kernels = choose_kernels("native", dtype, max_rows=math.inf)
+    except BuildError as error:
+        raise ConfigError(f"{flag}: needs compiled kernels: {error}") from error
+    if kernels is None or kernels.per_lane == 1:
+        raise ConfigError(f"{flag}: this processor has no AVX-512 products of bfloat16")
+    return kernels
+
+
 def choose_ops(
     dtype: torch.dtype,
     device: torch.device,
     cpu_kernels: CpuKernels | None,
     is_deterministic: bool,
+    quantization: str | None = None,
 ) -> Ops:
     """Return what the network is made of on this device."""
     parts: Ops = RowwiseOps(dtype) if is_deterministic else TorchOps(dtype)
@@ -115,7 +148,7 @@ def choose_ops(
 
         parts = CudaOps(dtype, parts, is_batch_invariant=is_deterministic)
     elif device.type == "cpu":
-        parts = CpuOps(cpu_kernels, parts)
+        parts = CpuOps(cpu_kernels, parts, has_int8_weights=quantization == "int8")
     return DeterministicOps(parts) if is_deterministic else parts
 
 

@@ -1,8 +1,9 @@
 """Profiles: the fitted step times of a setup, kept in files.
 
 Rules: one JSON per (model, dtype, device, tp, pp, threads, kernels, eager or not, deterministic or
-not) is kept in the user's cache directory with a fingerprint; one that does not match is measured
-again, except where `--profile` named it: then it is refused. Must not know: how steps are measured.
+not, quantization) is kept in the user's cache directory with a fingerprint; one that does not match
+is measured again, except where `--profile` named it: then it is refused.
+Must not know: how steps are measured.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def cache_path(setup: Setup, fingerprint: Mapping[str, Any]) -> Path:
         f"t{fingerprint['num_threads']}",
         *([fingerprint["cpu_kernels"]] if device_type == "cpu" else []),
         *(name for name in ("enforce_eager", "deterministic") if fingerprint[name]),
+        *filter(None, [fingerprint["quantization"]]),
     )
     return cache_dir() / ("_".join(parts) + ".json")
 
@@ -128,6 +130,7 @@ def make_fingerprint(setup: Setup) -> dict[str, Any]:
         "cpu_kernels": facts.cpu_kernels,
         "enforce_eager": config.enforce_eager and device.type == "cuda",
         "deterministic": config.deterministic,
+        "quantization": config.quantization,
         "torch": torch.__version__,
     }
 

@@ -89,8 +89,8 @@ class Worker:
         """Read the weights. Raises ConfigError where settings do not fit the model."""
         config, dtype = self.config, self.choices.dtype
         on_progress("loading weights", 0.0)
-        kernels = choose_cpu_kernels(config.cpu_kernels, dtype, self.device)
-        ops = choose_ops(dtype, self.device, kernels, config.deterministic)
+        kernels = choose_cpu_kernels(config.cpu_kernels, dtype, self.device, config.quantization)
+        ops = choose_ops(dtype, self.device, kernels, config.deterministic, config.quantization)
         self.model = self._load_network(model_dir, ops)
         on_progress("loading weights", 1.0)
         return RankFacts(

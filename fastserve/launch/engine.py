@@ -153,6 +153,7 @@ def _info(
         cost_model=cost_model,
         max_num_seqs=scheduler_config.max_num_seqs,
         enable_prefix_caching=config.enable_prefix_caching,
+        quantization=config.quantization,
         tensor_parallel_size=config.tensor_parallel_size,
         pipeline_parallel_size=config.pipeline_parallel_size,
         sampling_defaults=sampling_defaults,

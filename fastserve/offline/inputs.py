@@ -63,7 +63,6 @@ HARMLESS: Mapping[str, tuple[Any, ...] | None] = {
     "override_pooler_config": (None,),
     "pooler_config": (None,),
     "profiler_config": (None,),
-    "quantization": (None,),
     "quantization_config": (None,),
     "rope_scaling": (None, {}),
     "rope_theta": (None,),

@@ -50,6 +50,12 @@ class EngineConfig:
         "weights and KV",
         choices=("auto", "float32", "bfloat16", "float16", "float", "half"),
     )
+    quantization: str | None = option(
+        None,
+        "int8: weights of eight bits, a scale for each output channel, made of bfloat16 ones while "
+        "they are loaded; on a CPU with AVX-512's bfloat16 products and --dtype auto or bfloat16",
+        choices=("int8",),
+    )
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     load_format: str = option(
         "auto", "weights from files, or random ones", choices=("auto", "dummy")

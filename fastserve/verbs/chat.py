@@ -40,7 +40,10 @@ def converse(llm: LLM, params: SamplingParams, *, system: str | None = None) -> 
     prepare_input()
     history = list(opening)
     info = llm.info
-    print(f"{info.model}, {info.dtype} on {info.device}, a window of {info.max_request_tokens}.")
+    dtype = (
+        info.dtype if info.quantization is None else f"{info.dtype}, {info.quantization} weights"
+    )
+    print(f"{info.model}, {dtype} on {info.device}, a window of {info.max_request_tokens}.")
     print(HINT)
     while (line := read_line()) is not None:
         match line.strip():

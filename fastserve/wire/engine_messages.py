@@ -41,6 +41,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     cost_model: CostModel
     max_num_seqs: int
     enable_prefix_caching: bool
+    quantization: str | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     sampling_defaults: dict[str, Any] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 
 import pytest
 import torch
@@ -14,8 +16,13 @@ from fastserve.executor.choices import (
     choose_dtype,
     choose_max_model_len,
 )
+from fastserve.launch.engine import open_engine
+from fastserve.model.kernels.cpu import kernel_choice
+from fastserve.model.kernels.cpu.native import BuildError, load_native
+from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from tests.checkpoints import make_checkpoint
+from tests.model.kernels.cpu.kernel_cases import needs_int8
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -100,3 +107,67 @@ def test_a_stretched_window_may_be_asked_for(tmp_path):
     assert choose_max_model_len(1024, config) == choose_max_model_len(None, config) == 1024
     with pytest.raises(ConfigError, match="1025 is too long: the model's window is 1024"):
         choose_max_model_len(1025, config)
+
+
+@needs_int8
+def test_weights_of_int8_are_multiplied_as_bfloat16(tmp_path):
+    """Whatever the checkpoint's dtype and size, by kernels that compute every product."""
+    make_checkpoint(tmp_path, "llama")
+    config = read_model_config(tmp_path)
+    for name in ("auto", "bfloat16"):
+        assert choose_dtype(name, config, CPU, "int8") == torch.bfloat16
+    for name in ("auto", "native"):
+        kernels = choose_cpu_kernels(name, torch.bfloat16, CPU, "int8")
+        assert kernels is not None
+        assert kernels.max_rows == math.inf
+
+
+@pytest.mark.parametrize("name", ["float32", "float", "float16", "half"])
+def test_weights_of_int8_are_refused_in_another_dtype(name, tmp_path):
+    """The flag names what it computes in."""
+    make_checkpoint(tmp_path, "llama")
+    with pytest.raises(
+        ConfigError, match=f"--quantization int8: .* bfloat16, not in --dtype {name}$"
+    ):
+        choose_dtype(name, read_model_config(tmp_path), CPU, "int8")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "reason"),
+    [("auto", CUDA, "the device is cuda"), ("torch", CPU, "needs compiled kernels, not --cpu-k")],
+)
+def test_weights_of_int8_are_refused_without_kernels(name, device, reason):
+    """On another device, and where plain torch is asked for."""
+    with pytest.raises(ConfigError, match=f"--quantization int8: {reason}"):
+        choose_cpu_kernels(name, torch.bfloat16, device, "int8")
+
+
+def test_weights_of_int8_are_refused_where_there_is_no_compiler(monkeypatch):
+    """`auto` does not fall back to plain torch then."""
+
+    def fail():
+        raise BuildError("no C++ compiler")
+
+    monkeypatch.setattr(kernel_choice, "load_native", fail)
+    with pytest.raises(ConfigError, match=r"--quantization int8: .* no C\+\+ compiler$"):
+        choose_cpu_kernels("auto", torch.bfloat16, CPU, "int8")
+
+
+def test_weights_of_int8_are_refused_on_other_processors(monkeypatch):
+    """Where an instruction adds up one product, and not two of bfloat16."""
+    library = load_native()
+    monkeypatch.setattr(library, "per_lane_bfloat16", lambda: 1)
+    monkeypatch.setattr(kernel_choice, "load_native", lambda: library)
+    with pytest.raises(ConfigError, match="--quantization int8: this processor has no AVX-512"):
+        choose_cpu_kernels("auto", torch.bfloat16, CPU, "int8")
+
+
+def test_weights_that_are_quantized_already_are_refused(tmp_path):
+    """As without the flag: they are not read."""
+    make_checkpoint(tmp_path, "llama")
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    path.write_text(json.dumps(values))
+    config = EngineConfig(model=str(tmp_path), quantization="int8", num_threads=1)
+    with pytest.raises(ConfigError, match=r"quantized weights \(gptq\) are not supported$"):
+        open_engine(config)

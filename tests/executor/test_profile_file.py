@@ -105,11 +105,12 @@ def test_going_back_to_a_setting_does_not_measure_again(checkpoint, cache):
         {"cpu_kernels": "torch"},
         {"cpu_kernels": "native"},
         {"deterministic": True},
+        {"quantization": "int8"},
     )
     costs = [load_or_measure(setup_of(checkpoint, **kind), measured) for kind in kinds]
     assert costs[0] == costs[2]
-    assert len({cost.base_s for cost in costs}) == 3
-    assert len(list(cache.glob("*.json"))) == 3
+    assert len({cost.base_s for cost in costs}) == 4
+    assert len(list(cache.glob("*.json"))) == 4
     for kind, cost_model in zip(kinds, costs, strict=True):
         assert load_or_measure(setup_of(checkpoint, **kind), unmeasured) == cost_model
     setup = setup_of(checkpoint)

@@ -18,6 +18,7 @@ from fastserve.model.ops.torch_ops import TorchOps
 from fastserve.model.parallel import ALONE, Shard, TensorGroup
 from fastserve.settings.option import ConfigError
 from tests.checkpoints import ARCHITECTURES, VOCAB_SIZE, make_checkpoint
+from tests.model.kernels.cpu.kernel_cases import needs_int8
 from tests.model.sharded import (
     CPU,
     NUM_TOKENS,
@@ -38,10 +39,10 @@ def plain() -> Ops:
     return TorchOps(torch.float32)
 
 
-def chosen(dtype=torch.float32, *, is_deterministic: bool) -> Ops:
+def chosen(dtype=torch.float32, *, is_deterministic: bool, quantization=None) -> Ops:
     """Make the parts that a worker takes on a CPU: packed products, compiled kernels."""
-    kernels = choose_cpu_kernels("auto", dtype, CPU)
-    return choose_ops(dtype, CPU, kernels, is_deterministic)
+    kernels = choose_cpu_kernels("auto", dtype, CPU, quantization)
+    return choose_ops(dtype, CPU, kernels, is_deterministic, quantization)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -71,12 +72,16 @@ def test_shards_are_made_of_any_parts(name, is_deterministic, tmp_path):
     torch.testing.assert_close(ranks[0].logits, whole.logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("quantization", [None, pytest.param("int8", marks=needs_int8)])
 @pytest.mark.parametrize("name", ["llama", "mixtral", "opt", "gpt2"])
-def test_half_types_lose_no_more_than_on_one_rank(name, tmp_path):
-    """In bfloat16 terms are rounded before they are added up: logits are about as far off."""
+def test_half_types_lose_no_more_than_on_one_rank(name, quantization, tmp_path):
+    """In bfloat16 terms are rounded before they are added up: logits are about as far off.
+
+    So they are with weights of int8, of which a rank scales the part that it has.
+    """
     make_wide_checkpoint(tmp_path, name)
     exact = run(tmp_path, ALONE, plain()).logits
-    make_ops = partial(chosen, torch.bfloat16, is_deterministic=False)
+    make_ops = partial(chosen, torch.bfloat16, is_deterministic=False, quantization=quantization)
     one = run(tmp_path, ALONE, make_ops(), dtype=torch.bfloat16).logits
     four = run_sharded(4, tmp_path, make_ops, dtype=torch.bfloat16)[0].logits
     assert 0 < (four - exact).square().mean() < 2 * (one - exact).square().mean()

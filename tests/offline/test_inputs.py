@@ -23,7 +23,6 @@ REFUSED: dict[str, Any] = {
     "kv_cache_dtype": "fp8",
     "logits_processors": [print],
     "override_generation_config": {"temperature": 0.0},
-    "quantization": "awq",
     "rope_scaling": {"factor": 2.0},
     "runner": "pooling",
     "skip_tokenizer_init": True,

@@ -24,6 +24,7 @@ from fastserve.model.ops.cpu_parts import (
     FusedRMSNorm,
 )
 from fastserve.model.ops.fused_layers import fuse
+from fastserve.model.ops.int8_linear import has_int8_linear, int8_linear
 from fastserve.model.ops.interfaces import (
     DecoderLayer,
     HeadNormOp,
@@ -40,12 +41,18 @@ from fastserve.model.ops.panel_linear import make_linear
 class CpuOps:
     """Fits `Ops`, for weights and KV of the kernels' dtype."""
 
-    def __init__(self, kernels: CpuKernels | None, fallback: Ops) -> None:
+    def __init__(
+        self, kernels: CpuKernels | None, fallback: Ops, *, has_int8_weights: bool = False
+    ) -> None:
+        """`has_int8_weights`: whether the kernels' projections quantize what they are given."""
         self._kernels = kernels
         self._fallback = fallback
+        self._has_int8_weights = has_int8_weights
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
         if self._kernels is not None:
+            if self._has_int8_weights and has_int8_linear(self._kernels, weight):
+                return int8_linear(self._kernels, weight, bias)
             own = make_linear(self._kernels, weight, bias)
             if own is not None:
                 return own

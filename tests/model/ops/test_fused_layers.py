@@ -30,11 +30,19 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def make_layers(
-    dtype, num_layers, *, has_bias=False, has_head_norm=False, num_own=9, max_rows=math.inf
+    dtype,
+    num_layers,
+    *,
+    has_bias=False,
+    has_head_norm=False,
+    has_int8_weights=False,
+    num_own=9,
+    max_rows=math.inf,
 ):
     """Make layers of the parts of a CPU; those from `num_own` on have a norm of plain torch."""
     kernels = choose_kernels("native", dtype, max_rows=max_rows)
-    ops, plain = CpuOps(kernels, TorchOps(dtype)), TorchOps(dtype)
+    plain = TorchOps(dtype)
+    ops = CpuOps(kernels, plain, has_int8_weights=has_int8_weights)
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 
     def linear(out_width, in_width):
@@ -68,12 +76,21 @@ def make_layers(
     num_layers=st.integers(1, 3),
     has_bias=st.booleans(),
     has_head_norm=st.booleans(),
+    has_int8_weights=st.booleans(),
     share_scored=st.sampled_from([None, 0.0, 0.3, 1.0, 2.5]),
     count=st.sampled_from([1, 2, 3]),
     seed=st.integers(0, 99),
 )
 def test_the_bits_are_those_of_the_loop(
-    shares, dtype, num_layers, has_bias, has_head_norm, share_scored, count, seed
+    shares,
+    dtype,
+    num_layers,
+    has_bias,
+    has_head_norm,
+    has_int8_weights,
+    share_scored,
+    count,
+    seed,
 ):
     """Decodes and chunks; rows wanted in any order, not at all, or several times: stream and KV."""
     torch.manual_seed(seed)
@@ -81,7 +98,13 @@ def test_the_bits_are_those_of_the_loop(
     batch = make_batch(shares, BLOCK_SIZE, num_blocks, seed)
     num_tokens = len(batch.token_ids)
     tensor = torch.randn(num_blocks, num_layers, 2, BLOCK_SIZE, KV_HEADS, HEAD_DIM).to(dtype)
-    layers = make_layers(dtype, num_layers, has_bias=has_bias, has_head_norm=has_head_norm)
+    layers = make_layers(
+        dtype,
+        num_layers,
+        has_bias=has_bias,
+        has_head_norm=has_head_norm,
+        has_int8_weights=has_int8_weights,
+    )
     assert isinstance(layers, FusedLayers)
     hidden = torch.randn(num_tokens, HIDDEN).to(dtype)
     angles = torch.randn(num_tokens, 1, HEAD_DIM // 2)

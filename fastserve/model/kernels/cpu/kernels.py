@@ -133,7 +133,7 @@ class CpuKernels:
         self._silu_mul = Call(entries["silu_mul"], "=4q")
         self._write = Call(entries["rotate_and_write"], f"={WRITE_LAYOUT}")
         self._attend = Call(entries["attend"], f"={ATTEND_LAYOUT}")
-        self._project = Call(entries["project"], "=10q")
+        self._project = Call(entries["project"], "=11q")
         self._scratch = torch.empty(0, dtype=torch.float32)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -211,9 +211,9 @@ class CpuKernels:
             out = x.new_empty((rows, weight.width))
         is_parallel = rows * depth * weight.width >= PARALLEL_PRODUCTS
         threads = self.team.own() if is_parallel else self.team.alone
-        address, bias, *shape = weight.values(self.team.size)
-        pointers = self.pointer(x), address, bias, self.pointer(out)
-        self._project(threads, *pointers, rows, *shape, adds)
+        *addresses, depth, width, stride, columns = weight.values(self.team.size)
+        pointers = self.pointer(x), *addresses, self.pointer(out)
+        self._project(threads, *pointers, rows, depth, width, stride, columns, adds)
         return out
 
     def attend_values(

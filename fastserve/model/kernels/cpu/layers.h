@@ -16,7 +16,8 @@ namespace {
 // A weight in panels, as `Project` reads it.
 struct Panels {
   const void* panels;
-  const void* bias;  // may be null
+  const void* bias;     // may be null
+  const float* scales;  // null: of the kernels' dtype
   int64_t depth, width, panel_stride, columns;
 };
 
@@ -71,9 +72,9 @@ struct LayerStages {
 
   static ProjectArgs projection(const Panels& weight, const void* x, void* out, int64_t rows,
                                 bool adds) {
-    return ProjectArgs{x,            weight.panels, weight.bias,         out,
-                       rows,         weight.depth,  weight.width, weight.panel_stride,
-                       weight.columns, adds};
+    return ProjectArgs{x,    weight.panels, weight.bias,  weight.scales,       out,
+                       rows, weight.depth,  weight.width, weight.panel_stride, weight.columns,
+                       adds};
   }
 
   void add_to(std::vector<Stage>& program, const LayersArgs& args, const Layer& layer,

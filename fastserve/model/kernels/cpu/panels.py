@@ -27,6 +27,7 @@ class Panels:
     width: int
     depth: int
     stride: int  # elements of a panel
+    scales: Tensor | None = None  # [width] float32, of a weight of int8; None: of their dtype
 
     def columns(self, threads: int) -> int:
         """Return how many columns a chunk is to have: 16, 32 or 64."""
@@ -38,8 +39,9 @@ class Panels:
     def values(self, threads: int) -> tuple[int, ...]:
         """Return what the struct `Panels` of layers.h holds."""
         bias = 0 if self.bias is None else self.bias.data_ptr()
+        scales = 0 if self.scales is None else self.scales.data_ptr()
         columns = self.columns(threads)
-        return self.address, bias, self.depth, self.width, self.stride, columns
+        return self.address, bias, scales, self.depth, self.width, self.stride, columns
 
 
 def pack_panels(weight: Tensor, per_lane: int, depth: int | None = None) -> Tensor:

@@ -48,6 +48,8 @@ struct Singles {
   static INLINE F16 load_lanes(const T* from, int64_t count) { return load_some(from, count); }
   static INLINE float load_lane(const T* from) { return to_float(*from); }
   static INLINE F16 load_columns(const T* from) { return load(from); }
+  static INLINE F16 load_columns(const int8_t* from) { return load(from); }
+  static INLINE void store_columns(T* to, F16 columns) { store(to, columns); }
   static INLINE F16 multiply_add(float a, F16 b, F16 sum) { return a * b + sum; }
   static INLINE void pack_values(const T* const* rows, const int64_t* jumps, float* to,
                                  int64_t count, int64_t dim, int64_t padded) {
@@ -87,6 +89,11 @@ struct Pairs {
     return lane;
   }
   static INLINE F16 load_columns(const BFloat16* from) { return load((const float*)from); }
+  // Exact: bfloat16 has every whole number of eight bits.
+  static INLINE F16 load_columns(const int8_t* from) {
+    return (F16)_mm512_cvtne2ps_pbh((__m512)load(from + 16), (__m512)load(from));
+  }
+  static INLINE void store_columns(BFloat16* to, F16 columns) { store((float*)to, columns); }
   static INLINE F16 multiply_add(float a, F16 b, F16 sum) {
     return (F16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat_bits(a), (__m512bh)b);
   }

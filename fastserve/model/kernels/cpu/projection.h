@@ -2,11 +2,15 @@
 //
 // A panel is 64 outputs over the whole depth, [depth / PER_LANE, 64, PER_LANE], so that it is read
 // from beginning to end; what is missing in the last one is zero. A chunk is the columns of a panel,
-// or some of them, for some rows.
-// Rules: the sum of an element runs over the depth in order and is rounded once, with what it is
-// added to: its bits do not depend on the rows beside it.
+// or some of them, for some rows. A weight of int8 has a scale for each output; its numbers become
+// those of the product as they are read: for a few rows in registers, for more in memory that stays
+// in the cache while the rows pass.
+// Rules: the sum of an element runs over the depth in order and is rounded once, scaled and with
+// what it is added to: its bits do not depend on the rows beside it.
 
 #pragma once
+
+#include <vector>
 
 #include "products.h"
 #include "stage.h"
@@ -15,12 +19,15 @@ namespace {
 
 constexpr int64_t PANEL = 64;        // outputs
 constexpr int64_t ROWS_OF_TASK = 96;  // rows of a chunk: they stay in the cache while panels pass
+constexpr int64_t WIDENED_ROWS = 13;  // from so many on, a panel of int8 is widened in memory
+constexpr int64_t AHEAD = 4096;       // bytes of a panel that are under way while it is widened
 
 struct ProjectArgs {
-  const void* x;       // [rows, depth]
-  const void* panels;  // [width / PANEL, panel_stride]
-  const void* bias;    // [width]; may be null
-  void* out;           // [rows, width]
+  const void* x;        // [rows, depth]
+  const void* panels;   // [width / PANEL, panel_stride]
+  const void* bias;     // [width]; may be null
+  const float* scales;  // [width], of a weight of int8; null: panels are of the dtype
+  void* out;            // [rows, width]
   int64_t rows, depth, width;
   int64_t panel_stride;  // elements
   int64_t columns;       // of a chunk: 16, 32 or 64
@@ -30,6 +37,11 @@ struct ProjectArgs {
   int64_t chunks() const { return (rows + ROWS_OF_TASK - 1) / ROWS_OF_TASK * parts(); }
 };
 
+// A call of its own, so that every block rounds alike before it adds something.
+__attribute__((noinline)) F16 scaled(F16 sum, const float* scales, int64_t count) {
+  return sum * load_some(scales, count);
+}
+
 template <typename T>
 struct Project {
   typedef typename ProductOf<T>::Kind Product;
@@ -38,11 +50,12 @@ struct Project {
 #else
   static constexpr int MOST_COLUMNS = 1, MOST_ROWS = 4;
 #endif
+  static constexpr int64_t STEP = PANEL * Product::PER_LANE;  // numbers of a panel
   const ProjectArgs& args;
 
   // R rows times 16 * C columns of a panel.
-  template <int R, int C>
-  INLINE void block(const T* x, const T* panel, int64_t row, int64_t column) const {
+  template <int R, int C, typename W>
+  INLINE void block(const T* x, const W* panel, int64_t row, int64_t column) const {
     const int64_t steps = args.depth / Product::PER_LANE, stride = args.depth;
     F16 sums[R][C];
 #pragma GCC unroll 8
@@ -62,7 +75,7 @@ struct Project {
         for (int c = 0; c < C; c++)
           sums[r][c] = Product::multiply_add(lane, columns[c], sums[r][c]);
       }
-      panel += PANEL * Product::PER_LANE;
+      panel += STEP;
     }
     for (int r = 0; r < R; r++)
       for (int c = 0; c < C; c++) finish(sums[r][c], row + r, column + 16 * c);
@@ -71,14 +84,15 @@ struct Project {
   INLINE void finish(F16 sum, int64_t row, int64_t column) const {
     const int64_t count = args.width - column;
     if (count <= 0) return;
+    if (args.scales) sum = scaled(sum, args.scales + column, count);
     if (args.bias) sum += load_some((const T*)args.bias + column, count);
     T* out = (T*)args.out + row * args.width + column;
     if (args.adds) sum += load_some(out, count);
     store_some(out, sum, count);
   }
 
-  template <int C>
-  void blocks(const T* panel, int64_t first, int64_t stop, int64_t column) const {
+  template <int C, typename W>
+  void blocks(const W* panel, int64_t first, int64_t stop, int64_t column) const {
     // As even as they can be: a block of few rows does not hide how long a sum takes.
     for (int64_t num = (stop - first + MOST_ROWS - 1) / MOST_ROWS; num > 0; num--) {
       const int64_t rows = (stop - first + num - 1) / num;
@@ -95,12 +109,8 @@ struct Project {
     }
   }
 
-  void chunk(int64_t chunk) const {
-    const int64_t first = chunk / args.parts() * ROWS_OF_TASK;
-    const int64_t stop = first + ROWS_OF_TASK < args.rows ? first + ROWS_OF_TASK : args.rows;
-    int64_t column = chunk % args.parts() * args.columns;
-    const T* panel = (const T*)args.panels + column / PANEL * args.panel_stride;
-    panel += column % PANEL * Product::PER_LANE;
+  template <typename W>
+  void columns(const W* panel, int64_t first, int64_t stop, int64_t column) const {
     for (int64_t left = args.columns / 16; left > 0;) {
       const int64_t sixteens = left < MOST_COLUMNS ? left : MOST_COLUMNS;
       if (sixteens == 4)
@@ -113,6 +123,35 @@ struct Project {
       column += 16 * sixteens;
       left -= sixteens;
     }
+  }
+
+  // The numbers of a chunk's columns at the same places of this thread's memory.
+  const T* widen(const int8_t* panel) const {
+    static thread_local std::vector<T> memory;
+    if (int64_t(memory.size()) < args.depth * PANEL) memory.resize(args.depth * PANEL);
+    T* widened = memory.data();
+    const int64_t taken = args.columns * Product::PER_LANE;
+    for (int64_t step = 0; step < args.depth * PANEL; step += STEP) {
+      for (int64_t i = step; i < step + taken; i += 64)
+        __builtin_prefetch(panel + AHEAD + i, 0, 2);
+      for (int64_t i = step; i < step + taken; i += 16 * Product::PER_LANE)
+        Product::store_columns(widened + i, Product::load_columns(panel + i));
+    }
+    return widened;
+  }
+
+  void chunk(int64_t chunk) const {
+    const int64_t first = chunk / args.parts() * ROWS_OF_TASK;
+    const int64_t stop = first + ROWS_OF_TASK < args.rows ? first + ROWS_OF_TASK : args.rows;
+    const int64_t column = chunk % args.parts() * args.columns;
+    const int64_t start = column / PANEL * args.panel_stride + column % PANEL * Product::PER_LANE;
+    const int8_t* numbers = (const int8_t*)args.panels + start;
+    if (!args.scales)
+      columns((const T*)args.panels + start, first, stop, column);
+    else if (stop - first < WIDENED_ROWS)
+      columns(numbers, first, stop, column);
+    else
+      columns(widen(numbers), first, stop, column);
   }
 };
 

@@ -16,6 +16,7 @@ typedef float F16 __attribute__((vector_size(64)));      // sixteen floats
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
 typedef uint16_t H16 __attribute__((vector_size(32)));
+typedef int8_t B16 __attribute__((vector_size(16)));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -47,6 +48,15 @@ INLINE F16 load(const BFloat16* from) {
   H16 half;
   std::memcpy(&half, from, 32);
   return (F16)(__builtin_convertvector(half, U16) << 16);
+}
+INLINE F16 load(const int8_t* from) {
+  B16 bytes;
+  std::memcpy(&bytes, from, 16);
+#ifdef __AVX512F__
+  return (F16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes));
+#else
+  return __builtin_convertvector(bytes, F16);
+#endif
 }
 INLINE void store(float* to, F16 x) { std::memcpy(to, &x, 64); }
 INLINE H16 round_to_halves(F16 x) {

@@ -149,11 +149,11 @@ int check_silu(Entry<SiluArgs> entry) {
   return count.report();
 }
 
-// A weight [width, depth] in panels, as panels.py lays it out.
-template <typename T>
-std::vector<T> pack(const std::vector<T>& weight, int64_t width, int64_t depth) {
+// A weight [width, depth] in panels for products of T, as panels.py lays it out.
+template <typename T, typename W>
+std::vector<W> pack(const std::vector<W>& weight, int64_t width, int64_t depth) {
   constexpr int64_t LANE = ProductOf<T>::Kind::PER_LANE;
-  std::vector<T> panels((width + PANEL - 1) / PANEL * PANEL * depth);
+  std::vector<W> panels((width + PANEL - 1) / PANEL * PANEL * depth);
   for (int64_t row = 0; row < width; row++)
     for (int64_t i = 0; i < depth; i++) {
       const int64_t step = i / LANE * PANEL + row % PANEL;
@@ -173,7 +173,7 @@ int check_project(Entry<ProjectArgs> entry) {
             const float size = 1 / std::sqrt(float(depth));
             const auto x = draw<T>(rows, depth, 1, true), bias = draw<T>(1, width);
             const auto weight = draw<T>(width, depth, size, true), before = draw<T>(rows, width);
-            const auto panels = pack(weight, width, depth);
+            const auto panels = pack<T>(weight, width, depth);
             auto out = before;
             run<ProjectArgs, T>(count, entry, out, [&](T* to) {
               return ProjectArgs{.x = x.data(), .panels = panels.data(), .bias = bias.data(),
@@ -187,6 +187,40 @@ int check_project(Entry<ProjectArgs> entry) {
                 sum += double(to_float(x[i / width * depth + k])) *
                        to_float(weight[i % width * depth + k]);
               count.compare(to_float(out[i]), sum, Dtype<T>::TOLERANCE);
+            }
+          }
+  return count.report();
+}
+
+template <typename T>
+int check_project_int8(Entry<ProjectArgs> entry) {
+  Count count{"project_int8", Dtype<T>::NAME};
+  std::uniform_int_distribution<int> numbers(-127, 127);
+  for (int64_t rows : {1, 7, 12, 13, 100})
+    for (int64_t width : {16, 97, 130})
+      for (int64_t depth : {2, 34, 200})
+        for (int64_t columns : {16, 32, 64})
+          for (bool adds : {false, true}) {
+            const auto x = draw<T>(rows, depth, 1, true), bias = draw<T>(1, width);
+            const auto scales = draw<float>(width, 1, 1 / std::sqrt(float(depth)) / 70);
+            const auto before = draw<T>(rows, width);
+            std::vector<int8_t> weight(width * depth);
+            for (int8_t& number : weight) number = numbers(generator);
+            const auto panels = pack<T>(weight, width, depth);
+            auto out = before;
+            run<ProjectArgs, T>(count, entry, out, [&](T* to) {
+              return ProjectArgs{.x = x.data(), .panels = panels.data(), .bias = bias.data(),
+                                 .scales = scales.data(), .out = to, .rows = rows,
+                                 .depth = depth, .width = width, .panel_stride = PANEL * depth,
+                                 .columns = columns, .adds = adds};
+            });
+            for (int64_t i = 0; i < rows * width; i++) {
+              double sum = 0;
+              for (int64_t k = 0; k < depth; k++)
+                sum += double(to_float(x[i / width * depth + k])) * weight[i % width * depth + k];
+              sum = sum * scales[i % width] + to_float(bias[i % width]);
+              count.compare(to_float(out[i]), sum + (adds ? to_float(before[i]) : 0),
+                            Dtype<T>::TOLERANCE);
             }
           }
   return count.report();
@@ -392,7 +426,8 @@ int check_attention(Entry<AttendArgs> entry) {
 #define CHECK(suffix, T)                                                                       \
   check_norms<T>(rms_norm_##suffix, layer_norm_##suffix) + check_silu<T>(silu_mul_##suffix) +  \
       check_head_norm<T>(head_rms_norm_##suffix) + check_write<T>(rotate_and_write_##suffix) + \
-      check_attention<T>(attend_##suffix) + check_project<T>(project_##suffix)
+      check_attention<T>(attend_##suffix) + check_project<T>(project_##suffix) + \
+      check_project_int8<T>(project_##suffix)
 
 int main() {
   const int wrong = CHECK(float32, float) + CHECK(bfloat16, BFloat16);

@@ -41,6 +41,12 @@ needs_shared_memory = pytest.mark.skipif(
 )
 
 
+needs_int8 = pytest.mark.skipif(
+    own_products(torch.bfloat16).per_lane == 1,
+    reason="--quantization int8 is refused without AVX-512's products of bfloat16",
+)
+
+
 @contextmanager
 def threads(count):
     """Run kernels in `count` threads, however small the work is."""

@@ -26,6 +26,7 @@ TESTS = (
     "tests/model/ops/test_cpu_ops.py",
     "tests/model/ops/test_fused_layers.py",
     "tests/model/ops/test_panel_linear.py",
+    "tests/model/ops/test_int8_linear.py",
 )
 KERNELS = (
     "rms_norm",
@@ -35,6 +36,7 @@ KERNELS = (
     "rotate_and_write",
     "attend",
     "project",
+    "project_int8",
 )
 
 
