@@ -64,10 +64,7 @@ struct Project {
       for (int c = 0; c < C; c++) sums[r][c] = F16{};
     for (int64_t k = 0; k < steps; k++) {
       F16 columns[C];
-#pragma GCC unroll 8
-      for (int c = 0; c < C; c++) {
-        columns[c] = Product::load_columns(panel + 16 * c * Product::PER_LANE);
-      }
+      load_columns(panel, columns);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const float lane = Product::load_lane(x + r * stride + k * Product::PER_LANE);
@@ -77,8 +74,25 @@ struct Project {
       }
       panel += STEP;
     }
+    if constexpr (sizeof(W) == 1)
+      for (int r = 0; r < R; r++)
+        for (int c = 0; c + 1 < C; c += 2) Product::put_in_order(sums[r][c], sums[r][c + 1]);
     for (int r = 0; r < R; r++)
       for (int c = 0; c < C; c++) finish(sums[r][c], row + r, column + 16 * c);
+  }
+
+  template <int C>
+  static INLINE void load_columns(const T* panel, F16 (&columns)[C]) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++)
+      columns[c] = Product::load_columns(panel + 16 * c * Product::PER_LANE);
+  }
+  template <int C>
+  static INLINE void load_columns(const int8_t* panel, F16 (&columns)[C]) {
+    if constexpr (C == 1) columns[0] = Product::load_columns(panel);
+#pragma GCC unroll 8
+    for (int c = 0; c + 1 < C; c += 2)
+      Product::load_two(panel + 16 * c * Product::PER_LANE, columns[c], columns[c + 1]);
   }
 
   INLINE void finish(F16 sum, int64_t row, int64_t column) const {
