@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help serve test test-all install
+.PHONY: help serve test test-all coverage install
 
 help:
 	@echo "make serve     install into .venv and serve a model over the OpenAI API (ARGS=\"MODEL --flag …\")"
 	@echo "make test      install the test tools too and run the tests"
 	@echo "make test-all  the slow tests too, those against lm-eval among them"
+	@echo "make coverage  the tests of make test, and the branch coverage of some rooms by them"
 	@echo "make install   only install"
 
 serve: install
@@ -22,6 +23,10 @@ test: .venv/test.stamp
 test-all: .venv/eval.stamp
 	@echo "==> Testing, the slow tests too"
 	@scripts/test --all
+
+coverage: .venv/test.stamp
+	@echo "==> Testing, with coverage"
+	@scripts/coverage
 
 install: .venv/serve.stamp
 

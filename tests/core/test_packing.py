@@ -24,6 +24,7 @@ def tokens_of(plan: SchedulerOutput) -> dict[int, int]:
     return {work.handle: work.num_tokens for work in plan.work}
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("batch", range(4))
 def test_no_plan_exceeds_a_budget(batch: int) -> None:
     """Sequences and tokens of every plan stay within the limits, a stage's within its share."""
@@ -447,6 +448,7 @@ def test_nobody_is_evicted_for_a_request_that_cannot_run_now() -> None:
     harness.drain()
 
 
+@pytest.mark.no_cover
 def test_no_seat_stays_empty_while_a_request_could_run() -> None:
     """However many that may not come back yet stand before it in the order."""
     config = small_config(

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.process_cpu import engine_of
 from tests.server.conftest import API_KEY, serving
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.no_cover]
 
 NUM_REQUESTS = 8
 KILL_AFTER = 200  # events of all streams

@@ -102,6 +102,7 @@ in_process = schemathesis.openapi.from_asgi("/openapi.json", APP, config=config(
 over_http = schemathesis.openapi.from_dict(APP.openapi(), config=config())
 
 
+@pytest.mark.no_cover
 @in_process.parametrize()
 @FEW
 def test_any_request_is_answered_as_described(case: Case) -> None:

@@ -257,6 +257,7 @@ def audited(config: SchedulerConfig, workload: Workload) -> tuple[Auditor, Outco
     return auditors[0], outcome
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("seed", range(4))
 def test_keys_are_up_to_date_and_nobody_is_overtaken_by_much_later_ones(seed: int) -> None:
     """Every key is arrival - b(G) of what is known now, and b(G_min) bounds what overtakes."""
@@ -307,6 +308,7 @@ def assert_empty(scheduler: Scheduler) -> None:
     assert abs(policies[0]._outlook._work_s) < 1e-9
 
 
+@pytest.mark.no_cover
 def test_after_ten_thousand_requests_no_work_is_left() -> None:
     """Work that is expected comes and goes in parts, and their sum does not drift."""
     lengths = generators.Lognormal(10, 1.0, 1, 60)
