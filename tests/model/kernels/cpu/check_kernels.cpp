@@ -364,10 +364,9 @@ struct AttentionCase {
   }
 };
 
-// Returns the bytes of the result.
 template <typename T>
-std::vector<T> check_attention_case(Count& count, Entry<AttendArgs> entry,
-                                    const AttentionCase<T>& test, int64_t parts) {
+std::vector<T> run_attention_case(Count& count, Entry<AttendArgs> entry,
+                                  const AttentionCase<T>& test, int64_t parts) {
   constexpr int64_t SCRATCH = 1 << 18;  // floats: more than any case needs
   std::vector<float> scratch(3 * SCRATCH);
   std::vector<T> out(test.tokens * test.heads * test.dim);
@@ -382,6 +381,13 @@ std::vector<T> check_attention_case(Count& count, Entry<AttendArgs> entry,
                       .heads = test.heads, .kv_heads = test.kv_heads, .head_dim = test.dim,
                       .scale = 1 / std::sqrt(double(test.dim))};
   });
+  return out;
+}
+
+template <typename T>
+std::vector<T> check_attention_case(Count& count, Entry<AttendArgs> entry,
+                                    const AttentionCase<T>& test, int64_t parts) {
+  const std::vector<T> out = run_attention_case(count, entry, test, parts);
   for (size_t piece = 0; piece < test.pieces.size(); piece += 4)
     for (int64_t token = 0; token < test.pieces[piece + 1]; token++)
       for (int64_t head = 0; head < test.heads; head++) {
@@ -412,7 +418,7 @@ int check_attention(Entry<AttendArgs> entry) {
             // However few tokens share what is read, their bytes are the same.
             for (int64_t few : {1, 2}) {
               chunks.cut(rows, few);
-              const auto cut = check_attention_case(count, entry, chunks, parts);
+              const auto cut = run_attention_case(count, entry, chunks, parts);
               if (std::memcmp(cut.data(), whole.data(), whole.size() * sizeof(T))) count.wrong++;
             }
             chunks.cut(rows, 32);
