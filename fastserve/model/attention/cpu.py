@@ -23,7 +23,7 @@ class CpuAttention:
         self.shape = shape
 
     def plan(self, batch: InputBatch) -> LayerAttention:
-        work = attention_work(batch.rows)
+        work = attention_work(batch.rows, self.shape.group_size)
         kernels, shape = self.kernels, self.shape
         blocks, offsets = batch.write_blocks, batch.write_offsets
 

@@ -114,7 +114,7 @@ class FusedLayers:
             hidden=hidden,
             scored=scored,
             slots=Slots(rotations, batch.write_blocks, batch.write_offsets),
-            work=attention_work(batch.rows),
+            work=attention_work(batch.rows, self.attention.shape.group_size),
             kv=kv.layers[0],
         )
         return self._program(self._pack(kv), step)

@@ -208,21 +208,28 @@ struct Attend {
   // Turns the scores of a query, which sees positions up to `reach`, into weights.
   INLINE void weigh(const Queries& queries, int64_t r, const float* scores, int64_t reach,
                     float* weights, float* factor) const {
-    F16 first = load(scores) * scale, second = load(scores + 16) * scale;
+    constexpr int64_t NUM = TILE / 16;
+    F16 parts[NUM];
+    for (int64_t i = 0; i < NUM; i++) parts[i] = load(scores + 16 * i) * scale;
     if (reach < TILE - 1) {
       const I16 index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
       const F16 hidden = splat(-INFINITY);
-      first = choose(index <= int32_t(reach), first, hidden);
-      second = choose(index + 16 <= int32_t(reach), second, hidden);
+      for (int64_t i = 0; i < NUM; i++)
+        parts[i] = choose(index + int32_t(16 * i) <= int32_t(reach), parts[i], hidden);
     }
-    const float peak = queries.peaks[r], here = largest(larger(first, second));
+    F16 most = parts[0];
+    for (int64_t i = 1; i < NUM; i++) most = larger(most, parts[i]);
+    const float peak = queries.peaks[r], here = largest(most);
     const float top = here > peak ? here : peak;
-    first = exp2(first - top);
-    second = exp2(second - top);
     const float kept = here > peak ? exp2(splat(peak - top))[0] : 1.0f;
-    Product::pack_weights(first, second, weights);
     float* totals = queries.totals + r * 16;
-    store(totals, load(totals) * kept + first + second);
+    F16 total = load(totals) * kept;
+    for (int64_t i = 0; i < NUM; i += 2) {
+      F16 first = exp2(parts[i] - top), second = exp2(parts[i + 1] - top);
+      Product::pack_weights(first, second, weights + 16 * i / Product::PER_LANE);
+      total += first + second;
+    }
+    store(totals, total);
     *factor = kept;
     queries.peaks[r] = top;
   }

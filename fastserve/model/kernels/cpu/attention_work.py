@@ -11,8 +11,8 @@ import numpy as np
 
 from fastserve.model.input_batch import IntArray, Rows
 
-CHUNK_TOKENS = 32
-"""Query tokens of one sequence that share what is read of its keys and values."""
+PIECE_QUERIES = 64
+"""Queries of one sequence and key-value head that share what is read of its keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +28,19 @@ class AttentionWork:
     positions: int  # read in all, which tells whether threads pay
 
 
-def attention_work(rows: Rows) -> AttentionWork:
-    """Cut the rows of a step into pieces."""
+def attention_work(rows: Rows, group_size: int) -> AttentionWork:
+    """Cut the rows of a step into pieces; a token has `group_size` queries for a key-value head."""
+    size = max(PIECE_QUERIES // group_size, 1)
     counts, starts = rows.counts, rows.starts
     first_tokens = np.cumsum(counts) - counts
     if rows.num_single == len(counts):
         row_ids, inner = np.arange(len(counts)), np.zeros_like(counts)
     else:
-        parts = (counts + CHUNK_TOKENS - 1) // CHUNK_TOKENS
+        parts = (counts + size - 1) // size
         row_ids = np.repeat(np.arange(len(counts)), parts)
         first_parts = np.cumsum(parts) - parts
-        inner = (np.arange(len(row_ids)) - first_parts[row_ids]) * CHUNK_TOKENS
-    tokens = np.minimum(counts[row_ids] - inner, CHUNK_TOKENS)
+        inner = (np.arange(len(row_ids)) - first_parts[row_ids]) * size
+    tokens = np.minimum(counts[row_ids] - inner, size)
     positions = starts[row_ids] + inner
     pieces = np.stack((first_tokens[row_ids] + inner, tokens, row_ids, positions), axis=1)
     costs = (positions + tokens) * tokens

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastserve.model.attention.interfaces import LayerKV
 from fastserve.model.attention.shape import AttentionShape
-from fastserve.model.kernels.cpu.attention_work import CHUNK_TOKENS, AttentionWork
+from fastserve.model.kernels.cpu.attention_work import PIECE_QUERIES, AttentionWork
 from fastserve.model.kernels.cpu.panels import Panels
 from fastserve.model.kernels.cpu.thread_team import ThreadTeam
 from fastserve.model.kernels.cpu.weight_memory import WeightMemory
@@ -256,7 +256,7 @@ class CpuKernels:
     def _scratch_for(self, threads: int, shape: AttentionShape) -> tuple[int, int]:
         """Return memory for every thread, and how many floats each one's is."""
         padded = -(-shape.head_dim // 32) * 32
-        rows = max(CHUNK_TOKENS * shape.group_size, shape.num_heads)
+        rows = max(PIECE_QUERIES, shape.num_heads)
         stride = rows * (2 * padded + 2 * TILE + 32) + 2 * TILE * padded + 256
         stride = -(-stride // 16) * 16
         if self._scratch.numel() < stride * threads + 16:

@@ -321,7 +321,7 @@ struct AttentionCase {
       tokens += row.first;
       for (int64_t block = 0; block < most_blocks; block++) tables.push_back(num_blocks++);
     }
-    cut(rows, 32);
+    cut(rows, 64);
     std::shuffle(tables.begin(), tables.end(), generator);
     qkv = draw<T>(tokens, (heads + 2 * kv_heads) * dim, 1, true);
     kv = draw<T>(num_blocks, 2 * size * kv_heads * dim, 1, true);
@@ -421,7 +421,7 @@ int check_attention(Entry<AttendArgs> entry) {
               const auto cut = run_attention_case(count, entry, chunks, parts);
               if (std::memcmp(cut.data(), whole.data(), whole.size() * sizeof(T))) count.wrong++;
             }
-            chunks.cut(rows, 32);
+            chunks.cut(rows, 64);
           }
         }
   return count.report();
