@@ -38,8 +38,11 @@ struct ProjectArgs {
 };
 
 // A call of its own, so that every block rounds alike before it adds something.
-__attribute__((noinline)) F16 scaled(F16 sum, const float* scales, int64_t count) {
-  return sum * load_some(scales, count);
+__attribute__((noinline)) void scale_sums(F16* sums, int64_t rows, int64_t sixteens,
+                                          const float* scales, int64_t count) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < sixteens && 16 * c < count; c++)
+      sums[r * sixteens + c] *= load_some(scales + 16 * c, count - 16 * c);
 }
 
 template <typename T>
@@ -77,6 +80,12 @@ struct Project {
     if constexpr (sizeof(W) == 1)
       for (int r = 0; r < R; r++)
         for (int c = 0; c + 1 < C; c += 2) Product::put_in_order(sums[r][c], sums[r][c + 1]);
+    if (args.scales) {
+      F16 copies[R * C];  // so that sums stay in registers
+      for (int i = 0; i < R * C; i++) copies[i] = sums[i / C][i % C];
+      scale_sums(copies, R, C, args.scales + column, args.width - column);
+      for (int i = 0; i < R * C; i++) sums[i / C][i % C] = copies[i];
+    }
     for (int r = 0; r < R; r++)
       for (int c = 0; c < C; c++) finish(sums[r][c], row + r, column + 16 * c);
   }
@@ -98,7 +107,6 @@ struct Project {
   INLINE void finish(F16 sum, int64_t row, int64_t column) const {
     const int64_t count = args.width - column;
     if (count <= 0) return;
-    if (args.scales) sum = scaled(sum, args.scales + column, count);
     if (args.bias) sum += load_some((const T*)args.bias + column, count);
     T* out = (T*)args.out + row * args.width + column;
     if (args.adds) sum += load_some(out, count);
