@@ -30,6 +30,10 @@ struct AttendArgs {
   int64_t chunks() const { return num_pieces * parts; }
 };
 
+// Sequences have any length.
+template <>
+constexpr bool IS_EVEN<AttendArgs> = false;
+
 // The queries of a piece for one key-value head, and their state from tile to tile.
 struct Queries {
   float* lanes;     // [rows, padded / PER_LANE]

@@ -10,7 +10,11 @@ struct Stage {
   void (*work)(const void* args, int64_t chunk, int64_t thread);
   const void* args;
   int64_t chunks;  // fewer than 2^24
+  bool is_even;    // whether one takes about as long as another
 };
+
+template <typename Args>
+constexpr bool IS_EVEN = true;
 
 template <typename Args, void (*kernel)(const Args&, int64_t chunk, int64_t thread)>
 void do_chunk(const void* args, int64_t chunk, int64_t thread) {
@@ -20,7 +24,7 @@ void do_chunk(const void* args, int64_t chunk, int64_t thread) {
 // The stage of a kernel; arguments say how many chunks they make.
 template <typename Args, void (*kernel)(const Args&, int64_t, int64_t)>
 Stage stage_of(const Args& args) {
-  return Stage{do_chunk<Args, kernel>, &args, args.chunks()};
+  return Stage{do_chunk<Args, kernel>, &args, args.chunks(), IS_EVEN<Args>};
 }
 
 // Rows of a chunk: some thousands of elements, which outweigh that it is handed out.

@@ -79,7 +79,7 @@ inline void pause_thread() {
 #endif
 }
 
-// Threads of our own. Chunks are handed out one at a time, and what counts is that they are done, not
+// Threads of our own. Chunks are handed out as threads ask, and what counts is that they are done, not
 // that threads arrive: one that has lost its core holds up nobody, unless in the middle of a chunk. If
 // another process took its core there, it stays away for as long as that took, and twice as long each
 // time it happens soon again: who calls is sooner done alone than with somebody who is gone half of
@@ -87,7 +87,7 @@ inline void pause_thread() {
 // take, then gives way to whoever wants its core, then sleeps.
 class Team : public Threads {
  public:
-  explicit Team(int64_t size) {
+  explicit Team(int64_t size) : size_(size) {
     for (int64_t thread = 1; thread < size; thread++)
       threads_.emplace_back([this, thread] { serve(thread); });
   }
@@ -108,7 +108,7 @@ class Team : public Threads {
     is_running_.store(true, std::memory_order_relaxed);
     open();
     while (is_running_.load(std::memory_order_acquire))
-      if (!work(0)) wait([this] { return !is_running_.load(); });
+      if (!work(0, [] { return false; })) wait([this] { return !is_running_.load(); });
   }
 
  private:
@@ -118,6 +118,7 @@ class Team : public Threads {
   static constexpr std::chrono::microseconds SUSPICIOUS{400};
   // How many times as long to stay away at most, and how many times that means soon.
   static constexpr int MOST_AWAY = 32, SOON = 4;
+  static constexpr int64_t MOST_AT_ONCE = 4;  // chunks: few, so that threads end together
   static constexpr int CHUNK_BITS = 24;
   static constexpr uint64_t CHUNKS = (uint64_t(1) << CHUNK_BITS) - 1;
 
@@ -125,24 +126,28 @@ class Team : public Threads {
     int64_t times_lost = count_lost();
     int away = 1;
     auto started = std::chrono::steady_clock::now(), forgiven = started;
-    while (!is_closing_.load(std::memory_order_acquire)) {
-      if (!work(thread)) {
-        // To give way counts as losing the core.
-        if (wait([this] { return is_closing_.load(); })) times_lost = count_lost();
-        started = std::chrono::steady_clock::now();
-        continue;
-      }
+    auto lost = started - started;
+    auto is_interrupted = [&] {
       const auto now = std::chrono::steady_clock::now();
       const auto taken = now - started;
       started = now;
-      if (taken < SUSPICIOUS) continue;
+      if (taken < SUSPICIOUS) return false;
       const int64_t before = times_lost;
       times_lost = count_lost();
-      if (times_lost == before) continue;
-      away = now > forgiven ? 1 : away < MOST_AWAY ? 2 * away : MOST_AWAY;
-      stay_away(away * taken);
+      if (times_lost != before) lost = taken;
+      return times_lost != before;
+    };
+    while (!is_closing_.load(std::memory_order_acquire)) {
+      lost = lost.zero();
+      if (!work(thread, is_interrupted)) {
+        // To give way counts as losing the core.
+        if (wait([this] { return is_closing_.load(); })) times_lost = count_lost();
+      } else if (lost > lost.zero()) {
+        away = started > forgiven ? 1 : away < MOST_AWAY ? 2 * away : MOST_AWAY;
+        stay_away(away * lost);
+        forgiven = std::chrono::steady_clock::now() + SOON * away * lost;
+      }
       started = std::chrono::steady_clock::now();
-      forgiven = started + SOON * away * taken;
     }
   }
 
@@ -160,16 +165,27 @@ class Team : public Threads {
     changed_.wait_for(lock, time, [this] { return is_closing_.load(); });
   }
 
-  // Does one chunk of the open stage; false where none is left.
-  bool work(int64_t thread) {
+  // Does chunks of the open stage until none is left or it is interrupted; false where none was. At
+  // first several at a time: to be handed one costs as much as to multiply a small one.
+  template <typename Interrupted>
+  bool work(int64_t thread, Interrupted is_interrupted) {
+    int64_t done = 0;
     uint64_t tickets = tickets_.load(std::memory_order_acquire);
-    const int64_t left = int64_t(tickets & CHUNKS);
-    if (left == 0) return false;
-    if (!tickets_.compare_exchange_weak(tickets, tickets - 1)) return true;
-    // Nobody opens another stage before this chunk is done: what follows is of this stage.
-    const Stage& stage = *stage_;
-    stage.work(stage.args, stage.chunks - left, thread);
-    if (unfinished_.fetch_sub(1) == 1) {
+    while (const int64_t left = int64_t(tickets & CHUNKS)) {
+      // Nobody opens another stage before these chunks are done: what follows is of this stage.
+      const int64_t share = left / (2 * size_), most = most_at_once_.load(std::memory_order_relaxed);
+      const int64_t taken = share < 1 ? 1 : share < most ? share : most;
+      if (!tickets_.compare_exchange_weak(tickets, tickets - uint64_t(taken))) continue;
+      const Stage& stage = *stage_;
+      const int64_t first = stage.chunks - left;
+      for (int64_t chunk = first; chunk < first + taken; chunk++)
+        stage.work(stage.args, chunk, thread);
+      done += taken;
+      if (is_interrupted()) break;
+      tickets = tickets_.load(std::memory_order_acquire);
+    }
+    if (done == 0) return false;
+    if (unfinished_.fetch_sub(done) == done) {
       stage_++;
       if (stage_ != end_)
         open();
@@ -181,6 +197,7 @@ class Team : public Threads {
 
   void open() {
     const int64_t chunks = stage_->chunks;
+    most_at_once_.store(stage_->is_even ? MOST_AT_ONCE : 1, std::memory_order_relaxed);
     unfinished_.store(chunks, std::memory_order_relaxed);
     const uint64_t stage = (tickets_.load(std::memory_order_relaxed) >> CHUNK_BITS) + 1;
     tickets_.store(stage << CHUNK_BITS | uint64_t(chunks));
@@ -222,10 +239,12 @@ class Team : public Threads {
     return true;
   }
 
+  const int64_t size_;
   // The number of stages opened so far, then the chunks of the open one that nobody has taken: one
   // word, so that a thread that comes late can take nothing of a stage that it has not seen.
   alignas(64) std::atomic<uint64_t> tickets_{0};
   alignas(64) std::atomic<int64_t> unfinished_{0};  // chunks of the open stage that are not done
+  std::atomic<int64_t> most_at_once_{1};            // chunks of the open stage that one may take
   alignas(64) std::atomic<bool> is_running_{false};
   std::atomic<bool> is_closing_{false};
   std::atomic<int64_t> sleepers_{0};
