@@ -14,6 +14,7 @@ from fastserve.core.messages import Forecasts
 ARRIVALS = 64  # that the mean work in the system is taken over
 MAX_DRIFT = 0.1  # of that mean, before the version counts up
 MIN_NEWS = 0.05  # answers since then over those that are remembered
+MAX_ANSWERS = 4096  # distributions that are kept: who asks and hangs up ends no answer
 NUM_DECILES = 10
 
 
@@ -79,9 +80,9 @@ class Outlook:
 
     @property
     def is_due(self) -> bool:
-        """Whether enough has changed since the version for another."""
+        """Whether enough has changed since the version for another, or too much is kept."""
         num_new = self.model.num_ended - self._num_ended
-        if num_new > MIN_NEWS * min(self._num_ended, HALF_LIFE):
+        if num_new > MIN_NEWS * min(self._num_ended, HALF_LIFE) or self.num_answers > MAX_ANSWERS:
             return True
         return abs(self._moving_work_s - self.mean_work_s) > MAX_DRIFT * self.mean_work_s
 

@@ -8,7 +8,14 @@ import pytest
 
 from fastserve.core.gittins import AnswerLength
 from fastserve.core.lengths import LengthModel, bin_of
-from fastserve.core.outlook import ARRIVALS, MAX_DRIFT, MIN_NEWS, NUM_DECILES, Outlook
+from fastserve.core.outlook import (
+    ARRIVALS,
+    MAX_ANSWERS,
+    MAX_DRIFT,
+    MIN_NEWS,
+    NUM_DECILES,
+    Outlook,
+)
 
 KNOWN = 1000  # answers that a model has seen
 
@@ -111,6 +118,20 @@ def test_within_a_version_equal_questions_have_equal_answers() -> None:
     after = outlook.answer(("pa",), None)
     assert after.tokens_left(0) > 2 * before.tokens_left(0)
     assert outlook.mean_tokens > 2 * mean
+
+
+def test_clients_who_only_ask_leave_little_behind() -> None:
+    """Each under a name of its own, and none waits for an answer that could be learned from."""
+    outlook = Outlook(learned(), 0.0)
+    outlook.renew()
+    for client in range(MAX_ANSWERS):
+        outlook.answer((f"c{client}",), None)
+    assert not outlook.is_due
+    outlook.answer(("cone more",), None)
+    assert outlook.is_due
+    outlook.renew()
+    assert outlook.num_answers == 0
+    assert not outlook.is_due
 
 
 def test_answers_are_told_apart_by_label_and_limit() -> None:
