@@ -122,3 +122,20 @@ def test_bits_of_a_token_are_its_own(heads, kv_heads, dtype):
                 part = run_shares(attention, tensor, qkv, table, shares)
                 assert len(part) == sum(count for _, count in shares)
                 assert all(torch.equal(out, whole[token]) for token, out in part.items())
+
+
+@every_dtype
+@pytest.mark.parametrize("length", [1, 40])
+def test_what_is_no_number_shows(length, dtype):
+    """A key that is none makes the result of every token that sees it none, and of no other."""
+    torch.manual_seed(0)
+    heads, dim, poisoned = 2, 64, 30
+    tensor = torch.randn(4, 1, 2, 16, heads, dim).to(dtype)
+    qkv = torch.randn(48, 3 * heads, dim).to(dtype)
+    qkv[poisoned, heads : 2 * heads] = torch.nan
+    attention = CpuAttention(kernels_of(dtype), AttentionShape.scaled_by_dim(heads, heads, dim))
+    shares = [(start, min(length, 48 - start)) for start in range(0, 48, length)]
+    for start, count in shares:
+        part = run_shares(attention, tensor, qkv, np.arange(4), [(start, count)])
+        for token, out in part.items():
+            assert bool(out.isnan().all()) == bool(out.isnan().any()) == (token >= poisoned)

@@ -221,7 +221,7 @@ class CpuKernels:
     ) -> tuple[int | float, ...]:
         """Return what the struct `AttendArgs` of attention.h holds."""
         threads, num_pieces = self.team.size, len(work.pieces)
-        wanted = -(-PIECES_PER_THREAD * threads // num_pieces) if threads > 1 else 1
+        wanted = -(-PIECES_PER_THREAD * threads // max(num_pieces, 1)) if threads > 1 else 1
         parts = next(
             (n for n in range(wanted, shape.num_kv_heads) if shape.num_kv_heads % n == 0),
             shape.num_kv_heads,

@@ -150,8 +150,9 @@ INLINE float largest(F16 x) {
 // 2^x; 0 below the smallest normal number, infinity where it overflows.
 INLINE F16 exp2(F16 x) {
 #ifdef __AVX512F__
-  // As far from zero as changes nothing more, so that no infinity is subtracted from itself.
-  x = (F16)_mm512_max_ps((__m512)x, _mm512_set1_ps(-200.0f));
+  // As far from zero as changes nothing more, so that no infinity is subtracted from itself. What is
+  // no number stays none: it is the second of two that is kept then.
+  x = (F16)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
   const F16 rounded = (F16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
   F16 fraction = x - rounded;
 #else
