@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attack_kinds import ATTACKS, MIB, TEMPLATE, Attack
-from benchmarks.command import command_parser, origin, run_command
+from benchmarks.command import command_parser, names_of, origin, run_command
 from benchmarks.footprint import footprint
 from benchmarks.live_server import LiveServer, live_process
 from benchmarks.neighbours import watched
 from fastserve.host.provenance import output_path
-from fastserve.settings.option import ConfigError
 
 FLAGS = ("demo", "--num-threads", "1")
 SAMPLE_S = 0.01  # of memory
@@ -108,9 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--attacks", default=",".join(ATTACKS), help="names, with commas")
     parser.add_argument("--output", help="JSON file to write the figures to")
     args = parser.parse_args()
-    args.attacks = args.attacks.split(",")
-    if unknown := set(args.attacks) - set(ATTACKS):
-        raise ConfigError(f"--attacks: there is no {', '.join(sorted(unknown))}")
+    args.attacks = names_of("--attacks", args.attacks, ATTACKS)
     args.output = None if args.output is None else output_path(args.output)
     return args
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from fastserve.host.provenance import provenance, write_result
@@ -22,6 +22,14 @@ def command_parser(name: str, description: str | None) -> argparse.ArgumentParse
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def names_of(flag: str, words: str, known: Collection[str]) -> list[str]:
+    """Return the names in `words`, parted by commas; ConfigError for one that is not known."""
+    names = words.split(",")
+    if unknown := set(names) - set(known):
+        raise ConfigError(f"{flag}: there is no {', '.join(sorted(unknown))}")
+    return names
 
 
 def origin(name: str) -> dict[str, Any]:

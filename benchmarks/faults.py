@@ -25,13 +25,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.command import command_parser, origin, run_command
+from benchmarks.command import command_parser, names_of, origin, run_command
 from benchmarks.fault_clients import Clients, Stream, body_of
 from benchmarks.live_server import STOP_SECONDS, LiveServer, live_process
 from benchmarks.process_cpu import engine_of
 from fastserve.client.supervisor import MAX_RESTARTS
 from fastserve.host.provenance import output_path
-from fastserve.settings.option import ConfigError
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 KINDS = (*SIGNALS, "term")
@@ -168,9 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kinds", default=",".join(KINDS), help="names, with commas")
     parser.add_argument("--output", help="JSON file to write the figures to")
     args = parser.parse_args()
-    args.kinds = args.kinds.split(",")
-    if unknown := set(args.kinds) - set(KINDS):
-        raise ConfigError(f"--kinds: there is no {', '.join(sorted(unknown))}")
+    args.kinds = names_of("--kinds", args.kinds, KINDS)
     args.output = None if args.output is None else output_path(args.output)
     return args
 

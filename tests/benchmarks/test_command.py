@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.command import command_parser, origin, run_command
+from benchmarks.command import command_parser, names_of, origin, run_command
 from fastserve.settings.option import ConfigError
 
 
@@ -68,3 +68,10 @@ def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
         command_parser("mine", "First.\n\n    indented").parse_args(["--help"])
     assert "python -m benchmarks.mine" in (told := capsys.readouterr().out)
     assert "First.\n\n    indented" in told
+
+
+def test_only_known_names_are_taken() -> None:
+    """In the order in which they are given; the others are named."""
+    assert names_of("--kinds", "term,kill", ("kill", "stop", "term")) == ["term", "kill"]
+    with pytest.raises(ConfigError, match="--kinds: there is no hang, nap"):
+        names_of("--kinds", "nap,kill,hang", ("kill", "stop"))
