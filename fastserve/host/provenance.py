@@ -18,6 +18,7 @@ from fastserve.host.machine import cpu_name, num_cores
 from fastserve.settings.option import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
+WRITTEN_FROM_FIGURES = (":(exclude,glob)**/results/**", ":(exclude,glob)**/*.md")
 
 
 def provenance(command: Sequence[str]) -> dict[str, object]:
@@ -52,21 +53,31 @@ def write_result(path: Path, result: object) -> None:
         raise ConfigError(f"{path}: {error.strerror}") from error
 
 
-def commit() -> str | None:
-    """Return the commit of this checkout, with "-dirty" where tracked files differ from it.
+def commit(root: Path = ROOT) -> str | None:
+    """Return the commit of the checkout at root, with "-dirty" where tracked code differs from it.
 
-    None where the package was not installed from a checkout.
+    Results and prose are no code: they are written from figures, and no figure is made from them,
+    so that what one run has written does not make the next one doubtful. All else counts.
+    None where root is no checkout, not even if it is a folder of one.
     """
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        head = _git(root, "rev-parse", "--short=12", "HEAD")
+        changed = _git(root, "diff", "--name-only", "HEAD", "--", ".", *WRITTEN_FROM_FIGURES)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{head}-dirty" if changed else head
+
+
+def _git(root: Path, *words: str) -> str:
+    """Return what git says in a checkout; raises as subprocess.run does."""
+    found = subprocess.run(
+        ["git", *words],
+        cwd=root,
+        env={**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return found.stdout.strip()
 
 
