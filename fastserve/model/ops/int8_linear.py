@@ -15,6 +15,7 @@ from torch import Tensor
 from fastserve.model.kernels.cpu.kernels import CpuKernels
 from fastserve.model.kernels.cpu.panels import Panels, pack_panels
 from fastserve.model.ops.panel_linear import PanelLinear
+from fastserve.settings.option import ConfigError
 
 LARGEST = 127
 PIECE_ELEMENTS = 2**22
@@ -22,12 +23,20 @@ PIECE_ELEMENTS = 2**22
 
 
 def has_int8_linear(kernels: CpuKernels, weight: Tensor) -> bool:
-    """Whether `weight` [out, in] is quantized; a router, which computes in float32, is not."""
-    return weight.dtype is kernels.dtype and weight.shape[1] % kernels.per_lane == 0
+    """Whether `weight` is to be quantized; a router's, which computes in float32, is not."""
+    return weight.dtype is kernels.dtype
 
 
 def int8_linear(kernels: CpuKernels, weight: Tensor, bias: Tensor | None = None) -> PanelLinear:
-    """Return the projection of `weight` [out, in], quantized; nothing of it is kept."""
+    """Return the projection of `weight` [out, in], quantized; nothing of it is kept.
+
+    Raises ConfigError where an instruction's products do not divide the inputs.
+    """
+    if weight.shape[1] % kernels.per_lane:
+        raise ConfigError(
+            f"--quantization int8: a weight, or one shard of it, has {weight.shape[1]} inputs, and "
+            "an odd number cannot be quantized"
+        )
     width, depth = weight.shape
     numbers, scales = quantize(weight)
     tensor = kernels.weights.keep(pack_panels(numbers, kernels.per_lane))

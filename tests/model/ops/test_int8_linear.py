@@ -11,7 +11,14 @@ from fastserve.model.ops.deterministic_ops import DeterministicOps
 from fastserve.model.ops.int8_linear import int8_linear, quantize
 from fastserve.model.ops.panel_linear import PanelLinear
 from fastserve.model.ops.rowwise_ops import RowwiseOps
-from tests.model.kernels.cpu.kernel_cases import TOLERANCES, every_dtype, own_products, threads
+from fastserve.settings.option import ConfigError
+from tests.model.kernels.cpu.kernel_cases import (
+    TOLERANCES,
+    every_dtype,
+    needs_int8,
+    own_products,
+    threads,
+)
 
 SHAPES = [(64, 64), (97, 34), (130, 200), (51, 6), (300, 66), (1, 130)]
 
@@ -94,9 +101,18 @@ def test_what_is_quantized():
     assert is_int8(torch.ones(64, 64, dtype=dtype))
     assert is_int8(torch.ones(3, 64, dtype=dtype))
     assert not is_int8(torch.ones(64, 64))
-    assert is_int8(torch.ones(64, 33, dtype=dtype)) == (kernels.per_lane == 1)
     plain = DeterministicOps(CpuOps(kernels, RowwiseOps(dtype)))
     assert not is_int8(torch.ones(64, 64, dtype=dtype), plain)
+
+
+@needs_int8
+def test_an_odd_number_of_inputs_is_refused():
+    """Whoever asks for int8 has it, or is told: such a weight would stay bfloat16."""
+    kernels = own_products(torch.bfloat16)
+    ops = CpuOps(kernels, RowwiseOps(torch.bfloat16), has_int8_weights=True)
+    with pytest.raises(ConfigError, match=r"--quantization int8: .+ has 33 inputs, "):
+        ops.linear(draw(64, 33, torch.bfloat16))
+    assert isinstance(ops.linear(draw(33, 64, torch.bfloat16)), PanelLinear)
 
 
 def test_a_weight_takes_half_the_bytes():
