@@ -2,7 +2,8 @@
 
 Rules: what has been learned takes effect at once for all, when it has changed by enough: then the
 `version` counts up, and whoever keeps something made from it makes that anew. In between, equal
-questions have equal answers. Must not know: requests, orders.
+questions have equal answers, but for those that were dropped for new ones to be kept.
+Must not know: requests, orders.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Outlook:
         self.mean_tokens = model.mean_tokens  # of an answer
         self.mean_prompt_tokens = 0.0
         self._latency_objective = latency_objective
+        self.num_made = 0  # distributions, which cost some time each
         self._num_ended = model.num_ended
         self._answers: dict[tuple[Labels, int | None], AnswerLength] = {}
         self._distributions: dict[Labels, list[float]] = {}
@@ -63,6 +65,9 @@ class Outlook:
         """Return the distribution of the length of an answer."""
         found = self._answers.get((labels, max_tokens))
         if found is None:
+            if len(self._answers) == MAX_ANSWERS:
+                self._drop_answers()
+            self.num_made += 1
             # Of few answers one cannot tell which will be short.
             evidence = self._num_ended / (self._num_ended + SHRINKAGE)
             found = self._answers[labels, max_tokens] = AnswerLength(
@@ -75,14 +80,14 @@ class Outlook:
 
     @property
     def num_answers(self) -> int:
-        """How many distributions were made for this version."""
+        """How many distributions are kept."""
         return len(self._answers)
 
     @property
     def is_due(self) -> bool:
-        """Whether enough has changed since the version for another, or too much is kept."""
+        """Whether enough has changed since the version for another."""
         num_new = self.model.num_ended - self._num_ended
-        if num_new > MIN_NEWS * min(self._num_ended, HALF_LIFE) or self.num_answers > MAX_ANSWERS:
+        if num_new > MIN_NEWS * min(self._num_ended, HALF_LIFE):
             return True
         return abs(self._moving_work_s - self.mean_work_s) > MAX_DRIFT * self.mean_work_s
 
@@ -93,6 +98,9 @@ class Outlook:
         self.mean_tokens = self.model.mean_tokens
         self.mean_prompt_tokens = self._moving_prompt_tokens
         self._num_ended = self.model.num_ended
+        self._drop_answers()
+
+    def _drop_answers(self) -> None:
         self._answers.clear()
         self._distributions.clear()
 

@@ -124,14 +124,16 @@ def test_clients_who_only_ask_leave_little_behind() -> None:
     """Each under a name of its own, and none waits for an answer that could be learned from."""
     outlook = Outlook(learned(), 0.0)
     outlook.renew()
-    for client in range(MAX_ANSWERS):
+    most = 0
+    for client in range(2 * MAX_ANSWERS + 10):
         outlook.answer((f"c{client}",), None)
-    assert not outlook.is_due
-    outlook.answer(("cone more",), None)
-    assert outlook.is_due
-    outlook.renew()
-    assert outlook.num_answers == 0
-    assert not outlook.is_due
+        most = max(most, outlook.num_answers)
+    assert most == MAX_ANSWERS
+    assert outlook.num_answers == 10
+    assert outlook.num_made == 2 * MAX_ANSWERS + 10
+    assert not outlook.is_due, "nothing was learned, so that no price is to be made anew"
+    again = outlook.answer(("c0",), None)
+    assert again.tokens_left(0) == outlook.answer((), None).tokens_left(0)
 
 
 def test_answers_are_told_apart_by_label_and_limit() -> None:

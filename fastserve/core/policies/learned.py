@@ -149,7 +149,7 @@ class Learned:
                 # In order of arrival.
                 begun = sorted(request.handle for request in self._begun)
                 stale.extend(self._accounts[handle] for handle in begun)
-        num_answers = outlook.num_answers
+        num_made = outlook.num_made
         for _ in range(MAX_REFRESHES):
             if stale:
                 self._refresh(stale.popleft())
@@ -157,7 +157,7 @@ class Learned:
                 line, boost_s = rising.popleft()
                 if line.requests:
                     self._lines.boost(line, boost_s)
-            if outlook.num_answers > num_answers:
+            if outlook.num_made > num_made:
                 break
 
     def next_event(self, now: float) -> float:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastserve.core import outlook as outlook_module
 from fastserve.core.build import policy_factory
 from fastserve.core.cost_model import CostModel
 from fastserve.core.messages import ExecutorOutput, Fact, RequestUpdate, SchedulerOutput
-from fastserve.core.policies.learned import Learned
+from fastserve.core.policies.learned import MAX_REFRESHES, Learned
 from fastserve.core.policies.pricing import BEGUN_SHARE, BINS_PER_PRICE
 from fastserve.core.policies.priority_classes import PriorityClasses
 from fastserve.core.request import FinishReason, Request
@@ -441,6 +442,34 @@ def test_who_was_answered_shortly_goes_ahead() -> None:
     assert order(policy, 101.0) == [1, 0]
     admit(policy, make_request(2, client="short"), 100_000.0)
     assert order(policy, 101.0) == [1, 0, 2]
+
+
+def test_more_kinds_than_are_kept_are_priced_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each plan makes one distribution at most, the last price is the end of it, and all are as
+    they would be if every distribution were kept.
+    """
+
+    def priced(max_answers: int) -> list[int]:
+        monkeypatch.setattr(outlook_module, "MAX_ANSWERS", max_answers)
+        (policy,) = make_policies()
+        taught(policy, {f"client {i}": round(600 / 1.3**i) for i in range(20)})
+        outlook = policy._outlook
+        for i in range(20):
+            admit(policy, make_request(i, client=f"client {i}"), 100.0)
+        outlook.renew()
+        num_made, num_plans = outlook.num_made, 0
+        while policy.next_event(100.0) == -math.inf:
+            policy.advance(100.0)
+            num_plans += 1
+            assert outlook.num_made - num_made <= num_plans
+            assert outlook.num_answers <= max_answers
+        assert outlook.num_made - num_made == 20
+        assert num_plans <= 20 + 20 / MAX_REFRESHES + 1
+        return order(policy, 100.0)
+
+    few = priced(8)
+    assert few == priced(100)
+    assert few != list(range(20))
 
 
 def test_a_beginning_is_dearer_than_going_on() -> None:
