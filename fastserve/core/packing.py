@@ -13,7 +13,7 @@ looks like, samples, time.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from math import ceil
 
@@ -66,8 +66,7 @@ class Packing:
         """Choose the requests of the step from the order, then from those that hold KV."""
         self._scan(islice(order, self._max_scan))
         if not self._is_full and len(self._scanned) < self._num_requests:
-            residents = filter(_is_resident, self._unscanned_holders())
-            self._scan(islice(residents, self._max_scan))
+            self._scan(islice(self._unscanned_residents(), self._max_scan))
         if not self._is_full and not self.chosen:
             self._scan(self._unscanned_holders())
         if not self._scanned and self._put_off:
@@ -92,6 +91,11 @@ class Packing:
     @property
     def _is_full(self) -> bool:
         return len(self.chosen) == self._max_seqs
+
+    def _unscanned_residents(self) -> Iterator[Request]:
+        for request in self._cache.residents():
+            if request.handle not in self._scanned and request.handle not in self._put_off:
+                yield request
 
     def _unscanned_holders(self) -> list[Request]:
         seen = self._scanned | self._put_off.keys()
@@ -198,7 +202,3 @@ class Packing:
         # A whole prompt may overshoot the budget by the decodes beside it: else it could wait
         # for ever for a step without any.
         return num_unscheduled if num_unscheduled <= self._prefill_left else 0
-
-
-def _is_resident(request: Request) -> bool:
-    return request.table is not None and request.table.is_resident

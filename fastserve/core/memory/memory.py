@@ -90,6 +90,10 @@ class KVCacheManager:
         """Yield the requests that hold KV."""
         return self._tables.holders()
 
+    def residents(self) -> Iterator[Request]:
+        """Yield those whose KV is all on the device at their turn, in the order of `holders`."""
+        return self._tables.residents()
+
     def probe(self, request: Request) -> int:
         """Return the tokens whose KV a request without any would find; nothing is touched."""
         return len(self._prefixes.find(request)) * self.block_size

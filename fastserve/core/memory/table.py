@@ -33,12 +33,14 @@ class BlockTable:
         "num_published",
         "num_saved",
         "num_sent",
+        "number",
         "steps_in_flight",
         "waits_since",
     )
 
-    def __init__(self, blocks: list[Block]) -> None:
+    def __init__(self, blocks: list[Block], number: int = 0) -> None:
         self.blocks = blocks
+        self.number = number  # later tables have larger ones
         self.num_sent = 0
         self.is_known = False
         self.num_published = len(blocks)

@@ -30,6 +30,8 @@ class Tables:
         self._block_size = block_size
         self._max_tables = max_tables
         self._owners: dict[BlockTable, Request] = {}
+        self._num_opened = 0
+        self._residents: dict[int, Request] = {}  # by the number of the table
         self._away: dict[BlockTable, Request] = {}
         self._draining: dict[BlockTable, int] = {}  # → places that become free
         self._num_leaving = 0  # of closed and draining tables
@@ -68,6 +70,17 @@ class Tables:
         """Yield the requests that hold KV."""
         return (request for table, request in self._owners.items() if not table.is_closed)
 
+    def residents(self) -> Iterator[Request]:
+        """Yield those whose KV is all on the device, in the order of `holders`.
+
+        One whose KV is taken meanwhile, before its turn, is left out. Takes time by their number:
+        where KV is short, most holders are away.
+        """
+        for number in sorted(self._residents):
+            request = self._residents.get(number)
+            if request is not None:
+                yield request
+
     # ── the life of a table ──────────────────────────────────────────────────────────────────
 
     def open(self, request: Request, prefix: list[Block]) -> BlockTable:
@@ -75,22 +88,19 @@ class Tables:
         for block in prefix:
             self._pool.retain(block)
             self._pool.want(block)
-        table = BlockTable(prefix)
-        self._owners[table] = request
+        table = BlockTable(prefix, self._num_opened)
+        self._num_opened += 1
+        self._owners[table] = self._residents[table.number] = request
         request.begin(table, len(prefix) * self._block_size)
         return table
 
     def begin_away(self, request: Request, table: BlockTable, now: float) -> None:
         """Note that a new table is not all on the device, though a step was to have it."""
-        table.is_resident = False
-        table.waits_since = now
-        self._away[table] = request
+        self._leave_device(request, table, waits_since=now)
 
     def give_way(self, request: Request, table: BlockTable) -> bool:
         """Have a request give up places; return whether its Blocks may go at once."""
-        table.is_resident = False
-        table.waits_since = None
-        self._away[table] = request
+        self._leave_device(request, table, waits_since=None)
         if table.steps_in_flight:
             table.is_draining = True
             num_places = sum(b.wanted == 1 and b.state in ON_DEVICE for b in table.blocks)
@@ -111,7 +121,7 @@ class Tables:
 
     def settle(self, table: BlockTable) -> None:
         """Note that a table is all on the device again, for a step to have."""
-        del self._away[table]
+        self._residents[table.number] = self._away.pop(table)
         table.is_resident = True
         table.num_sent = 0  # its places are others
         table.waits_since = None
@@ -124,6 +134,7 @@ class Tables:
         if table.is_draining:
             self._stop_draining(table)
         self._away.pop(table, None)
+        self._residents.pop(table.number, None)
         table.is_closed = True
         if table.steps_in_flight:
             self._num_leaving += len(table.blocks)
@@ -147,6 +158,14 @@ class Tables:
         else:
             self._stop_draining(table)
             self._set_wanted(table, is_wanted=False)
+
+    def _leave_device(
+        self, request: Request, table: BlockTable, *, waits_since: float | None
+    ) -> None:
+        table.is_resident = False
+        table.waits_since = waits_since
+        self._residents.pop(table.number, None)
+        self._away[table] = request
 
     def _give_back(self, table: BlockTable) -> None:
         del self._owners[table]
@@ -217,6 +236,7 @@ class Tables:
         assert self._num_leaving == num_closing + sum(self._draining.values())
         assert self._max_tables is None or len(held) <= self._max_tables
         assert set(self._away) == {table for table in kept if not table.is_resident}
+        assert list(self.residents()) == [kept[table] for table in kept if table.is_resident]
         self._check_blocks()
 
     def _check_blocks(self) -> None:

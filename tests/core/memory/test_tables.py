@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fastserve.core.memory.claim import Claim
+from fastserve.core.memory.pool import BlockPool
+from fastserve.core.memory.tables import Tables
 from tests.core.memory.caches import compute, make_cache, make_request
 
 
@@ -45,6 +47,23 @@ def test_shared_blocks_outlive_one_of_their_owners() -> None:
     own, *cached = [cache.pool.take().device_id for _ in range(4)]
     assert own not in ids
     assert cached == [ids[2], ids[1], ids[0]]
+
+
+def test_residents_are_in_the_order_of_holders() -> None:
+    """One that was away and is back has its old place, and one that goes meanwhile is left out."""
+    tables = Tables(BlockPool(8), 4)
+    requests = [make_request(number, [number]) for number in range(4)]
+    opened = [tables.open(request, []) for request in requests]
+    assert list(tables.residents()) == list(tables.holders()) == requests
+    tables.give_way(requests[1], opened[1])
+    assert list(tables.residents()) == [requests[0], *requests[2:]]
+    tables.want(opened[1], 0.0)
+    tables.settle(opened[1])
+    residents = tables.residents()
+    assert [next(residents), next(residents)] == requests[:2]
+    tables.close(requests[2])
+    assert list(residents) == requests[3:]
+    tables.check(requests)
 
 
 def test_check_sees_a_table_without_an_owner() -> None:
