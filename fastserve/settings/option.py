@@ -9,6 +9,7 @@ Must not know: any setting by name, where values come from.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Sequence
@@ -68,15 +69,20 @@ def check_ranges(config: Any) -> None:
 
 def takes_many(owner: type, name: str) -> bool:
     """Whether a field takes several words."""
-    return typing.get_origin(typing.get_type_hints(owner)[name]) is tuple
+    return typing.get_origin(_hints(owner)[name]) is tuple
 
 
 def field_type(owner: type, name: str) -> type:
     """Return the plain type of a field: `int` for `int | None`, `str` for `tuple[str, ...]`."""
-    hint = typing.get_type_hints(owner)[name]
+    hint = _hints(owner)[name]
     if typing.get_origin(hint) is tuple:
         hint = typing.get_args(hint)[0]
     if isinstance(hint, types.UnionType):
         hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
     assert isinstance(hint, type)
     return hint
+
+
+@functools.cache  # every setting asks, and it reads the hints of all settings of its class anew
+def _hints(owner: type) -> dict[str, Any]:
+    return typing.get_type_hints(owner)
