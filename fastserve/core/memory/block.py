@@ -37,6 +37,8 @@ class Residence(Enum):
 class State(Enum):
     """Which copies there are; on the device a step may read what is DIRTY, SAVING or CLEAN."""
 
+    __hash__ = object.__hash__  # each is the only one; Enum's own is slow, and every step asks
+
     DIRTY = auto()  # on the device alone
     SAVING = auto()  # on the device, and on its way to the host
     LEAVING = auto()  # the same, and its place on the device is free when it has arrived
@@ -60,6 +62,8 @@ STATES = {
 
 class Event(Enum):
     """What happens to a Block."""
+
+    __hash__ = object.__hash__  # as above
 
     SAVE = auto()  # a copy to the host begins, ahead of need
     LEAVE = auto()  # its place on the device is needed
