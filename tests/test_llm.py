@@ -17,6 +17,7 @@ from fastserve.core.request import SamplingParams as CoreParams
 from fastserve.llm import RequestOutput
 from fastserve.settings.option import ConfigError
 from tests.failing_step import REASON, fail_once
+from tests.fresh_cache import make_fresh_cache
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -25,7 +26,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     """Load the bundled model once, with a small pool and a fresh cache directory."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", make_fresh_cache(tmp_path_factory.mktemp("cache")))
         with LLM("demo", num_device_blocks=64, num_threads=1) as loaded:
             yield loaded
 

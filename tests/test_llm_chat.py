@@ -12,6 +12,7 @@ from fastserve import LLM, SamplingParams
 from fastserve.checkpoint.locate import BUNDLED
 from fastserve.text.tokenizer import Tokenizer
 from tests import chat_templates as templates
+from tests.fresh_cache import make_fresh_cache
 from tests.server.scripted import ScriptedEngine, call, make_app
 
 ONE = SamplingParams(temperature=0.0, max_tokens=1)
@@ -25,7 +26,7 @@ CALL = {"id": "a", "type": "function", "function": FUNCTION}
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     """Load the bundled model once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", make_fresh_cache(tmp_path_factory.mktemp("cache")))
         with LLM("demo", num_device_blocks=64, num_threads=1) as loaded:
             yield loaded
 

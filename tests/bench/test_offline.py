@@ -22,6 +22,7 @@ from fastserve.wire.engine_messages import EngineInfo
 from tests.checkpoints import SHAPE
 from tests.core.harness import UNIT_COST
 from tests.fake_executor import FakeExecutor
+from tests.fresh_cache import make_fresh_cache
 
 INFO = EngineInfo(
     model="fake", max_model_len=128, max_request_tokens=128, vocab_size=1000, block_size=4,
@@ -86,7 +87,7 @@ def test_flags_that_are_not_given_make_room() -> None:
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     """Return flags of a tiny model without weights, for one thread."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", make_fresh_cache(tmp_path / "cache"))
     (tmp_path / "config.json").write_text(
         json.dumps({**SHAPE, "model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     )

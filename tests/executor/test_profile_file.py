@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import shutil
 
 import pytest
 
@@ -16,6 +17,7 @@ from fastserve.executor.profile_file import cache_path, load_or_measure, make_fi
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from tests.checkpoints import make_checkpoint
+from tests.fresh_cache import make_fresh_cache
 
 runs = itertools.count(1)
 
@@ -46,7 +48,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """A user's cache directory of this test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", make_fresh_cache(tmp_path / "cache"))
     return tmp_path / "cache" / "fastserve"
 
 
@@ -140,8 +142,9 @@ def test_a_named_profile_is_read_or_refused(checkpoint, cache, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_only_logged(checkpoint, cache, caplog):
     """Serving goes on with the measured model."""
-    cache.parent.mkdir()
+    setup = setup_of(checkpoint)
+    shutil.rmtree(cache)
     cache.write_text("a file where the directory should be", encoding="utf-8")
     with caplog.at_level(logging.WARNING):
-        assert load_or_measure(setup_of(checkpoint), measured).min_iteration_s > 0.0
+        assert load_or_measure(setup, measured).min_iteration_s > 0.0
     assert "the profile is not kept" in caplog.text

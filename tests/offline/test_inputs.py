@@ -12,6 +12,7 @@ from fastserve import LLM
 from fastserve.offline.inputs import HARMLESS, engine_config, prompt_list
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
+from tests.fresh_cache import make_fresh_cache
 
 REFUSED: dict[str, Any] = {
     "compilation_config": 3,
@@ -88,7 +89,7 @@ def test_a_model_loads_with_vllm_s_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A synonym of a dtype, and flags that ask for what happens anyway."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", make_fresh_cache(tmp_path))
     with LLM(
         "demo", dtype="half", enforce_eager=True, trust_remote_code=True, swap_space=4,
         disable_log_stats=True, num_device_blocks=8, num_threads=1,

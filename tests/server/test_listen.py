@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import httpx
 import pytest
@@ -21,24 +20,25 @@ import pytest
 from fastserve.server.listen import address, bind, warn_if_exposed
 from fastserve.settings.option import ConfigError
 from fastserve.settings.server import ServerConfig
+from tests.fresh_cache import make_fresh_cache
 
 FLAGS = ("demo", "--port", "0", "--num-device-blocks", "128", "--num-threads", "1")
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a cache directory of this module's own: step times are measured once."""
-    return tmp_path_factory.mktemp("cache")
+    return make_fresh_cache(tmp_path_factory.mktemp("cache"))
 
 
 @contextmanager
-def serving(cache: Path, flags: Sequence[str] = FLAGS) -> Iterator[subprocess.Popen[str]]:
+def serving(cache: str, flags: Sequence[str] = FLAGS) -> Iterator[subprocess.Popen[str]]:
     """Run `fastserve serve`; killed in the end if it still runs."""
     process = subprocess.Popen(
         (sys.executable, "-m", "fastserve", "serve", *flags),
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+        env={**os.environ, "XDG_CACHE_HOME": cache},
     )
     try:
         yield process
@@ -63,7 +63,7 @@ def open_stream(client: httpx.Client, max_tokens: int) -> httpx.Response:
 
 
 @pytest.mark.processes
-def test_a_signal_lets_answers_end_and_takes_no_new_ones(cache: Path) -> None:
+def test_a_signal_lets_answers_end_and_takes_no_new_ones(cache: str) -> None:
     """SIGTERM: new work is 503, what is under way ends whole, and the exit status is 0."""
     with serving(cache) as process:
         base = wait_for_line(process, r"Serving demo on (http://127\.0\.0\.1:\d+)")[1]
@@ -84,7 +84,7 @@ def test_a_signal_lets_answers_end_and_takes_no_new_ones(cache: Path) -> None:
 
 
 @pytest.mark.processes
-def test_a_second_signal_ends_at_once(cache: Path) -> None:
+def test_a_second_signal_ends_at_once(cache: str) -> None:
     """Every stream breaks off, without one traceback, and the status tells of the signal."""
     with serving(cache) as process, contextlib.ExitStack() as opened:
         base = wait_for_line(process, r"Serving demo on (http://127\.0\.0\.1:\d+)")[1]
@@ -108,7 +108,7 @@ def test_a_second_signal_ends_at_once(cache: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("line", ["loading demo", "engine: "])
-def test_an_interrupt_while_loading_ends_it(cache: Path, line: str) -> None:
+def test_an_interrupt_while_loading_ends_it(cache: str, line: str) -> None:
     """Before anything is imported, or while the engine loads: at once, and no traceback."""
     with serving(cache) as process:
         wait_for_line(process, line)
@@ -119,7 +119,7 @@ def test_an_interrupt_while_loading_ends_it(cache: Path, line: str) -> None:
 
 
 @pytest.mark.processes
-def test_an_idle_connection_stays_open_as_long_as_asked(cache: Path) -> None:
+def test_an_idle_connection_stays_open_as_long_as_asked(cache: str) -> None:
     """--timeout-keep-alive reaches the server: of one second, it closes soon after."""
     with serving(cache, (*FLAGS, "--timeout-keep-alive", "1")) as process:
         port = int(wait_for_line(process, r"Serving demo on http://127\.0\.0\.1:(\d+)")[1])
@@ -144,7 +144,7 @@ def test_an_idle_connection_stays_open_as_long_as_asked(cache: Path) -> None:
     ],
 )
 def test_what_only_the_engine_finds_out_is_one_line_too(
-    cache: Path, flags: Sequence[str], says: str
+    cache: str, flags: Sequence[str], says: str
 ) -> None:
     """As for any other setting: exit status 2."""
     with serving(cache, (*FLAGS, *flags, "--log-level", "error")) as process:

@@ -11,6 +11,7 @@ from fastserve.core.request import Arrival, SamplingParams
 from fastserve.launch.engine import open_engine
 from fastserve.settings.engine import EngineConfig
 from tests.failing_step import REASON, fail_once
+from tests.fresh_cache import make_fresh_cache
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def live_journal(tmp_path_factory):
     folder = tmp_path_factory.mktemp("live")
     path = folder / "journal.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("XDG_CACHE_HOME", make_fresh_cache(folder))
         engine, _ = open_engine(
             EngineConfig(
                 model="demo",
