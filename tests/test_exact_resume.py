@@ -125,7 +125,13 @@ def test_demo_text_does_not_depend_on_the_company(temperature: float) -> None:
     """The bundled model writes the same under pressure as alone, greedy and sampled."""
     questions = ["The function returns", "A list is", "def", "Explain", "If the argument"]
     params = SamplingParams(temperature=temperature, seed=7, max_tokens=60, ignore_eos=True)
-    with LLM("demo", num_threads=1, enable_prefix_caching=False) as llm:
+    with LLM(
+        "demo",
+        num_threads=1,
+        num_device_blocks=12,
+        max_model_len=128,
+        enable_prefix_caching=False,
+    ) as llm:
         alone = [llm.generate(text, params, use_tqdm=False)[0].outputs[0] for text in questions]
     with LLM(
         "demo",
