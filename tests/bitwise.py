@@ -45,7 +45,9 @@ def load(
     quantization: str | None = None,
 ) -> Decoder:
     """Load a checkpoint with the parts that the worker chooses."""
-    cpu_kernels = choose_cpu_kernels(kernels, dtype, CPU, quantization)
+    cpu_kernels = choose_cpu_kernels(
+        kernels, dtype, CPU, quantization, is_deterministic=is_deterministic
+    )
     return load_network(
         read_model_config(path),
         open_weights(path, "auto", dtype, CPU),

@@ -97,20 +97,27 @@ def _least_bfloat16_size() -> int:
 
 
 def choose_cpu_kernels(
-    name: str, dtype: torch.dtype, device: torch.device, quantization: str | None = None
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str | None = None,
+    *,
+    is_deterministic: bool = False,
 ) -> CpuKernels | None:
     """Return the kernels of `--cpu-kernels`; None: plain torch, or no CPU.
 
     With `--quantization` there are kernels that compute every product, or a ConfigError.
     """
     if quantization is not None:
-        return _quantized_kernels(f"--quantization {quantization}", name, dtype, device)
+        flag = f"--quantization {quantization}"
+        return _quantized_kernels(flag, name, dtype, device, is_deterministic)
     if device.type != "cpu":
         if name != "auto":
             raise ConfigError(f"--cpu-kernels {name}: the device is {device.type}, not a CPU")
         return None
     try:
-        kernels = choose_kernels(cast(KernelChoice, name), dtype)  # config.py checks it
+        choice = cast(KernelChoice, name)  # config.py checks it
+        kernels = choose_kernels(choice, dtype, is_rowwise=is_deterministic)
     except BuildError as error:
         raise ConfigError(f"--cpu-kernels {name}: {error}") from error
     if kernels is None and name not in ("auto", "torch"):
@@ -119,14 +126,14 @@ def choose_cpu_kernels(
 
 
 def _quantized_kernels(
-    flag: str, name: str, dtype: torch.dtype, device: torch.device
+    flag: str, name: str, dtype: torch.dtype, device: torch.device, is_deterministic: bool
 ) -> CpuKernels:
     if device.type != "cpu":
         raise ConfigError(f"{flag}: the device is {device.type}, not a CPU")
     if name == "torch":
         raise ConfigError(f"{flag}: needs compiled kernels, not --cpu-kernels torch")
     try:
-        kernels = choose_kernels("native", dtype, max_rows=math.inf)
+        kernels = choose_kernels("native", dtype, max_rows=math.inf, is_rowwise=is_deterministic)
     except BuildError as error:
         raise ConfigError(f"{flag}: needs compiled kernels: {error}") from error
     if kernels is None or kernels.per_lane == 1:

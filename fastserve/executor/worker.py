@@ -89,8 +89,11 @@ class Worker:
         """Read the weights. Raises ConfigError where settings do not fit the model."""
         config, dtype = self.config, self.choices.dtype
         on_progress("loading weights", 0.0)
-        kernels = choose_cpu_kernels(config.cpu_kernels, dtype, self.device, config.quantization)
-        ops = choose_ops(dtype, self.device, kernels, config.deterministic, config.quantization)
+        quantization, is_deterministic = config.quantization, config.deterministic
+        kernels = choose_cpu_kernels(
+            config.cpu_kernels, dtype, self.device, quantization, is_deterministic=is_deterministic
+        )
+        ops = choose_ops(dtype, self.device, kernels, is_deterministic, quantization)
         self.model = self._load_network(model_dir, ops)
         on_progress("loading weights", 1.0)
         return RankFacts(

@@ -41,7 +41,9 @@ def plain() -> Ops:
 
 def chosen(dtype=torch.float32, *, is_deterministic: bool, quantization=None) -> Ops:
     """Make the parts that a worker takes on a CPU: packed products, compiled kernels."""
-    kernels = choose_cpu_kernels("auto", dtype, CPU, quantization)
+    kernels = choose_cpu_kernels(
+        "auto", dtype, CPU, quantization, is_deterministic=is_deterministic
+    )
     return choose_ops(dtype, CPU, kernels, is_deterministic, quantization)
 
 

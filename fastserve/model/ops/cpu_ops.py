@@ -16,6 +16,7 @@ from fastserve.checkpoint.activation import Activation
 from fastserve.model.attention.cpu import CpuAttention
 from fastserve.model.attention.interfaces import Attention
 from fastserve.model.attention.shape import AttentionShape
+from fastserve.model.kernels.cpu import onednn
 from fastserve.model.kernels.cpu.kernels import CpuKernels
 from fastserve.model.ops.cpu_parts import (
     FusedGatedMLP,
@@ -34,7 +35,7 @@ from fastserve.model.ops.interfaces import (
     NormOp,
     Ops,
 )
-from fastserve.model.ops.packed_linear import PackedLinear, can_pack
+from fastserve.model.ops.packed_linear import PackedLinear
 from fastserve.model.ops.panel_linear import make_linear
 
 
@@ -56,7 +57,7 @@ class CpuOps:
             own = make_linear(self._kernels, weight, bias)
             if own is not None:
                 return own
-        if can_pack(weight):
+        if onednn.can_pack(weight):
             return PackedLinear(weight, bias)
         return self._fallback.linear(weight, bias)
 

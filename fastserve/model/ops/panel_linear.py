@@ -14,13 +14,11 @@ import math
 import torch
 from torch import Tensor
 
+from fastserve.model.kernels.cpu import onednn
 from fastserve.model.kernels.cpu.kernels import CpuKernels
 from fastserve.model.kernels.cpu.panels import WIDTH, Panels, pack_panels
 from fastserve.model.ops.interfaces import LinearOp
-from fastserve.model.ops.packed_linear import MIN_WIDTH, PackedLinear, can_pack
-
-_address = torch.ops.mkldnn.data_ptr.default
-_num_bytes = torch.ops.mkldnn._nbytes.default
+from fastserve.model.ops.packed_linear import PackedLinear
 
 
 class PanelLinear:
@@ -41,7 +39,7 @@ class PanelLinear:
         self.packed = packed
         self.max_rows = max_rows
         self.out_width = panels.width
-        self.is_rowwise = packed is None
+        self.is_rowwise = packed is None and kernels.is_rowwise
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed is not None and len(x) > self.max_rows:
@@ -66,11 +64,11 @@ def make_linear(kernels: CpuKernels, weight: Tensor, bias: Tensor | None) -> Lin
     """Return a projection that runs in our own kernel where that pays; None: nowhere."""
     max_rows = kernels.max_rows
     has_kernel = weight.dtype is kernels.dtype and weight.shape[1] % kernels.per_lane == 0
-    if max_rows == 0 or not has_kernel or min(weight.shape) < MIN_WIDTH:
+    if max_rows == 0 or not has_kernel or min(weight.shape) < onednn.MIN_WIDTH:
         return None
     if max_rows == math.inf:
         return panel_linear(kernels, weight, bias)
-    if not can_pack(weight):
+    if not onednn.can_pack(weight):
         return None
     packed = PackedLinear(weight, bias)
     shared = find_panels(packed, weight, kernels.per_lane)
@@ -81,11 +79,11 @@ def find_panels(packed: PackedLinear, weight: Tensor, per_lane: int) -> Panels |
     """Return the panels that oneDNN has laid `weight` out in; None where it is another layout."""
     width, depth = weight.shape
     num_panels = -(-width // WIDTH)
-    num_elements = _num_bytes(packed.packed) // weight.itemsize
+    num_elements = onednn.num_bytes(packed.packed) // weight.itemsize
     padded_depth, rest = divmod(num_elements, num_panels * WIDTH)
     if rest or padded_depth < depth or padded_depth % per_lane:
         return None
-    address = _address(packed.packed)
+    address = onednn.address(packed.packed)
     expected = pack_panels(weight, per_lane, padded_depth).view(torch.uint8).flatten()
     found = (ctypes.c_uint8 * len(expected)).from_address(address)
     if not torch.equal(torch.frombuffer(found, dtype=torch.uint8), expected):

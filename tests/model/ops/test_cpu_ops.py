@@ -9,6 +9,7 @@ from fastserve.model.attention.cpu import CpuAttention
 from fastserve.model.attention.gathered import GatheredAttention
 from fastserve.model.attention.shape import AttentionShape
 from fastserve.model.kernels.cpu.kernel_choice import choose_kernels
+from fastserve.model.kernels.cpu.onednn import can_pack
 from fastserve.model.ops.cpu_ops import CpuOps
 from fastserve.model.ops.cpu_parts import (
     FusedGatedMLP,
@@ -17,7 +18,7 @@ from fastserve.model.ops.cpu_parts import (
     FusedRMSNorm,
 )
 from fastserve.model.ops.layers import GatedMLP, LayerNorm, RMSNorm
-from fastserve.model.ops.packed_linear import PackedLinear, can_pack
+from fastserve.model.ops.packed_linear import PackedLinear
 from fastserve.model.ops.torch_ops import TorchOps
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastserve.model.kernels.cpu.onednn import MIN_WIDTH, can_pack
 from fastserve.model.ops.layers import Linear
-from fastserve.model.ops.packed_linear import MIN_WIDTH, PackedLinear, can_pack
+from fastserve.model.ops.packed_linear import PackedLinear
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.zeros(64, 64)), reason="oneDNN packs no weights on this machine"

@@ -78,7 +78,7 @@ def test_what_has_no_kernel():
 
 
 def test_the_processor_decides(monkeypatch):
-    """Pairs of bfloat16: for any rows, up to a tile of them with AMX; single numbers nowhere."""
+    """Without tiles of ours. Pairs: any rows, with AMX up to a tile's; single numbers nowhere."""
     for per_lane, has_amx, expected in ((2, 0, math.inf), (2, 1, 16), (1, 0, 0), (1, 1, 0)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: bool(has))
         assert own_product_rows(per_lane) == expected
@@ -87,7 +87,10 @@ def test_the_processor_decides(monkeypatch):
 def test_a_row_by_itself_needs_no_tiles():
     """`--deterministic` takes our projection as it is."""
     dtype = torch.bfloat16
-    ops = DeterministicOps(CpuOps(own_products(dtype), RowwiseOps(dtype)))
+    kernels = choose_kernels("native", dtype, max_rows=math.inf, is_rowwise=True)
+    assert kernels is not None
+    assert kernels.is_rowwise
+    ops = DeterministicOps(CpuOps(kernels, RowwiseOps(dtype)))
     assert isinstance(ops.linear(torch.zeros(64, 64, dtype=dtype)), PanelLinear)
 
 

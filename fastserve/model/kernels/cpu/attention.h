@@ -6,8 +6,11 @@
 
 #pragma once
 
+#include <optional>
+
 #include "products.h"
 #include "stage.h"
+#include "tiles.h"
 
 namespace {
 
@@ -25,6 +28,7 @@ struct AttendArgs {
   int64_t num_pieces, parts;  // parts: how many chunks a piece is, each some of its heads
   int64_t table_stride, block_size, block_stride, value_offset;
   int64_t heads, kv_heads, head_dim;
+  int64_t tile_rows;  // queries of a key-value head from which on AMX multiplies them; 0: never
   double scale;
 
   int64_t chunks() const { return num_pieces * parts; }
@@ -62,6 +66,8 @@ struct Attend {
   const int64_t row_width = args.kv_heads * dim;
   const int64_t token_width = (args.heads + 2 * args.kv_heads) * dim;
   const float scale = float(args.scale) * LOG2_E;
+  // Rows of memory behind queries, which their last tiles may reach into.
+  const int64_t spare = HAS_TILES && args.tile_rows > 0 ? TILE_ROWS : 0;
 
   explicit Attend(const AttendArgs& args) : args(args) {}
 
@@ -124,7 +130,7 @@ struct Attend {
     const int64_t count = last - start + 1 < TILE ? last - start + 1 : TILE;
     const int64_t depth = (count + Product::PER_LANE - 1) / Product::PER_LANE;
     constexpr int64_t WIDTH = TILE / Product::PER_LANE;
-    const bool is_few = rows - from <= FEW;
+    const bool in_tiles = is_for_tiles(rows - from), is_few = !in_tiles && rows - from <= FEW;
     const float* lanes_from = queries.lanes + from * lanes;
     float* sums = queries.sums + from * padded;
     if (is_few) {
@@ -134,6 +140,11 @@ struct Attend {
         case 3: score_few<3>(lanes_from, keys, jumps, count, scratch.scores); break;
         default: score_few<4>(lanes_from, keys, jumps, count, scratch.scores);
       }
+    } else if (in_tiles) {  // which are always full
+      pack_keys(keys, jumps, TILE, scratch.keys);
+      Product::pack_values(values, jumps, scratch.values, TILE, dim, padded);
+      tile_multiply(lanes_from, lanes, scratch.keys, TILE, rows - from, lanes, TILE, nullptr,
+                    scratch.scores, TILE);
     } else {
       pack_keys(keys, jumps, count, scratch.keys);
       Product::pack_values(values, jumps, scratch.values, count, dim, padded);
@@ -150,10 +161,38 @@ struct Attend {
         case 3: add_few<3>(scratch, values, jumps, depth, sums); break;
         default: add_few<4>(scratch, values, jumps, depth, sums);
       }
+    } else if (in_tiles) {
+      tile_multiply(scratch.weights, WIDTH, scratch.values, padded, rows - from, WIDTH, padded,
+                    scratch.factors, sums, padded);
     } else {
       multiply<Product>(scratch.weights, WIDTH, scratch.values, padded, rows - from, depth, padded,
                         scratch.factors, sums, padded);
     }
+  }
+
+  bool is_for_tiles(int64_t rows) const {
+    return HAS_TILES && Product::PER_LANE == 2 && args.tile_rows > 0 && rows >= args.tile_rows;
+  }
+
+  // As `multiply`, in the tiles that are open, all sixteen rows of the last ones.
+  void tile_multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                     int64_t rows, int64_t depth, int64_t columns, const float* factors, float* out,
+                     int64_t out_stride) const {
+    if (factors)
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < columns && factors[r] != 1.0f; i += 16)
+          store(out + r * out_stride + i, load(out + r * out_stride + i) * factors[r]);
+    const int64_t a_bytes = a_stride * sizeof(float), b_bytes = b_stride * sizeof(float);
+    const int64_t out_bytes = out_stride * sizeof(float), steps = depth / TILE_LANES;
+    for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS)
+      for (int64_t i = 0; i < columns; i += 32) {
+        const float* lanes = a + row * a_stride;
+        float* to = out + row * out_stride + i;
+        if (rows - row > TILE_ROWS)
+          Tiles::multiply<2, 2>(lanes, a_bytes, b + i, b_bytes, steps, to, out_bytes, factors);
+        else
+          Tiles::multiply<1, 2>(lanes, a_bytes, b + i, b_bytes, steps, to, out_bytes, factors);
+      }
   }
 
   // Scores of R queries, whose keys are not worth keeping in the layout of the product.
@@ -259,15 +298,18 @@ struct Attend {
     auto carve = [&](int64_t size) { return scratch += size, scratch - size; };
     buffers.keys = carve(lanes * TILE);
     buffers.values = carve(TILE / Product::PER_LANE * padded);
-    buffers.scores = carve(rows * TILE);
-    buffers.weights = carve(rows * TILE);
+    const int64_t held = rows + spare;
+    buffers.scores = carve(held * TILE);
+    buffers.weights = carve(held * TILE);
     buffers.factors = carve((rows + 15) / 16 * 16);
-    Queries queries{scratch, scratch + num * rows * padded, scratch + 2 * num * rows * padded,
-                    scratch + 2 * num * rows * padded + (num * rows + 15) / 16 * 16};
+    Queries queries{scratch, scratch + num * held * padded, scratch + 2 * num * held * padded,
+                    scratch + 2 * num * held * padded + (num * held + 15) / 16 * 16};
     auto of = [&](int64_t h) {
-      return Queries{queries.lanes + h * rows * lanes, queries.sums + h * rows * padded,
-                     queries.peaks + h * rows, queries.totals + h * rows * 16};
+      return Queries{queries.lanes + h * held * lanes, queries.sums + h * held * padded,
+                     queries.peaks + h * held, queries.totals + h * held * 16};
     };
+    std::optional<Tiles> tiles;
+    if (is_for_tiles(rows)) tiles.emplace(rows < 2 * TILE_ROWS ? rows : 2 * TILE_ROWS);
     for (int64_t h = 0; h < num; h++) start(of(h), token, tokens, head + h);
     int64_t offsets[TILE], following[TILE];
     locate(table, 0, last, following);

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+from functools import partial
 from typing import Literal
 
 import torch
 
 from fastserve.model.kernels.cpu.kernels import ENTRIES, CpuKernels, Entry
 from fastserve.model.kernels.cpu.native import BuildError, load_native
+from fastserve.model.kernels.cpu.product_trial import try_products
 from fastserve.model.kernels.cpu.thread_team import ThreadTeam
 
 logger = logging.getLogger(__name__)
@@ -24,16 +26,22 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Dtypes that have kernels, and how their entries are called."""
 
 AMX_ROWS = 16
-"""A tile of AMX has as many rows; from there on, oneDNN's products with it are the faster ones."""
+"""A tile of AMX has as many rows; from there on, oneDNN's products in tiles are faster than ours in
+vectors."""
 
 
 def choose_kernels(
-    choice: KernelChoice, dtype: torch.dtype, *, max_rows: float | None = None
+    choice: KernelChoice,
+    dtype: torch.dtype,
+    *,
+    max_rows: float | None = None,
+    is_rowwise: bool = False,
 ) -> CpuKernels | None:
     """Return kernels for weights and KV of `dtype`; None: use plain torch.
 
     `auto` is native where it can be built. `native` where it cannot is a BuildError. Their
-    projection is used up to `max_rows` rows; None: as is best on this processor.
+    projection is used up to `max_rows` rows; None: as is best on this processor. `is_rowwise`: the
+    bits of a row may not depend on how many there are.
     """
     if choice == "torch" or dtype not in DTYPE_NAMES:
         return None
@@ -47,13 +55,19 @@ def choose_kernels(
     name = DTYPE_NAMES[dtype]
     entries = {entry: _entry(library, f"{entry}_{name}") for entry in ENTRIES}
     per_lane = getattr(library, f"per_lane_{name}")()
-    if max_rows is None:
-        max_rows = own_product_rows(per_lane)
-    return CpuKernels(dtype, entries, ThreadTeam(library), per_lane=per_lane, max_rows=max_rows)
+    make = partial(CpuKernels, dtype, entries, ThreadTeam(library), per_lane=per_lane)
+    if per_lane == 1 or not library.has_tiles():
+        return make(max_rows=own_product_rows(per_lane) if max_rows is None else max_rows)
+    if is_rowwise:
+        return make(max_rows=math.inf, tile_rows=1)
+    vectors, tiles = make(max_rows=math.inf), make(max_rows=math.inf, tile_rows=1)
+    tile_rows, best_rows = try_products(vectors, tiles)
+    logger.info("CPU products: AMX from %d rows on, our own up to %s rows", tile_rows, best_rows)
+    return make(max_rows=best_rows if max_rows is None else max_rows, tile_rows=tile_rows)
 
 
 def own_product_rows(per_lane: int) -> float:
-    """Return up to how many rows our own projection is used on this processor; 0: nowhere.
+    """Return up to how many rows our own projection in vectors is used on this processor; 0: none.
 
     It pays where one instruction adds up several products.
     """

@@ -2,8 +2,9 @@
 
 Rules: tensors are of the kernels' dtype, rows contiguous; statistics and sums are taken in float32.
 What is computed for a row or a token depends on nothing but that row, or that token's query and the
-keys and values before it: the same bits in any batch, chunking or number of threads. An instance
-serves one thread. An entry is `void entry(Threads* threads, void* arguments)`. Pointers are only
+keys and values before it: the same bits in any batch, chunking or number of threads; where AMX's
+tiles are used from some number of rows on, on which side of it a row is too. An instance serves one
+thread. An entry is `void entry(Threads* threads, void* arguments)`. Pointers are only
 passed for tensors that were checked: dtype, contiguity.
 Must not know: networks, requests, how entries come about.
 """
@@ -50,9 +51,10 @@ PIECES_PER_THREAD = 4
 together lie side by side."""
 
 TILE = 32  # positions that compiled attention works on at a time
+TILE_ROWS = 16  # of AMX's tiles, which may reach behind the queries of a key-value head
 
 WRITE_LAYOUT = "11q"
-ATTEND_LAYOUT = "16qd"
+ATTEND_LAYOUT = "17qd"
 
 Entry = Callable[[int, int], None]
 """Addresses of threads and of arguments."""
@@ -116,13 +118,16 @@ class CpuKernels:
         *,
         per_lane: int,
         max_rows: float,
+        tile_rows: int = 0,
     ) -> None:
         """Take ENTRIES for `dtype`, which add up `per_lane` products with one instruction.
 
-        Up to `max_rows` rows `project` is to be used rather than oneDNN's product.
+        Up to `max_rows` rows `project` is to be used rather than oneDNN's product. From `tile_rows`
+        rows on products are computed in AMX's tiles; 0: never.
         """
         self.dtype = dtype
         self.max_rows = max_rows
+        self.tile_rows = tile_rows
         self.per_lane = per_lane
         self.team = team
         self.weights = WeightMemory()
@@ -133,7 +138,7 @@ class CpuKernels:
         self._silu_mul = Call(entries["silu_mul"], "=4q")
         self._write = Call(entries["rotate_and_write"], f"={WRITE_LAYOUT}")
         self._attend = Call(entries["attend"], f"={ATTEND_LAYOUT}")
-        self._project = Call(entries["project"], "=11q")
+        self._project = Call(entries["project"], "=12q")
         self._scratch = torch.empty(0, dtype=torch.float32)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -213,7 +218,8 @@ class CpuKernels:
         threads = self.team.own() if is_parallel else self.team.alone
         *addresses, depth, width, stride, columns = weight.values(self.team.size)
         pointers = self.pointer(x), *addresses, self.pointer(out)
-        self._project(threads, *pointers, rows, depth, width, stride, columns, adds)
+        shape = rows, depth, width, stride, columns
+        self._project(threads, *pointers, *shape, adds, self.tile_rows)
         return out
 
     def attend_values(
@@ -243,8 +249,14 @@ class CpuKernels:
             shape.num_heads,
             shape.num_kv_heads,
             shape.head_dim,
+            self.tile_rows,
             shape.scale,
         )
+
+    @property
+    def is_rowwise(self) -> bool:
+        """Whether the bits of a row are its own, however many rows there are."""
+        return self.tile_rows <= 1
 
     def threads(self, rows: int) -> int:
         """Return all threads: of our own for rows whose products are ours too, else torch's."""
@@ -257,6 +269,8 @@ class CpuKernels:
         """Return memory for every thread, and how many floats each one's is."""
         padded = -(-shape.head_dim // 32) * 32
         rows = max(PIECE_QUERIES, shape.num_heads)
+        if self.tile_rows:
+            rows += TILE_ROWS * shape.num_kv_heads
         stride = rows * (2 * padded + 2 * TILE + 32) + 2 * TILE * padded + 256
         stride = -(-stride // 16) * 16
         if self._scratch.numel() < stride * threads + 16:

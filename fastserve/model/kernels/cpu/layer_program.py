@@ -51,7 +51,7 @@ class LayerProgram:
     def __init__(self, kernels: CpuKernels, shape: LayerShape) -> None:
         self._kernels = kernels
         self._shape = shape
-        self._call = Call(kernels.run_layers, f"=13q3d{WRITE_LAYOUT}{ATTEND_LAYOUT}")
+        self._call = Call(kernels.run_layers, f"=14q3d{WRITE_LAYOUT}{ATTEND_LAYOUT}")
         self._buffer = torch.empty(0, dtype=kernels.dtype)
 
     def __call__(self, layers: IntArray, step: LayersStep) -> Tensor:
@@ -76,6 +76,7 @@ class LayerProgram:
             *self._buffers(rows, num_scored),
             rows,
             num_scored,
+            kernels.tile_rows,
             shape.attention_eps,
             shape.mlp_eps,
             shape.head_eps,

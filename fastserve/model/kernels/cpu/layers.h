@@ -37,6 +37,7 @@ struct LayersArgs {
   void* scored_hidden;    // [num_scored, hidden]; what is returned if rows are scored
   void *normed, *mixed, *scored_mixed, *qkv, *gate_up, *gated;
   int64_t rows, num_scored;
+  int64_t tile_rows;  // of projections
   double attention_eps, mlp_eps, head_eps;
   WriteArgs write;    // without qkv and kv
   AttendArgs attend;  // without qkv, kv and out
@@ -70,17 +71,15 @@ struct LayerStages {
   SiluArgs silu;
   ProjectArgs qkv, output, gate_up, down;
 
-  static ProjectArgs projection(const Panels& weight, const void* x, void* out, int64_t rows,
-                                bool adds) {
-    return ProjectArgs{x,    weight.panels, weight.bias,  weight.scales,       out,
-                       rows, weight.depth,  weight.width, weight.panel_stride, weight.columns,
-                       adds};
-  }
-
   void add_to(std::vector<Stage>& program, const LayersArgs& args, const Layer& layer,
               bool is_last) {
     auto add = [&](const Stage& stage) {
       if (stage.chunks > 0) program.push_back(stage);
+    };
+    auto projection = [&](const Panels& weight, const void* x, void* out, int64_t rows, bool adds) {
+      return ProjectArgs{x,    weight.panels, weight.bias,  weight.scales,       out,
+                         rows, weight.depth,  weight.width, weight.panel_stride, weight.columns,
+                         adds, args.tile_rows};
     };
     const int64_t width = layer.output.width;
     void *hidden = args.hidden, *mixed = args.mixed;

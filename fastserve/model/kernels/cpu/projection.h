@@ -6,7 +6,7 @@
 // those of the product as they are read: for a few rows in registers, for more in memory that stays
 // in the cache while the rows pass.
 // Rules: the sum of an element runs over the depth in order and is rounded once, scaled and with
-// what it is added to: its bits do not depend on the rows beside it.
+// what it is added to: its bits do not depend on the rows beside it, but for the choice of tiles.
 
 #pragma once
 
@@ -14,6 +14,7 @@
 
 #include "products.h"
 #include "stage.h"
+#include "tiles.h"
 
 namespace {
 
@@ -32,6 +33,7 @@ struct ProjectArgs {
   int64_t panel_stride;  // elements
   int64_t columns;       // of a chunk: 16, 32 or 64
   int64_t adds;          // whether to what lies in `out`
+  int64_t tile_rows;     // of a chunk, from which on they are multiplied in tiles; 0: never
 
   int64_t parts() const { return (width + columns - 1) / columns; }
   int64_t chunks() const { return (rows + ROWS_OF_TASK - 1) / ROWS_OF_TASK * parts(); }
@@ -147,6 +149,41 @@ struct Project {
     }
   }
 
+  bool is_for_tiles(int64_t rows) const {
+    return HAS_TILES && Product::PER_LANE == 2 && args.tile_rows > 0 && rows >= args.tile_rows &&
+           args.depth % (2 * TILE_LANES) == 0;
+  }
+
+  // The first `rows` of R times 16 rows, and 16 * C columns of a panel.
+  template <int R, int C>
+  void tile_block(const T* panel, int64_t row, int64_t rows, int64_t column) const {
+    F16 sums[R * TILE_ROWS][C];
+    Tiles::multiply<R, C>((const T*)args.x + row * args.depth, args.depth * sizeof(T), panel,
+                         STEP * sizeof(T), args.depth / (2 * TILE_LANES), sums, sizeof sums[0],
+                         false);
+    if (args.scales) scale_sums(sums[0], rows, C, args.scales + column, args.width - column);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < C; c++) finish(sums[r][c], row + r, column + 16 * c);
+  }
+
+  void tile_columns(const T* panel, int64_t first, int64_t stop, int64_t column) const {
+    for (int64_t rows; first < stop; first += rows) {
+      rows = stop - first < 2 * TILE_ROWS ? stop - first : 2 * TILE_ROWS;
+      const Tiles tiles(rows);
+      for (int64_t i = 0; i < args.columns; i += 32) {
+        const T* columns = panel + i * Product::PER_LANE;
+        if (rows > TILE_ROWS && args.columns > 16)
+          tile_block<2, 2>(columns, first, rows, column + i);
+        else if (rows > TILE_ROWS)
+          tile_block<2, 1>(columns, first, rows, column + i);
+        else if (args.columns > 16)
+          tile_block<1, 2>(columns, first, rows, column + i);
+        else
+          tile_block<1, 1>(columns, first, rows, column + i);
+      }
+    }
+  }
+
   // The numbers of a chunk's columns at the same places of this thread's memory.
   const T* widen(const int8_t* panel) const {
     static thread_local std::vector<T> memory;
@@ -168,8 +205,11 @@ struct Project {
     const int64_t column = chunk % args.parts() * args.columns;
     const int64_t start = column / PANEL * args.panel_stride + column % PANEL * Product::PER_LANE;
     const int8_t* numbers = (const int8_t*)args.panels + start;
-    if (!args.scales)
-      columns((const T*)args.panels + start, first, stop, column);
+    const T* weights = (const T*)args.panels + start;
+    if (is_for_tiles(stop - first))
+      tile_columns(args.scales ? widen(numbers) : weights, first, stop, column);
+    else if (!args.scales)
+      columns(weights, first, stop, column);
     else if (stop - first < WIDENED_ROWS)
       columns(numbers, first, stop, column);
     else

@@ -11,7 +11,7 @@ import torch
 
 from fastserve.model.kernels.cpu import kernels
 from fastserve.model.kernels.cpu.kernel_choice import choose_kernels
-from fastserve.model.ops.packed_linear import can_pack
+from fastserve.model.kernels.cpu.onednn import can_pack
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
