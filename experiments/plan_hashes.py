@@ -33,6 +33,7 @@ from fastserve.sim.workload import Workload
 POLICIES = ("fcfs", "skip-join-mlfq")
 MODES = ("ideal", "recompute")
 NUM_REQUESTS = 200
+COMMAND = ["python", "-m", "experiments.plan_hashes"]
 LOAD = 1.0
 SHORT_BLOCKS = 3.0  # KV under `recompute`, in whole answers of the longest request
 WORKLOADS = ROOT / "results" / "workloads.json"
@@ -96,7 +97,7 @@ def main() -> int:
     with ProcessPoolExecutor(2) as pool:
         figures = dict(pool.map(run, *zip(*jobs, strict=True)))
     if args.output:
-        whole = {"provenance": provenance(sys.argv), "figures": figures}
+        whole = {"provenance": provenance(COMMAND + sys.argv[1:]), "figures": figures}
         args.output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     num_different = 0
     before = json.loads(args.against.read_text())["figures"] if args.against else {}
