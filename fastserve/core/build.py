@@ -23,7 +23,7 @@ from fastserve.core.policies.artifact_mlfq import (
 )
 from fastserve.core.policies.fair_tenants import FairTenants, ServiceCounters
 from fastserve.core.policies.fcfs import FCFS
-from fastserve.core.policies.fixed_priority import FixedPriority
+from fastserve.core.policies.fixed_priority import fixed_priority
 from fastserve.core.policies.hrrn import HighestRatioNext
 from fastserve.core.policies.learned import Learned
 from fastserve.core.policies.mlfq import MLFQ
@@ -33,7 +33,7 @@ from fastserve.core.policies.quanta import Quanta, one_level, skip_levels
 from fastserve.core.policies.reservation import WHOLE_IN_ORDER
 from fastserve.core.policies.run_to_completion import RunToCompletion
 from fastserve.core.policies.sjf import MeanAnswer, ShortestJobFirst
-from fastserve.core.policies.srpt import SRPT
+from fastserve.core.policies.srpt import srpt
 from fastserve.core.policies.static import Static
 from fastserve.core.request import Request
 from fastserve.core.scheduler import Scheduler
@@ -79,7 +79,7 @@ def policy_factory(
         case "static":
             return partial(Static, config.max_num_seqs)
         case "fixed-priority":
-            return FixedPriority
+            return fixed_priority
         case "hrrn":
             chunk = max_chunk(config)
             return lambda: RunToCompletion(HighestRatioNext(cost_model, chunk))
@@ -105,7 +105,7 @@ def policy_factory(
                 config, cost_model, num_device_blocks, length_model, num_host_blocks
             )
         case "srpt" if lengths is not None:
-            return partial(SRPT, cost_model, lengths)
+            return partial(srpt, cost_model, lengths)
     raise ValueError(f"no scheduling policy {config.scheduling_policy!r} can be built here")
 
 

@@ -6,10 +6,10 @@ import pytest
 
 from fastserve.core.build import build_policy, build_scheduler
 from fastserve.core.cost_model import CostModel
+from fastserve.core.policies.by_key import ByKey
 from fastserve.core.policies.fcfs import FCFS
 from fastserve.core.policies.mlfq import MLFQ
 from fastserve.core.policies.run_to_completion import RunToCompletion
-from fastserve.core.policies.srpt import SRPT
 from fastserve.core.request import Arrival, Handle, Request, SamplingParams
 from tests.core.harness import small_config
 
@@ -24,7 +24,8 @@ COST = CostModel(base_s=1.0, prefill_token_s=1.0)
         ("mlfq", MLFQ),
         ("sjf", RunToCompletion),
         ("skip-join-mlfq", MLFQ),
-        ("srpt", SRPT),
+        ("fixed-priority", ByKey),
+        ("srpt", ByKey),
     ],
 )
 def test_each_name_builds_its_policy(name: str, kind: type) -> None:

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from fastserve.core.cost_model import CostModel
-from fastserve.core.policies.srpt import SRPT
+from fastserve.core.policies.srpt import srpt
 from fastserve.core.request import FinishReason, Request
 from tests.core.builders import make_request, note_step
 
@@ -16,7 +16,7 @@ COST = CostModel(base_s=1.0, prefill_token_s=0.1)
 
 def test_remaining_time_by_hand() -> None:
     """A prefill of 10 takes 2 s and yields the first of 5 tokens; four decodes of 1 s follow."""
-    policy = SRPT(COST, {0: 5})
+    policy = srpt(COST, {0: 5})
     request = make_request(0, 10)
     policy.admit(request, 0.0)
     assert policy.coldness(request, 0.0) == pytest.approx((6.0,))
@@ -34,7 +34,7 @@ def test_order_is_sorted_at_all_times() -> None:
     """After any arrivals, steps and ends the order is that of remaining time, then arrival."""
     rng = Random(5)
     lengths = {handle: rng.choice((1, 1, 3, 20)) for handle in range(60)}
-    policy = SRPT(COST, lengths)
+    policy = srpt(COST, lengths)
     live: dict[int, Request] = {}
     for handle in range(60):
         live[handle] = make_request(handle, rng.choice((1, 5, 5, 30)))
