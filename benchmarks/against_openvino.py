@@ -19,9 +19,11 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.contender import Contender, ContenderError
+from benchmarks.command import command_parser, names_of, run_command
+from benchmarks.contender import Contender
 from benchmarks.contender_figures import Spread, floor_of, medians, ratios, weights_of
 from benchmarks.contenders import (
     Limits,
@@ -36,6 +38,7 @@ from fastserve.host.machine import num_cores
 from fastserve.host.provenance import ROOT, output_path, provenance, write_result
 from fastserve.settings.option import ConfigError
 
+NAME = "against_openvino"
 RESULT = "benchmarks/results/against_openvino.json"
 DOCUMENT = ROOT / "docs" / "performance.md"
 BATCH_SIZES = (1, 8, 32)
@@ -97,7 +100,7 @@ def measure_model(name: str, threads: int, rounds: int, output_len: int) -> dict
         "load_average_at_start": round(load, 2),
         # The first round was to warm up.
         **figures(NAMED[name], list(questions(output_len)), measured[1:]),
-        **provenance(["python", "-m", "benchmarks.against_openvino", *sys.argv[1:]]),
+        **provenance(["python", "-m", f"benchmarks.{NAME}", *sys.argv[1:]]),
     }
 
 
@@ -186,45 +189,46 @@ def summary(name: str, entry: Mapping[str, Any]) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; ConfigError for what cannot be run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.against_openvino",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("against_openvino", __doc__)
     parser.add_argument("--models", default=",".join(reversed(NAMED)), help="as NAME,NAME")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output-len", type=int, default=OUTPUT_LEN)
     parser.add_argument("--output", default=RESULT, help=f"JSON file ({RESULT})")
     args = parser.parse_args()
-    args.models = args.models.split(",")
-    for name in args.models:
-        if name not in NAMED:
-            raise ConfigError(f"--models: no such model: {name}; there are {', '.join(NAMED)}")
+    args.models = names_of("--models", args.models, NAMED)
     if args.rounds < 1:
         raise ConfigError("--rounds: at least one")
     find_openvino()
+    args.output = output_path(args.output)
     return args
 
 
-def main() -> int:
-    """Measure, print, write; exit code 2 for a run that cannot be."""
-    try:
-        args = parse_arguments()
-        output = output_path(args.output)
-        kept = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"models": {}}
-        entries: dict[str, Any] = kept["models"]
-        for name in args.models:
-            entries[name] = measure_model(name, num_cores(), args.rounds, args.output_len)
-            write_result(output, {"benchmark": "against_openvino", "models": entries})
-            print(summary(name, entries[name]))
-            print(markdown(COLUMNS, as_cells(name, entries[name])))
-    except (ConfigError, ContenderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.output == RESULT:
-        rows = [cells for name in entries for cells in as_cells(name, entries[name])]
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the models, beside those in the file already; each is written when it is done."""
+    output: Path = args.output
+    kept = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"models": {}}
+    result: dict[str, Any] = {"benchmark": NAME, "models": kept["models"]}
+    for name in args.models:
+        entry = measure_model(name, num_cores(), args.rounds, args.output_len)
+        result["models"][name] = entry
+        write_result(output, result)
+    return result
+
+
+def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Print what was measured; all there is goes into the document if it is from this result."""
+    models = result["models"]
+    for name in args.models:
+        print(summary(name, models[name]))
+        print(markdown(COLUMNS, as_cells(name, models[name])))
+    if args.output == Path(RESULT):
+        rows = [cells for name, entry in models.items() for cells in as_cells(name, entry)]
         fill(DOCUMENT, {"against-openvino": markdown(COLUMNS, rows)})
-    return 0
+
+
+def main() -> int:
+    """Measure, write, print; exit code 2 for a run that cannot be."""
+    return run_command(parse_arguments, measure, show)
 
 
 if __name__ == "__main__":

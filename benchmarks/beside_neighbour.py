@@ -20,9 +20,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from benchmarks.contender import Contender, ContenderError
+from benchmarks.command import command_parser, origin, run_command
+from benchmarks.contender import Contender
 from benchmarks.contender_figures import Spread, medians, ratios
 from benchmarks.contenders import (
     Limits,
@@ -34,7 +36,7 @@ from benchmarks.contenders import (
 from benchmarks.small_model import NAMED
 from experiments.markdown import fill, markdown
 from fastserve.host.machine import num_cores
-from fastserve.host.provenance import ROOT, output_path, provenance, write_result
+from fastserve.host.provenance import ROOT, output_path
 from fastserve.settings.option import ConfigError
 
 RESULT = "benchmarks/results/beside_neighbour.json"
@@ -122,35 +124,33 @@ def as_cells(engines: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield tuple(cells)
 
 
-def measure(model: str, rounds: int, output_len: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measure both engines."""
     load, threads, core = os.getloadavg()[0], num_cores(), max(os.sched_getaffinity(0))
-    directory = find_model(model)
+    directory = find_model(args.model)
     with ExitStack() as stack:
         contenders = {
             name: stack.enter_context(start(directory, threads, LIMITS))
             for name, start in ENGINES.items()
         }
         described = {name: each.ask("describe") for name, each in contenders.items()}
-        found = [measure_round(contenders, index, core, output_len) for index in range(1 + rounds)]
+        found = [
+            measure_round(contenders, index, core, args.output_len)
+            for index in range(1 + args.rounds)
+        ]
     return {
-        "benchmark": "beside_neighbour",
-        "model": model,
+        "model": args.model,
         "threads": threads,
         "contenders": described,
         "load_average_at_start": round(load, 2),
         "engines": figures(found[1:]),  # the first was to warm up
-        **provenance(["python", "-m", "benchmarks.beside_neighbour", *sys.argv[1:]]),
+        **origin("beside_neighbour"),
     }
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; ConfigError for what cannot be run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.beside_neighbour",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("beside_neighbour", __doc__)
     parser.add_argument("--model", default="llama-125m", choices=NAMED)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output-len", type=int, default=OUTPUT_LEN)
@@ -161,27 +161,25 @@ def parse_arguments() -> argparse.Namespace:
     if len(os.sched_getaffinity(0)) < 2:
         raise ConfigError("a neighbour on one core of several needs two cores")
     find_openvino()
+    args.output = output_path(args.output)
     return args
 
 
-def main() -> int:
-    """Measure, print, write; exit code 2 for a run that cannot be."""
-    try:
-        args = parse_arguments()
-        output = output_path(args.output)
-        result = measure(args.model, args.rounds, args.output_len)
-        write_result(output, result)
-    except (ConfigError, ContenderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Print the table, and put it into the document if the result is the one it is from."""
     print(
         f"{result['model']}, batch 1, threads: {result['threads']}, {result['machine']['cpu']}, "
         f"load average: {result['load_average_at_start']}"
     )
-    print(markdown(COLUMNS, as_cells(result["engines"])))
-    if args.output == RESULT:
-        fill(DOCUMENT, {"beside-neighbour": markdown(COLUMNS, as_cells(result["engines"]))})
-    return 0
+    table = markdown(COLUMNS, as_cells(result["engines"]))
+    print(table)
+    if args.output == Path(RESULT):
+        fill(DOCUMENT, {"beside-neighbour": table})
+
+
+def main() -> int:
+    """Measure, write, print; exit code 2 for a run that cannot be."""
+    return run_command(parse_arguments, measure, show)
 
 
 if __name__ == "__main__":

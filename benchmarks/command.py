@@ -1,7 +1,8 @@
 """The command line of a benchmark: how each is asked, says where it comes from, and ends.
 
 Rules: a file that cannot be written to is refused before anything is measured. What cannot be
-measured is one line, and exit code 2. Must not know: what is measured.
+measured is one line, and exit code 2, and so is a contender that ended too early.
+Must not know: what is measured.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from benchmarks.contender import ContenderError
 from fastserve.host.provenance import provenance, write_result
 from fastserve.settings.option import ConfigError
 
@@ -51,7 +53,7 @@ def run_command(
         result = measure(args)
         if args.output is not None:
             write_result(args.output, result)
-    except ConfigError as error:
+    except (ConfigError, ContenderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     show(args, result)

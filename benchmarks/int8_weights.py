@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.against_openvino import BATCH_SIZES, LIMITS, OUTPUT_LEN, PREFILL_LEN, Question
-from benchmarks.contender import Contender, ContenderError
+from benchmarks.command import command_parser, origin, run_command
+from benchmarks.contender import Contender
 from benchmarks.contender_figures import Spread, ratios, weights_of
 from benchmarks.contenders import environment
 from benchmarks.int8_error import CASES, compare
 from benchmarks.small_model import NAMED, write_small_model
 from experiments.markdown import fill, markdown, number
 from fastserve.host.machine import num_cores
-from fastserve.host.provenance import ROOT, output_path, provenance, write_result
-from fastserve.settings.option import ConfigError
+from fastserve.host.provenance import ROOT, output_path
 
 RESULT = "benchmarks/results/int8_weights.json"
 DOCUMENT = ROOT / "docs" / "performance.md"
@@ -131,46 +131,51 @@ def error_cells(entry: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield entry["model"], number(entry["tokens"]), compared, *kls, share
 
 
-def main() -> int:
-    """Measure, print, write; exit code 2 for a run that cannot be."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.int8_weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; ConfigError for a file that cannot be written."""
+    parser = command_parser("int8_weights", __doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", default=RESULT, help=f"JSON file ({RESULT})")
     args = parser.parse_args()
-    try:
-        output = output_path(args.output)
-        models, errors = {}, []
-        with tempfile.TemporaryDirectory() as beside:
-            for name in reversed(NAMED):
-                directory = Path(beside) / name
-                directory.mkdir()
-                write_small_model(directory, NAMED[name])
-                models[name] = {
-                    "weight_bytes": weight_bytes(NAMED[name]),
-                    "by_threads": [
-                        measure_model(directory, threads, args.rounds)
-                        for threads in sorted({1, num_cores()})
-                    ],
-                }
-            errors = [compare(case) for case in CASES]
-    except (ConfigError, ContenderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    run = provenance(["python", "-m", "benchmarks.int8_weights", *sys.argv[1:]])
-    write_result(output, {"benchmark": "int8_weights", "models": models, "errors": errors, **run})
-    speeds = [cells for name, entry in models.items() for cells in speed_cells(name, entry)]
+    args.output = output_path(args.output)
+    return args
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the speed of every model and the error of every case."""
+    models = {}
+    with tempfile.TemporaryDirectory() as beside:
+        for name in reversed(NAMED):
+            directory = Path(beside) / name
+            directory.mkdir()
+            write_small_model(directory, NAMED[name])
+            models[name] = {
+                "weight_bytes": weight_bytes(NAMED[name]),
+                "by_threads": [
+                    measure_model(directory, threads, args.rounds)
+                    for threads in sorted({1, num_cores()})
+                ],
+            }
+        errors = [compare(case) for case in CASES]
+    return {"models": models, "errors": errors, **origin("int8_weights")}
+
+
+def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Print the tables, and put them into the document if the result is the one they are from."""
+    speeds = [cells for name, each in result["models"].items() for cells in speed_cells(name, each)]
+    errors = [cells for each in result["errors"] for cells in error_cells(each)]
     tables = {
         "int8-weights": markdown(SPEED_COLUMNS, speeds),
-        "int8-error": markdown(ERROR_COLUMNS, [c for entry in errors for c in error_cells(entry)]),
+        "int8-error": markdown(ERROR_COLUMNS, errors),
     }
     print(*tables.values(), sep="\n\n")
-    if args.output == RESULT:
+    if args.output == Path(RESULT):
         fill(DOCUMENT, tables)
-    return 0
+
+
+def main() -> int:
+    """Measure, write, print; exit code 2 for a run that cannot be."""
+    return run_command(parse_arguments, measure, show)
 
 
 if __name__ == "__main__":

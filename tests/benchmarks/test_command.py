@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.command import command_parser, names_of, origin, run_command
+from benchmarks.contender import ContenderError
 from fastserve.settings.option import ConfigError
 
 
@@ -45,11 +46,14 @@ def test_a_result_may_only_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, shown, capsys.readouterr().out) == (0, [{"ratio": 1.5}], "")
 
 
-def test_what_cannot_be_measured_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("refusal", [ConfigError("--rounds: none"), ContenderError("it ended")])
+def test_what_cannot_be_measured_is_one_line(
+    refusal: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nothing is written, and nothing shown."""
 
     def refuse() -> argparse.Namespace:
-        raise ConfigError("--rounds: none")
+        raise refusal
 
     def measure(args: argparse.Namespace) -> dict[str, Any]:
         raise AssertionError
@@ -59,7 +63,7 @@ def test_what_cannot_be_measured_is_one_line(capsys: pytest.CaptureFixture[str])
 
     assert run_command(refuse, measure, show) == 2
     captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", "error: --rounds: none\n")
+    assert (captured.out, captured.err) == ("", f"error: {refusal}\n")
 
 
 def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
