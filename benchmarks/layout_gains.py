@@ -39,6 +39,7 @@ from fastserve.engine.engine import Engine
 from fastserve.engine.interfaces import Observer
 from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.provenance import output_path
+from fastserve.host.terminal import print_table
 from fastserve.launch.engine import open_engine
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.scheduler import SchedulerConfig
@@ -226,10 +227,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
     """Print the table, and what each layout gains."""
     title = f"{args.load:g} × what FCFS completes of each layout"
-    Console().print(as_table(result["policies"], ["layout", "policy"], title))
+    print_table(as_table(result["policies"], ["layout", "policy"], title))
     for each in result["gains"]:
         told = ", ".join(f"{name} {each[name]:.2f}" for name in ("live", *PREDICTIONS))
-        Console().print(f"{each['layout']}: gain over FCFS {told}")
+        print(f"{each['layout']}: gain over FCFS {told}")
 
 
 def main() -> int:

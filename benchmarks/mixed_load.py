@@ -46,6 +46,7 @@ from fastserve.bench.serve import Target
 from fastserve.bench.serve_config import ServeBenchConfig
 from fastserve.bench.stream_client import Endpoint
 from fastserve.host.provenance import output_path, write_result
+from fastserve.host.terminal import print_table
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 
@@ -195,7 +196,7 @@ def measure(args: argparse.Namespace, folder: Path, console: Console) -> dict[st
 def show(result: dict[str, Any]) -> None:
     """Print the figures."""
     load = f"{result['requests']} requests, {result['load']:g} × capacity"
-    Console().print(as_table(result["policies"], f"{load}, both runs of each policy"))
+    print_table(as_table(result["policies"], f"{load}, both runs of each policy"))
     means = ", ".join(f"{run['policy']} {run['jct_s']['mean']:.3f}" for run in result["runs"])
     print(f"mean JCT by run: {means}")
     first = result["policies"][0]["policy"]

@@ -24,7 +24,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.progress import track
 
 from benchmarks.command import command_parser, origin, run_command
@@ -170,7 +169,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
     """Print a line a layout."""
     for row in result["layouts"]:
-        Console().print(
+        print(
             f"tp {row['tensor_parallel_size']} × pp {row['pipeline_parallel_size']}, "
             f"{row['num_requests']['layout']} requests: "
             f"{row['tokens_per_s']['layout']:.1f} tokens/s against "

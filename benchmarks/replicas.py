@@ -49,6 +49,7 @@ from fastserve.core.cost_model import CostModel
 from fastserve.core.request import Arrival, SamplingParams
 from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.provenance import output_path
+from fastserve.host.terminal import print_table
 from fastserve.launch.server import open_async_engine
 from fastserve.settings.engine import POLICIES, EngineConfig
 from fastserve.settings.option import ConfigError
@@ -292,7 +293,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
     """Print the table, runs below policies."""
     title = f"{args.load:g} × what {NUM_REPLICAS} replicas would complete; below by run"
-    Console().print(as_table([*result["policies"], *result["runs"]], ["policy"], title))
+    print_table(as_table([*result["policies"], *result["runs"]], ["policy"], title))
 
 
 def main() -> int:

@@ -55,6 +55,7 @@ from fastserve.bench.serve_report import Run, Sent, figures
 from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.json_file import read_object
 from fastserve.host.provenance import output_path
+from fastserve.host.terminal import print_table
 from fastserve.launch.engine import open_engine
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
@@ -278,7 +279,7 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    Console().print(as_table(result))
+    print_table(as_table(result))
     if path is not None:
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0

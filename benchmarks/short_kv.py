@@ -53,6 +53,7 @@ from fastserve.core.cost_model import CostModel
 from fastserve.engine.engine import Engine
 from fastserve.engine.interfaces import Observer
 from fastserve.host.provenance import output_path
+from fastserve.host.terminal import print_table
 from fastserve.launch.engine import open_engine
 from fastserve.settings.engine import POLICIES, PREEMPTION_MODES, SWAPPING_MODES, EngineConfig
 from fastserve.settings.option import ConfigError
@@ -343,7 +344,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
     """Print the table."""
-    Console().print(as_table(result))
+    print_table(as_table(result))
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ from experiments.distserve_fit import distserve_steps, fit_direct, fit_rows
 from experiments.hardware_checks import checks
 from fastserve.core.cost_model import CostModel
 from fastserve.host.provenance import ROOT, provenance
+from fastserve.host.terminal import print_table
 from fastserve.sim.hardware import FITS_FILE, HARDWARE, Fits, load_fits
 from fastserve.sim.roofline import Efficiency, Roofline
 
@@ -290,7 +291,7 @@ def main() -> int:
     for name, error in errors.items():
         shares = [f"{error[key]:.1%}" for key in ("mean_error", "p95_error", "bias")]
         table.add_row(name, f"{error['rows']:.0f}", *shares)
-    console.print(table)
+    print_table(table)
     console.print_json(json.dumps(result["measured_over_predicted"]))
     return 0
 

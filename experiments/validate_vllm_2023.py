@@ -24,6 +24,7 @@ from rich.table import Table
 
 from experiments.published_tables import PROFILES, rows_of
 from fastserve.host.provenance import ROOT, provenance
+from fastserve.host.terminal import print_table
 from fastserve.settings.scheduler import SchedulerConfig, pool_window
 from fastserve.sim.hardware import resolve_cost_model
 from fastserve.sim.sim_executor import EOS_TOKEN_ID, StepOverhead
@@ -193,7 +194,7 @@ def main() -> int:
                 f"{row['jct_error']:+.1%}",
                 f"{row['measured_ttft_s']:.3f} s", f"{row['simulated_ttft_s']:.3f} s",
             )  # fmt: skip
-        console.print(table)
+        print_table(table)
     if not is_fitting:
         command = ["python", "-m", "experiments.validate_vllm_2023"]
         result = {"provenance": provenance(command), "source": fit.source, "cases": results}

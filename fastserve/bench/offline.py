@@ -28,7 +28,7 @@ from fastserve.core.request import Arrival, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.provenance import output_path, provenance, write_result
-from fastserve.host.terminal import make_bar, make_table
+from fastserve.host.terminal import make_bar, make_table, print_table
 from fastserve.launch.engine import open_engine, require_one_engine
 from fastserve.launch.executor import count_threads
 from fastserve.settings.engine import EngineConfig
@@ -138,7 +138,7 @@ def measure_offline(bench: OfflineBenchConfig, config: EngineConfig) -> int:
     finally:
         engine.close()
     result = figures(bench, config, info, rounds[1:])  # the first was to warm up
-    Console().print(as_table(result))
+    print_table(as_table(result))
     if path is not None:
         write_result(path, result)
     return 0

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -27,7 +26,7 @@ from fastserve.core.request import Arrival, SamplingParams
 from fastserve.core.scheduler import Scheduler
 from fastserve.host.garbage_collector import quiet_garbage_collector
 from fastserve.host.provenance import output_path, provenance, write_result
-from fastserve.host.terminal import make_bar, make_table
+from fastserve.host.terminal import make_bar, make_table, print_table
 from fastserve.settings.scheduler import SchedulerConfig, pool_window
 
 PROMPT_TOKENS = (16, 256)
@@ -138,7 +137,7 @@ def measure_scheduler(config: SchedulerBenchConfig) -> int:
     with make_bar(*Progress.get_default_columns()) as progress:
         for waiting, running in progress.track(cases, description="measuring"):
             rows.append(measure_row(config, waiting, running))
-    Console().print(as_table(config.scheduling_policy, rows))
+    print_table(as_table(config.scheduling_policy, rows))
     if path is not None:
         write_rows(config, rows, path)
     return 0

@@ -34,7 +34,7 @@ from fastserve.bench.serve_report import Run, Sent, details, figures
 from fastserve.bench.stream_client import Answer, Endpoint, LostRequestError, ask, message_of
 from fastserve.host.http_client import open_client
 from fastserve.host.provenance import output_path, provenance, write_result
-from fastserve.host.terminal import make_table, say
+from fastserve.host.terminal import make_table, print_table, say
 from fastserve.settings.option import ConfigError
 
 HELLO_S = 10.0  # for the server to say which models it has
@@ -126,7 +126,7 @@ def measure_serving(config: ServeBenchConfig) -> int:
         say(f"{count} lost: {error}", style="red")
     if has_no_stream(run):
         say("every answer came in one piece: TTFT and ITL say nothing", style="yellow")
-    Console().print(as_table(result, config.percentiles()))
+    print_table(as_table(result, config.percentiles()))
     say(rates(result), stderr=False)
     return 0
 

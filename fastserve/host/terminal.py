@@ -1,7 +1,7 @@
 """What verbs show to people: lines, tables and bars that fit a terminal, and pipes without them.
 
 Rules: at a terminal lines break between words and a narrow table goes without its frame; in a pipe
-lines stay whole and no bar is drawn. Must not know: what is shown.
+lines and rows stay whole and no bar is drawn. Must not know: what is shown.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 
 NARROW = 64  # columns below which the frame of a table costs too many of them
+BOUNDLESS = 10_000  # columns of what is no terminal
 
 
 def say(text: str, *, style: str | None = None, stderr: bool = True) -> None:
@@ -42,3 +43,11 @@ def make_table(
     for heading in headings:
         table.add_column(heading, justify="right", overflow="fold")
     return table
+
+
+def print_table(table: Table) -> None:
+    """Print a table to stdout: as wide as the terminal at most, in a pipe as wide as it is."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=BOUNDLESS)
+    console.print(table)

@@ -16,7 +16,7 @@ from rich.table import Table
 from fastserve.checkpoint import locate as checkpoint
 from fastserve.core.cost_model import TERMS, CostModel
 from fastserve.host.provenance import output_path
-from fastserve.host.terminal import make_table, say
+from fastserve.host.terminal import make_table, print_table, say
 from fastserve.launch.engine import SERVER_CORES
 from fastserve.launch.executor import open_executor
 from fastserve.settings.engine import EngineConfig
@@ -52,7 +52,7 @@ def profile_model(config: EngineConfig, output: str | None) -> int:
                 path = output_path(str(kept), "without --output:")
             measurements = executor.measure(on_progress)
     cost_model = profile_file.write_profile(path, fingerprint, measurements)
-    Console().print(as_table(config.model, cost_model))
+    print_table(as_table(config.model, cost_model))
     fit_error = json.loads(path.read_text(encoding="utf-8"))["fit_error"]
     say(
         f"{len(measurements)} kinds of step on {fingerprint['device']}, "

@@ -15,11 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fastserve.host.provenance import ROOT
-from fastserve.host.terminal import make_table
+from fastserve.host.terminal import make_table, print_table
 from fastserve.settings.option import ConfigError
 
 FOLDER = ROOT / "experiments"
@@ -32,7 +31,7 @@ def reproduce(
     """Run the named experiments, or list what there is."""
     files = find(FOLDER)
     if not names:
-        Console().print(as_table(files))
+        print_table(as_table(files))
         return 0
     chosen = [choose(name, files) for name in names]
     if workers < 1:

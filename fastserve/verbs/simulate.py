@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fastserve.host.machine import num_cores
 from fastserve.host.provenance import output_path, provenance, write_result
-from fastserve.host.terminal import make_bar, make_table, say
+from fastserve.host.terminal import make_bar, make_table, print_table, say
 from fastserve.settings.option import ConfigError
 from fastserve.settings.scheduler import SchedulerConfig, StepLimits, pool_window
 from fastserve.sim.config import SIMULATED_POLICIES, SimulateConfig
@@ -70,7 +69,7 @@ def simulate(config: SimulateConfig) -> int:
         results = run_all(jobs)
     except OSError as error:  # of a journal or of trace events, which are written as it runs
         raise ConfigError(f"the files of the run cannot be written: {error}") from error
-    Console().print(as_table(config, results))
+    print_table(as_table(config, results))
     if output is not None:
         reports = [result.report for result in results]
         write_result(output, reports if config.compare else reports[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from fastserve.host.terminal import NARROW, make_bar, make_table, say
+from fastserve.host.terminal import NARROW, make_bar, make_table, print_table, say
 
 
 def test_a_line_stays_whole_in_a_pipe(capsys, monkeypatch):
@@ -45,3 +45,19 @@ def test_no_figure_is_cut_off(width):
     assert ("━" in said) is (width >= NARROW)
     assert max(map(len, said.splitlines())) <= width
     assert "/models/[new]" in " ".join(said.split())
+
+
+def test_a_row_stays_whole_in_a_pipe(capsys, monkeypatch):
+    """Whatever width is said of a terminal that is not there; at one it folds."""
+    monkeypatch.setenv("COLUMNS", "80")
+    table = make_table(*(f"a long heading {n}" for n in range(9)), title="wide")
+    table.add_row(*(f"{n}0,000,000.123" for n in range(9)))
+    print_table(table)
+    row = capsys.readouterr().out.splitlines()[4]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+        f"{n}0,000,000.123" for n in range(9)
+    ]
+    assert len(row) > 80
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    print_table(table)
+    assert len(capsys.readouterr().out.splitlines()) > 8
