@@ -12,10 +12,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from fastserve.core.messages import ExecutorOutput, SchedulerOutput, StepDone
 from fastserve.executor.block_checks import BlockChecks
@@ -24,9 +23,8 @@ from fastserve.executor.fitting import Measurement
 from fastserve.executor.in_flight import InFlight
 from fastserve.executor.opening import open_worker
 from fastserve.executor.profiler import measure, num_profiled_blocks
+from fastserve.executor.work_thread import WorkThread
 from fastserve.settings.engine import EngineConfig
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +47,9 @@ class LocalExecutor:
         is_checked: bool = False,
         is_async: bool | None = None,
     ) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastserve-compute")
+        self._thread = WorkThread("fastserve-compute")
         try:
-            self._worker, self.setup = self._call(
+            self._worker, self.setup = self._thread.call(
                 lambda: open_worker(
                     config,
                     model_dir,
@@ -64,14 +62,12 @@ class LocalExecutor:
                 )
             )
         except BaseException:
-            self._thread.shutdown()
+            self._thread.close()
             raise
         self.lookahead = int(self._worker.is_async) if lookahead is None else lookahead
         self._in_flight = InFlight(self.num_slots, self.lookahead)
         # Where a launched step is not a finished one, another thread waits for its end.
-        self._reporter = (
-            ThreadPoolExecutor(1, "fastserve-report") if self._worker.is_async else None
-        )
+        self._reporter = WorkThread("fastserve-report") if self._worker.is_async else None
 
     def measure(self, on_progress: Callable[[str, float], None]) -> list[Measurement]:
         """Measure step times while no request is known: KV from the start of the pool is lost."""
@@ -80,7 +76,7 @@ class LocalExecutor:
             self._worker.kv.touch(num_profiled_blocks(self.setup))
             return measure(self.setup, self._worker.execute, on_progress)
 
-        return self._call(measure_here)
+        return self._thread.call(measure_here)
 
     def measure_copies(self) -> CopyTimes:
         """Measure copies between the tiers while no request is known."""
@@ -95,7 +91,7 @@ class LocalExecutor:
         """Poison free places of both tiers, behind the plans submitted so far."""
         poison = self._worker.poison
         assert poison is not None, "what is not poisoned cannot be spoiled"
-        self._call(lambda: poison.spoil(device_ids, host_ids))
+        self._thread.call(lambda: poison.spoil(device_ids, host_ids))
 
     def can_submit(self) -> bool:
         """Whether a compute slot is free."""
@@ -107,7 +103,7 @@ class LocalExecutor:
         for copy in plan.copies:
             self._worker.move(copy, self._in_flight.finish_copy)
         if plan.work or plan.forget or plan.new_requests:
-            self._thread.submit(self._run, plan)
+            self._thread.submit(partial(self._run, plan))
 
     def wait(self, until: float) -> ExecutorOutput | None:
         """Return everything that finished, or None once woken or late."""
@@ -120,9 +116,9 @@ class LocalExecutor:
     def close(self) -> None:
         """Finish the step in progress and stop the threads; copies end where they are."""
         self._worker.close()
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.close()
         if self._reporter is not None:
-            self._reporter.shutdown(cancel_futures=True)
+            self._reporter.close()
 
     def _run(self, plan: SchedulerOutput) -> None:
         if self._in_flight.has_failed:
@@ -143,7 +139,7 @@ class LocalExecutor:
         if self._reporter is None:
             self._report(finish)
         else:
-            self._reporter.submit(self._report, finish)
+            self._reporter.submit(partial(self._report, finish))
 
     def _unless_broken(self, failed: StepDone) -> StepDone:
         self._worker.check_device()
@@ -158,9 +154,6 @@ class LocalExecutor:
             self._in_flight.fail(f"a step failed: {error!r}", error)
             return
         self._in_flight.finish(done)
-
-    def _call(self, function: Callable[[], T]) -> T:
-        return self._thread.submit(function).result()
 
 
 def _raise(error: BaseException) -> NoReturn:

@@ -255,6 +255,6 @@ def test_an_idle_worker_knows_no_request(checkpoint: Path, lookahead: int) -> No
         assert engine.abort(handle) is not None
         while not engine.is_idle:
             engine.step()
-        executor._call(lambda: None)  # plans before it have been carried out
+        executor._thread.call(lambda: None)  # plans before it have been carried out
         assert len(table) == 0
     engine.close()

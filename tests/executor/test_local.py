@@ -301,7 +301,7 @@ def test_a_forgotten_request_does_not_spoil_what_a_copy_brought(open_executor):
     executor.submit(copies_only(1, CopyDirection.SWAP_IN, (8,), (1,)))
     assert executor.wait(math.inf).copies == (1,)
     gate.set()
-    executor._call(lambda: None)
+    executor._thread.call(lambda: None)
     kv = executor._worker.kv
     assert torch.equal(kv.device.tensor[1], kv.host[8])
     assert not kv.host[8].isnan().any()
@@ -381,6 +381,6 @@ def test_threads_of_the_compute_thread(open_executor):
     """They are those it is given, and the thread that opened it keeps its own."""
     before = torch.get_num_threads()
     executor = open_executor(num_threads=before + 1)
-    assert executor._call(torch.get_num_threads) == before + 1
+    assert executor._thread.call(torch.get_num_threads) == before + 1
     assert executor.setup.num_threads == before + 1
     assert torch.get_num_threads() == before
