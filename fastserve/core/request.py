@@ -123,6 +123,21 @@ class SamplingParams:
         """Whether the most likely token is always taken."""
         return self.temperature < 1e-5
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether ids that were seen count less."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the most likely token is taken as the model has it, and nothing else is asked."""
+        is_changed = self.logit_bias or self.min_tokens or self.has_penalty
+        return self.is_greedy and not is_changed and self.logprobs is None
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:

@@ -42,25 +42,33 @@ class ModelRunner:
 
         Without logits there are no samples: another rank has both, or none is asked for.
         """
-        starts = np.array([work.start for work in works], np.int64)
-        counts = np.array([work.num_tokens for work in works], np.int64)
-        rows = np.array([state.row for state in states], np.int64)
-        sampled = np.array([index for index, work in enumerate(works) if work.sample], np.int64)
-        order = order_rows(starts, counts)
-        last_tokens = np.empty(len(works), np.int64)
-        last_tokens[order] = np.cumsum(counts[order]) - 1  # of each work, in the plan's order
+        order = order_rows([work.start for work in works], [work.num_tokens for work in works])
+        token_ids: list[int] = []
+        last_tokens = [0] * len(works)  # where in the batch each work ends
+        for index in order:
+            work, known_ids = works[index], states[index].token_ids
+            token_ids += known_ids[work.start : work.start + work.num_tokens]
+            last_tokens[index] = len(token_ids) - 1
+        sampled = [index for index, work in enumerate(works) if work.sample]
         everything = [index for index, work in enumerate(works) if work.logits == "all"]
-        scored = self._scored_tokens(sampled, last_tokens, counts, everything)
+        scored = [last_tokens[index] for index in sampled]
+        for index in everything:
+            stop = last_tokens[index] + 1
+            scored += range(stop - works[index].num_tokens, stop)
 
-        batch = self._build(works, states, order, starts, counts, rows, scored)
+        batch = self._build(
+            [works[index] for index in order],
+            np.array([states[index].row for index in order], np.int64),
+            token_ids,
+            None if scored == list(range(len(token_ids))) else scored,
+        )
         logits = self.model(batch, self.kv)
         if not len(logits):
             return [], {}
         samples = self._sample(
             logits[: len(sampled)] if everything else logits,
             [states[index] for index in sampled],
-            rows[sampled],
-            (starts + counts)[sampled],
+            [works[index].start + works[index].num_tokens for index in sampled],
         )
         prompt_logprobs: dict[Handle, list[TokenLogprobs]] = {}
         offset = len(sampled)
@@ -71,63 +79,42 @@ class ModelRunner:
             offset += work.num_tokens
         return samples, prompt_logprobs
 
-    def _scored_tokens(
-        self, sampled: IntArray, last_tokens: IntArray, counts: IntArray, everything: list[int]
-    ) -> IntArray | None:
-        """Return the token rows that get logits: the sampled ones, then whole chunks."""
-        scored = last_tokens[sampled]
-        for index in everything:
-            stop = last_tokens[index] + 1
-            scored = np.concatenate((scored, np.arange(stop - counts[index], stop)))
-        is_everything_in_order = len(scored) == counts.sum() and bool(
-            (scored == np.arange(len(scored))).all()
-        )
-        return None if is_everything_in_order else scored
-
     def _build(
         self,
         works: Sequence[Work],
-        states: Sequence[RequestState],
-        order: IntArray,
-        starts: IntArray,
-        counts: IntArray,
-        rows: IntArray,
-        scored: IntArray | None,
+        rows: IntArray,  # of the table
+        token_ids: Sequence[int],
+        scored: Sequence[int] | None,
     ) -> InputBatch:
-        token_ids: list[int] = []
-        for index in order.tolist():
-            start, count = works[index].start, works[index].num_tokens
-            if count == 1:
-                token_ids.append(states[index].token_ids[start])
-            else:
-                token_ids += states[index].token_ids[start : start + count]
+        """Build the batch of works that come in its order."""
+        starts = np.array([work.start for work in works], np.int64)
+        counts = np.array([work.num_tokens for work in works], np.int64)
         block_size = self.kv.block_size
-        width = -(-int((starts + counts).max()) // block_size)
+        width = -(-max([work.start + work.num_tokens for work in works]) // block_size)
         return build_input_batch(
             token_ids=np.array(token_ids, np.int64),
-            starts=starts[order],
-            counts=counts[order],
-            tables=self.table.blocks[rows[order], :width],
-            scored=scored,
+            starts=starts,
+            counts=counts,
+            tables=self.table.blocks[rows, :width],
+            scored=None if scored is None else np.array(scored, np.int64),
             block_size=block_size,
             device=self.input_device,
         )
 
     def _sample(
-        self,
-        logits: Tensor,
-        states: Sequence[RequestState],
-        rows: IntArray,
-        positions: IntArray,
+        self, logits: Tensor, states: Sequence[RequestState], positions: Sequence[int]
     ) -> list[Sample]:
         """Draw the id at `positions` of each row, and add it to what the worker knows."""
         if not states:
             return []
+        if all(state.is_plain for state in states):
+            drawn = sample(logits, None, None)
+            return [Sample(token_id) for token_id in self._take(drawn, states, positions)]
         table = self.table
-        drawn = sample(
-            logits, self._draws(rows, positions), self._adjustments(states, rows, positions)
-        )
-        token_ids = self._take(drawn, states, positions.tolist())
+        rows = np.array([state.row for state in states], np.int64)
+        places = np.array(positions, np.int64)
+        drawn = sample(logits, self._draws(rows, places), self._adjustments(states, rows, places))
+        token_ids = self._take(drawn, states, positions)
         num_logprobs = table.num_logprobs[rows]
         samples = [Sample(token_id) for token_id in token_ids]
         if (num_logprobs >= 0).any():

@@ -29,6 +29,7 @@ class RequestState:
     __slots__ = (
         "banned_ids",
         "epoch",
+        "is_plain",
         "last_logits",
         "num_prompt_tokens",
         "params",
@@ -41,6 +42,7 @@ class RequestState:
         self.row = row
         self.num_prompt_tokens = new.num_prompt_tokens
         self.params: SamplingParams = new.params
+        self.is_plain = new.params.is_plain
         self.token_ids: list[int] = list(new.cached_token_ids)
         ending = new.params.ending_ids(eos_token_ids) if new.params.min_tokens else ()
         self.banned_ids = sorted(ending)  # until there are min_tokens
@@ -90,11 +92,7 @@ class RequestTable:
         self.min_tokens[row] = params.min_tokens
         self.is_greedy[row] = params.is_greedy
         self.has_bias[row] = bool(params.logit_bias)
-        self.has_penalty[row] = (
-            params.repetition_penalty != 1.0
-            or params.presence_penalty != 0.0
-            or params.frequency_penalty != 0.0
-        )
+        self.has_penalty[row] = params.has_penalty
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self.temperature[row] = min(params.temperature, MAX_TEMPERATURE)
         self.top_k[row] = params.top_k

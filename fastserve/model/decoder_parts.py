@@ -46,7 +46,7 @@ class Embedding:
 
     def _rows(self, token_ids: Tensor) -> Tensor:
         if self.group.size == 1:
-            return F.embedding(token_ids, self.tokens)
+            return self.tokens.index_select(0, token_ids)
         here = token_ids - self.group.rank * len(self.tokens)
         is_elsewhere = (here < 0) | (here >= len(self.tokens))
         rows = F.embedding(here.masked_fill_(is_elsewhere, 0), self.tokens)
@@ -125,4 +125,6 @@ class Head:
         logits = self.group.gather(self.vocabulary(hidden))
         if logits is None:
             return hidden.new_empty((0, self.vocab_size), dtype=torch.float32)
-        return logits[:, : self.vocab_size].float().contiguous()
+        if logits.shape[1] > self.vocab_size:  # the last rank's part is filled up
+            logits = logits[:, : self.vocab_size]
+        return logits.float().contiguous()

@@ -9,6 +9,7 @@ Must not know: requests, sampling, kernels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,9 +44,11 @@ class InputBatch:
     scored: Tensor | None  # [num_scored] token rows that get logits; None: every row in order
 
 
-def order_rows(starts: IntArray, counts: IntArray) -> IntArray:
+def order_rows(
+    starts: Sequence[int] | IntArray, counts: Sequence[int] | IntArray
+) -> list[int]:  # [num_rows]
     """Return the order in which rows enter a batch: single tokens by context, then chunks."""
-    return np.lexsort((starts, counts > 1))
+    return sorted(range(len(starts)), key=lambda row: (counts[row] > 1, starts[row]))
 
 
 def build_input_batch(
@@ -64,20 +67,22 @@ def build_input_batch(
     used = (contexts + block_size - 1) // block_size
     tables = np.where(np.arange(tables.shape[1]) < used[:, None], tables, tables[:, :1])
     if num_rows == num_tokens:
-        rows, positions = np.arange(num_rows), starts
+        rows, positions, num_single = np.arange(num_rows), starts, num_rows
     else:
         rows = np.repeat(np.arange(num_rows), counts)
         first = np.cumsum(counts) - counts
         positions = np.arange(num_tokens) + np.repeat(starts - first, counts)
+        num_single = int(np.count_nonzero(counts == 1))
+    columns, offsets = np.divmod(positions, block_size)
 
     def tensor(array: IntArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     return InputBatch(
-        rows=Rows(starts, counts, contexts, used, tables, int(np.count_nonzero(counts == 1))),
+        rows=Rows(starts, counts, contexts, used, tables, num_single),
         token_ids=tensor(token_ids),
         positions=tensor(positions),
-        write_blocks=tensor(tables[rows, positions // block_size]),
-        write_offsets=tensor(positions % block_size),
+        write_blocks=tensor(tables[rows, columns]),
+        write_offsets=tensor(offsets),
         scored=None if scored is None else tensor(scored),
     )

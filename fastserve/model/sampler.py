@@ -88,8 +88,8 @@ def sample(
             drawn = torch.where(_to(logits, draws.is_greedy), best, drawn)
     if best.device.type == "cpu":
         # Four operations of torch take three times as long as these on few rows.
-        largest = logits.numpy()[np.arange(len(best)), best.numpy()].tolist()
-        if math.isfinite(sum(largest)):
+        values, ids = logits.numpy(), best.tolist()
+        if math.isfinite(sum(values.item(row, token_id) for row, token_id in enumerate(ids))):
             return drawn
     is_number = logits.gather(1, best[:, None])[:, 0].isfinite()
     return drawn.masked_fill_(~is_number, NO_TOKEN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from array import array
 from collections.abc import Sequence
@@ -166,6 +167,26 @@ def test_good_parameters() -> None:
         "a",
         "b",
     )
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"temperature": 0.7},
+        {"logit_bias": {3: 1.0}},
+        {"min_tokens": 1},
+        {"logprobs": 0},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"repetition_penalty": 1.1},
+    ],
+    ids=str,
+)
+def test_what_asks_for_more_than_the_likeliest_ids_is_not_plain(asked: dict[str, Any]) -> None:
+    """Filters and seeds change nothing of it, for they are about what is drawn at random."""
+    greedy = SamplingParams(temperature=0.0, top_k=3, top_p=0.5, min_p=0.1, seed=1)
+    assert greedy.is_plain
+    assert not dataclasses.replace(greedy, **asked).is_plain
 
 
 def test_an_arrival_cannot_be_changed_from_outside() -> None:

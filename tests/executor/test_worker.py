@@ -23,6 +23,7 @@ from fastserve.executor import opening
 from fastserve.executor.opening import Opened
 from fastserve.executor.profiler import run_step
 from fastserve.executor.worker import Worker
+from fastserve.model.decoder_parts import Embedding
 from fastserve.settings.engine import EngineConfig
 from fastserve.settings.option import ConfigError
 from tests.checkpoints import (
@@ -367,13 +368,13 @@ def test_the_network_always_runs_in_inference_mode(llama, monkeypatch):
     """Plans and the profiler's steps, on whichever thread."""
     worker = open_worker(llama[0])
     modes = []
-    embed = torch.nn.functional.embedding
+    embed = Embedding.__call__
 
     def watch(*arguments):
         modes.append(torch.is_inference_mode_enabled())
         return embed(*arguments)
 
-    monkeypatch.setattr(torch.nn.functional, "embedding", watch)
+    monkeypatch.setattr(Embedding, "__call__", watch)
     with ThreadPoolExecutor(1) as thread:
         thread.submit(run_step, worker.execute, ((4, 0),), BLOCK_SIZE).result()
     make_driver(worker).run(Driven(random_prompt(5, seed=1), num_tokens=2))

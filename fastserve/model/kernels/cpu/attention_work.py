@@ -30,16 +30,15 @@ class AttentionWork:
 
 def attention_work(rows: Rows, group_size: int) -> AttentionWork:
     """Cut the rows of a step into pieces; a token has `group_size` queries for a key-value head."""
+    if rows.num_single == len(rows.counts):
+        return _single_tokens(rows)
     size = max(PIECE_QUERIES // group_size, 1)
     counts, starts = rows.counts, rows.starts
     first_tokens = np.cumsum(counts) - counts
-    if rows.num_single == len(counts):
-        row_ids, inner = np.arange(len(counts)), np.zeros_like(counts)
-    else:
-        parts = (counts + size - 1) // size
-        row_ids = np.repeat(np.arange(len(counts)), parts)
-        first_parts = np.cumsum(parts) - parts
-        inner = (np.arange(len(row_ids)) - first_parts[row_ids]) * size
+    parts = (counts + size - 1) // size
+    row_ids = np.repeat(np.arange(len(counts)), parts)
+    first_parts = np.cumsum(parts) - parts
+    inner = (np.arange(len(row_ids)) - first_parts[row_ids]) * size
     tokens = np.minimum(counts[row_ids] - inner, size)
     positions = starts[row_ids] + inner
     pieces = np.stack((first_tokens[row_ids] + inner, tokens, row_ids, positions), axis=1)
@@ -47,3 +46,13 @@ def attention_work(rows: Rows, group_size: int) -> AttentionWork:
     order = np.argsort(-costs, kind="stable")
     tables = np.ascontiguousarray(rows.tables)
     return AttentionWork(np.ascontiguousarray(pieces[order]), tables, int(costs.sum()))
+
+
+def _single_tokens(rows: Rows) -> AttentionWork:
+    """Make each row a piece; rows come by context, the shortest first."""
+    num_rows = len(rows.starts)
+    pieces = np.empty((num_rows, 4), np.int64)
+    pieces[:, 0] = pieces[:, 2] = np.arange(num_rows)[::-1]
+    pieces[:, 1] = 1
+    pieces[:, 3] = rows.starts[::-1]
+    return AttentionWork(pieces, np.ascontiguousarray(rows.tables), int(rows.contexts.sum()))
