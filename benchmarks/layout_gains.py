@@ -29,7 +29,7 @@ from rich.progress import Progress
 from benchmarks.command import command_parser, origin, run_command
 from benchmarks.new_cache import use_new_cache
 from benchmarks.predictions import PREDICTIONS, Row, as_table, describe, together
-from benchmarks.short_kv import LONG_SHARE, LONG_TOKENS, PROMPT_TOKENS, SHORT_TOKENS, draw
+from benchmarks.short_kv_workload import LONG_SHARE, LONG_TOKENS, PROMPT_TOKENS, SHORT_TOKENS, draw
 from benchmarks.small_model import NAMED, write_small_model
 from benchmarks.timed_engine import Run, new_engine, run_live, run_simulated
 from experiments.validate_cpu import Beside, Speed, combined, profiled

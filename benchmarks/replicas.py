@@ -39,7 +39,7 @@ from benchmarks.journals import Journalled, observe
 from benchmarks.mixed_workload import NUM_IDS
 from benchmarks.new_cache import forget_measurements, use_new_cache
 from benchmarks.predictions import Row, as_table, describe, together
-from benchmarks.short_kv import LONG_SHARE, LONG_TOKENS, PROMPT_TOKENS, SHORT_TOKENS, draw
+from benchmarks.short_kv_workload import LONG_SHARE, LONG_TOKENS, PROMPT_TOKENS, SHORT_TOKENS, draw
 from benchmarks.small_model import NAMED, write_small_model
 from experiments.validate_cpu import Beside, Speed, combined
 from experiments.workload_traces import saturated_throughput

@@ -30,9 +30,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -45,61 +44,26 @@ from benchmarks.short_kv_figures import (
     describe_pairs,
     mean_jcts,
 )
+from benchmarks.short_kv_rig import FITTING_SEQS, MAX_NUM_SEQS, UNPACED, Arm, Rig, bandwidth_for
+from benchmarks.short_kv_workload import (
+    LONG_SHARE,
+    LONG_TOKENS,
+    PROMPT_TOKENS,
+    SHORT_TOKENS,
+    draw,
+)
 from benchmarks.small_model import NAMED, write_small_model
-from benchmarks.timed_engine import Run, new_engine, run_live, run_simulated
+from benchmarks.timed_engine import Run, run_simulated
 from experiments.validate_cpu import Beside, Speed, combined, profiled
 from experiments.workload_traces import saturated_throughput
 from fastserve.core.cost_model import CostModel
-from fastserve.engine.engine import Engine
-from fastserve.engine.interfaces import Observer
 from fastserve.host.provenance import output_path
 from fastserve.host.terminal import print_table
-from fastserve.launch.engine import open_engine
-from fastserve.settings.engine import POLICIES, PREEMPTION_MODES, SWAPPING_MODES, EngineConfig
-from fastserve.settings.option import ConfigError
-from fastserve.settings.scheduler import SchedulerConfig
-from fastserve.sim.generators import arrivals
 from fastserve.sim.sim_executor import StepOverhead
-from fastserve.sim.simulator import Machine
 from fastserve.sim.workload import Workload
-from fastserve.wire.engine_messages import EngineInfo
-
-if TYPE_CHECKING:
-    from fastserve.executor.copy_times import CopyTimes
-    from fastserve.executor.local import LocalExecutor
 
 RESULTS = Path("benchmarks/results")
-PROMPT_TOKENS, SHORT_TOKENS, LONG_TOKENS = (50, 100), (8, 32), (150, 300)
-LONG_SHARE = 0.2
-MAX_NUM_SEQS = 16
-SHORT_POOL, AMPLE_POOL = 32, 512  # blocks of 16 tokens
-FITTING_SEQS = 4  # of mean size, in the short pool
-SWAP_SPACE = 0.5  # GiB
-TOKEN_COPY_SHARE = 1e-3  # of a decode step
 CAPACITY_REQUESTS = 40
-UNPACED = "unpaced"
-
-
-class Arm(NamedTuple):
-    """What is compared. Without a host tier every mode recomputes."""
-
-    policy: str
-    mode: str
-    is_paced: bool = True
-
-    @classmethod
-    def parse(cls, text: str) -> Arm:
-        """Read policy/mode or policy/mode/unpaced; ConfigError for anything else."""
-        policy, _, rest = text.partition("/")
-        mode, _, pace = rest.partition("/")
-        if policy not in POLICIES or mode not in PREEMPTION_MODES or pace not in ("", UNPACED):
-            raise ConfigError(f"--arms: not policy/mode[/{UNPACED}]: {text}")
-        return cls(policy, mode, not pace)
-
-    def __str__(self) -> str:
-        return "/".join((self.policy, self.mode, *([] if self.is_paced else [UNPACED])))
-
-
 MODES = ("recompute", "defer", "reactive", "proactive")
 ARMS = (
     Arm("fcfs", "recompute"),
@@ -109,75 +73,6 @@ ARMS = (
 )
 HOST_TIER, DEVICE_ONLY = Arm("learned", "proactive"), Arm("fcfs", "recompute")
 """The pair of --low-load."""
-
-
-def draw(num_requests: int, rate: float, seed: int) -> Workload:
-    """Return rows whose lengths are spread evenly over their ranges, in random order.
-
-    Their mean, and that of the gaps between them, is the same for every seed.
-    """
-    rng = np.random.default_rng(seed)
-    num_long = round(LONG_SHARE * num_requests)
-    longs = np.linspace(*LONG_TOKENS, num_long)
-    shorts = np.linspace(*SHORT_TOKENS, num_requests - num_long)
-    prompts, outputs = (
-        rng.permutation(lengths.round().astype(np.int64))
-        for lengths in (np.linspace(*PROMPT_TOKENS, num_requests), np.concatenate((longs, shorts)))
-    )
-    due = arrivals(rng, num_requests, 1.0)
-    workload = Workload(arrived_at=due - due[0], prompt_tokens=prompts, output_tokens=outputs)
-    return workload.faster(rate / workload.rate)
-
-
-@dataclass(frozen=True, slots=True)
-class Rig:
-    """A loaded model, its two tiers and the link between them, measured."""
-
-    engine: Engine
-    info: EngineInfo
-    link: CopyTimes
-
-    @classmethod
-    def open(cls, args: argparse.Namespace, folder: Path, bandwidth: float | None) -> Rig:
-        """Load the model; `bandwidth` is in GB/s."""
-        named = {"model": str(folder / args.model), "load_format": "dummy"}
-        config = EngineConfig(
-            **named if args.model in NAMED else {"model": args.model},
-            num_threads=1,  # the other core is for the copies and the scheduler
-            max_num_seqs=MAX_NUM_SEQS,
-            num_device_blocks=AMPLE_POOL if args.low_load else SHORT_POOL,
-            preemption_mode="proactive",
-            swap_space=SWAP_SPACE,
-            swap_bandwidth=bandwidth,
-        )
-        engine, info = open_engine(config)
-        return cls(engine, info, local(engine).measure_copies())
-
-    def config(self, arm: Arm) -> SchedulerConfig:
-        """Return the settings of a scheduler."""
-        return dataclasses.replace(
-            self.engine.scheduler.config, scheduling_policy=arm.policy, preemption_mode=arm.mode
-        )
-
-    def machine(self, arm: Arm, cost: CostModel, overhead: StepOverhead) -> Machine:
-        """Return costs and tiers: no host and no link for a mode that does not swap."""
-        is_swapping, link = arm.mode in SWAPPING_MODES, self.link
-        if is_swapping:
-            cost = dataclasses.replace(cost, copy_base_s=link.base_s, copy_block_s=link.block_s)
-        return Machine(
-            cost_model=cost,
-            num_device_blocks=self.info.num_device_blocks,
-            num_host_blocks=self.info.num_host_blocks if is_swapping else 0,
-            block_bytes=self.info.block_bytes,
-            overhead=overhead,
-        )
-
-    def run(self, arm: Arm, cost: CostModel, workload: Workload, observer: Observer) -> Run:
-        """Run a workload under a scheduler of its own."""
-        machine = self.machine(arm, cost, StepOverhead())
-        engine = new_engine(self.engine.executor, self.config(arm), machine)
-        engine.observers = (observer,)
-        return run_live(engine, workload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,22 +124,6 @@ class Bench:
             order = (HOST_TIER, DEVICE_ONLY)[:: -1 if number % 2 else 1]
             pairs.append({str(arm): self.run(arm, workload).run for arm in order})
         return pairs
-
-
-def local(engine: Engine) -> LocalExecutor:
-    """Return the executor as what it is."""
-    from fastserve.executor.local import LocalExecutor
-
-    assert isinstance(engine.executor, LocalExecutor)
-    return engine.executor
-
-
-def bandwidth_for(rig: Rig, cost: CostModel) -> float:
-    """Return the GB/s at which a token's KV takes its share of a decode step of a full pool."""
-    tokens = SHORT_POOL * rig.engine.scheduler.config.block_size
-    step_s = cost.step_s([(1, tokens // FITTING_SEQS)] * FITTING_SEQS)
-    token_bytes = rig.info.block_bytes / rig.engine.scheduler.config.block_size
-    return token_bytes / (TOKEN_COPY_SHARE * step_s) / 1e9
 
 
 @contextlib.contextmanager

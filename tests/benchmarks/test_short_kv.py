@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import short_kv
-from benchmarks.short_kv import Arm
+from benchmarks.short_kv_rig import AMPLE_POOL, MAX_NUM_SEQS, SHORT_POOL, Arm
+from benchmarks.short_kv_workload import draw
 
 FEW = ["--model", "demo", "--seconds", "0.5", "--capacity-requests", "12"]
 
@@ -25,7 +26,7 @@ def run(monkeypatch, tmp_path, *words):
 
 def test_every_seed_asks_for_the_same_work_in_another_order():
     """Or a way back would have another load than the way there."""
-    one, other = (short_kv.draw(30, 2.0, seed) for seed in (1, 2))
+    one, other = (draw(30, 2.0, seed) for seed in (1, 2))
     for column in ("prompt_tokens", "output_tokens"):
         first, second = getattr(one, column), getattr(other, column)
         assert sorted(first) == sorted(second)
@@ -37,12 +38,12 @@ def test_every_seed_asks_for_the_same_work_in_another_order():
 
 def test_the_pool_is_for_four_of_mean_size_and_the_batch_for_more():
     """Any request fits alone, and the batch's requests do not fit together."""
-    workload = short_kv.draw(100, 1.0, 0)
+    workload = draw(100, 1.0, 0)
     sizes = workload.prompt_tokens + workload.output_tokens
-    pool = 16 * short_kv.SHORT_POOL
+    pool = 16 * SHORT_POOL
     assert sizes.max() < pool
     assert 3 <= pool / sizes.mean() <= 4
-    assert short_kv.MAX_NUM_SEQS * sizes.mean() > 3 * pool
+    assert MAX_NUM_SEQS * sizes.mean() > 3 * pool
 
 
 @pytest.mark.parametrize("text", ["fcfs", "nonsense/recompute", "fcfs/ideal", "fcfs/defer/slow"])
@@ -83,6 +84,6 @@ def test_at_low_load_nothing_is_preempted_and_nothing_moves_for_need(monkeypatch
     """Or the pool would not be one for everybody."""
     found = run(monkeypatch, tmp_path, *FEW, "--low-load", "--pairs", "2")
     assert len(found["ratios"]) == 2
-    assert found["num_device_blocks"] == short_kv.AMPLE_POOL
+    assert found["num_device_blocks"] == AMPLE_POOL
     assert found["blocks_copied_for_need"] == 0
     assert set(found["preemptions"].values()) == {0}
