@@ -332,14 +332,15 @@ struct Attend {
 };
 
 template <typename T>
-void attend(const AttendArgs& args, int64_t chunk, int64_t thread) {
+void attend(const AttendArgs& args, Chunks chunks, int64_t thread) {
   const Attend<T> kernel(args);
   float* scratch = args.scratch + thread * args.scratch_stride;
   const int64_t share = args.kv_heads / args.parts;
-  const int64_t* piece = args.pieces + chunk / args.parts * 4;
-  const int64_t head = chunk % args.parts * share;
-  if (piece[1] == 1) return kernel.heads(piece, head, share, scratch);
-  for (int64_t h = head; h < head + share; h++) kernel.heads(piece, h, 1, scratch);
+  for (int64_t chunk = chunks.first; chunk < chunks.stop; chunk++) {
+    const int64_t* piece = args.pieces + chunk / args.parts * 4;
+    const int64_t head = chunk % args.parts * share, num = piece[1] == 1 ? share : 1;
+    for (int64_t h = head; h < head + share; h += num) kernel.heads(piece, h, num, scratch);
+  }
 }
 
 }  // namespace

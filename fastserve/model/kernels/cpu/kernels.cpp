@@ -8,7 +8,7 @@
 
 namespace {
 
-template <typename Args, void (*kernel)(const Args&, int64_t, int64_t)>
+template <typename Args, void (*kernel)(const Args&, Chunks, int64_t)>
 void run_stage(Threads& threads, const Args& args) {
   const Stage stage = stage_of<Args, kernel>(args);
   if (stage.chunks > 0) threads.run(&stage, &stage + 1);

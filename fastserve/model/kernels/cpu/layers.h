@@ -53,8 +53,8 @@ struct GatherArgs {
 };
 
 template <typename T>
-void gather(const GatherArgs& args, int64_t chunk, int64_t) {
-  for_rows(chunk, args.rows, args.width, [&](int64_t row) {
+void gather(const GatherArgs& args, Chunks chunks, int64_t) {
+  for_rows(chunks, args.rows, args.width, [&](int64_t row) {
     std::memcpy((T*)args.out + row * args.width, (const T*)args.x + args.picked[row] * args.width,
                 args.width * sizeof(T));
   });

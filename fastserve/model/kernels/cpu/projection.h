@@ -21,6 +21,7 @@ namespace {
 constexpr int64_t PANEL = 64;        // outputs
 constexpr int64_t ROWS_OF_TASK = 96;  // rows of a chunk: they stay in the cache while panels pass
 constexpr int64_t WIDENED_ROWS = 13;  // from so many on, a panel of int8 is widened in memory
+constexpr int64_t LINE = 64;          // bytes of the cache
 constexpr int64_t AHEAD = 4096;       // bytes of a panel that are under way while it is widened
 
 struct ProjectArgs {
@@ -37,6 +38,12 @@ struct ProjectArgs {
 
   int64_t parts() const { return (width + columns - 1) / columns; }
   int64_t chunks() const { return (rows + ROWS_OF_TASK - 1) / ROWS_OF_TASK * parts(); }
+};
+
+// What is called for from memory while a block is computed: so many bytes with each step.
+struct Ahead {
+  const char* from;
+  int64_t step;
 };
 
 // A call of its own, so that every block rounds alike before it adds something.
@@ -57,10 +64,11 @@ struct Project {
 #endif
   static constexpr int64_t STEP = PANEL * Product::PER_LANE;  // numbers of a panel
   const ProjectArgs& args;
+  const char* next = nullptr;  // the panel of the thread's next chunk, where it is to be called for
 
   // R rows times 16 * C columns of a panel.
   template <int R, int C, typename W>
-  INLINE void block(const T* x, const W* panel, int64_t row, int64_t column) const {
+  INLINE void block(const T* x, const W* panel, int64_t row, int64_t column, Ahead ahead) const {
     const int64_t steps = args.depth / Product::PER_LANE, stride = args.depth;
     F16 sums[R][C];
 #pragma GCC unroll 8
@@ -77,6 +85,9 @@ struct Project {
         for (int c = 0; c < C; c++)
           sums[r][c] = Product::multiply_add(lane, columns[c], sums[r][c]);
       }
+      __builtin_prefetch(ahead.from, 0, 2);
+      __builtin_prefetch(ahead.from + ahead.step - LINE, 0, 2);
+      ahead.from += ahead.step;
       panel += STEP;
     }
     if constexpr (sizeof(W) == 1)
@@ -117,17 +128,28 @@ struct Project {
 
   template <int C, typename W>
   void blocks(const W* panel, int64_t first, int64_t stop, int64_t column) const {
+    int64_t num = (stop - first + MOST_ROWS - 1) / MOST_ROWS, called = 0;
+    // One block reads its panel from memory, others again from the cache: the next panel comes evenly
+    // over all of them, so that memory does not wait for sums. A single block needs no help.
+    const int64_t steps = args.depth / Product::PER_LANE, panel_bytes = steps * STEP * number_bytes();
+    const int64_t share = (STEP * number_bytes() + num * LINE - 1) / (num * LINE) * LINE;
+    const bool calls = next && num > 1;
     // As even as they can be: a block of few rows does not hide how long a sum takes.
-    for (int64_t num = (stop - first + MOST_ROWS - 1) / MOST_ROWS; num > 0; num--) {
+    for (; num > 0; num--) {
+      Ahead ahead{(const char*)panel, LINE};  // which is here
+      if (calls && called < panel_bytes) {
+        ahead = Ahead{next + called, share};
+        called += steps * share;
+      }
       const int64_t rows = (stop - first + num - 1) / num;
       const T* x = (const T*)args.x + first * args.depth;
       switch (rows) {
-        case 1: block<1, C>(x, panel, first, column); break;
-        case 2: block<2, C>(x, panel, first, column); break;
-        case 3: block<3, C>(x, panel, first, column); break;
-        case 4: block<4, C>(x, panel, first, column); break;
-        case 5: block<5, C>(x, panel, first, column); break;
-        default: block<6, C>(x, panel, first, column);
+        case 1: block<1, C>(x, panel, first, column, ahead); break;
+        case 2: block<2, C>(x, panel, first, column, ahead); break;
+        case 3: block<3, C>(x, panel, first, column, ahead); break;
+        case 4: block<4, C>(x, panel, first, column, ahead); break;
+        case 5: block<5, C>(x, panel, first, column, ahead); break;
+        default: block<6, C>(x, panel, first, column, ahead);
       }
       first += rows;
     }
@@ -199,11 +221,19 @@ struct Project {
     return widened;
   }
 
+  int64_t number_bytes() const { return args.scales ? 1 : sizeof(T); }
+
+  // Where the columns of a chunk begin, in numbers of the weight.
+  int64_t start_of(int64_t chunk) const {
+    const int64_t column = chunk % args.parts() * args.columns;
+    return column / PANEL * args.panel_stride + column % PANEL * Product::PER_LANE;
+  }
+
   void chunk(int64_t chunk) const {
     const int64_t first = chunk / args.parts() * ROWS_OF_TASK;
     const int64_t stop = first + ROWS_OF_TASK < args.rows ? first + ROWS_OF_TASK : args.rows;
     const int64_t column = chunk % args.parts() * args.columns;
-    const int64_t start = column / PANEL * args.panel_stride + column % PANEL * Product::PER_LANE;
+    const int64_t start = start_of(chunk);
     const int8_t* numbers = (const int8_t*)args.panels + start;
     const T* weights = (const T*)args.panels + start;
     if (is_for_tiles(stop - first))
@@ -218,8 +248,16 @@ struct Project {
 };
 
 template <typename T>
-void project(const ProjectArgs& args, int64_t chunk, int64_t) {
-  Project<T>{args}.chunk(chunk);
+void project(const ProjectArgs& args, Chunks chunks, int64_t) {
+  Project<T> kernel{args};
+  // Several threads take turns by themselves: one reads while another computes.
+  const bool is_alone = chunks.stop - chunks.first == args.chunks();
+  const bool calls = is_alone && 16 * kernel.MOST_COLUMNS == PANEL && args.columns == PANEL;
+  for (int64_t chunk = chunks.first; chunk < chunks.stop; chunk++) {
+    const char* next = (const char*)args.panels + kernel.start_of(chunk + 1) * kernel.number_bytes();
+    kernel.next = calls && chunk + 1 < chunks.stop ? next : nullptr;
+    kernel.chunk(chunk);
+  }
 }
 
 }  // namespace

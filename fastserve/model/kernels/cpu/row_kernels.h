@@ -41,9 +41,9 @@ INLINE void rms_norm_row(const T* x, const T* weight, T* out, int64_t width, flo
 }
 
 template <typename T>
-void rms_norm(const NormArgs& args, int64_t chunk, int64_t) {
+void rms_norm(const NormArgs& args, Chunks chunks, int64_t) {
   const int64_t width = args.width;
-  for_rows(chunk, args.rows, width, [&](int64_t row) {
+  for_rows(chunks, args.rows, width, [&](int64_t row) {
     const T* x = (const T*)args.x + row * width;
     T* out = (T*)args.out + row * width;
     rms_norm_row(x, (const T*)args.weight, out, width, float(args.eps));
@@ -51,10 +51,10 @@ void rms_norm(const NormArgs& args, int64_t chunk, int64_t) {
 }
 
 template <typename T>
-void layer_norm(const NormArgs& args, int64_t chunk, int64_t) {
+void layer_norm(const NormArgs& args, Chunks chunks, int64_t) {
   const int64_t width = args.width;
   const T *weight = (const T*)args.weight, *bias = (const T*)args.bias;
-  for_rows(chunk, args.rows, width, [&](int64_t row) {
+  for_rows(chunks, args.rows, width, [&](int64_t row) {
     const T* x = (const T*)args.x + row * width;
     T* out = (T*)args.out + row * width;
     F16 total{};
@@ -88,9 +88,9 @@ struct HeadNormArgs {
 };
 
 template <typename T>
-void head_rms_norm(const HeadNormArgs& args, int64_t chunk, int64_t) {
+void head_rms_norm(const HeadNormArgs& args, Chunks chunks, int64_t) {
   const int64_t dim = args.head_dim;
-  for_rows(chunk, args.tokens, args.token_stride, [&](int64_t token) {
+  for_rows(chunks, args.tokens, args.token_stride, [&](int64_t token) {
     T* qkv = (T*)args.qkv + token * args.token_stride;
     const T* weight = (const T*)args.weight;
     for (int64_t i = 0; i < args.heads * dim; i += dim)
@@ -109,9 +109,9 @@ struct SiluArgs {
 };
 
 template <typename T>
-void silu_mul(const SiluArgs& args, int64_t chunk, int64_t) {
+void silu_mul(const SiluArgs& args, Chunks chunks, int64_t) {
   const int64_t width = args.width;
-  for_rows(chunk, args.rows, width, [&](int64_t row) {
+  for_rows(chunks, args.rows, width, [&](int64_t row) {
     const T* gate = (const T*)args.gate_up + row * 2 * width;
     T* out = (T*)args.out + row * width;
     sixteens(width, [&](int64_t i, int64_t count) {
@@ -155,13 +155,13 @@ INLINE void rotate(T* head, const float* rotation, int64_t dim) {
 }
 
 template <typename T>
-void rotate_and_write(const WriteArgs& args, int64_t chunk, int64_t) {
+void rotate_and_write(const WriteArgs& args, Chunks chunks, int64_t) {
   const int64_t dim = args.head_dim, kv_width = args.kv_heads * dim;
   const int64_t rotated = args.heads * dim + kv_width, stride = rotated + kv_width;
   auto slot_of = [&](int64_t token) {
     return (T*)args.kv + args.blocks[token] * args.block_stride + args.offsets[token] * kv_width;
   };
-  for_rows(chunk, args.tokens, stride, [&](int64_t token) {
+  for_rows(chunks, args.tokens, stride, [&](int64_t token) {
     // Slots lie anywhere, and none has been near for a step: the next one is called for now.
     if (token + 1 < args.tokens) {
       const T* next = slot_of(token + 1);

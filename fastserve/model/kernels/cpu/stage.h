@@ -6,8 +6,13 @@
 
 namespace {
 
+// Chunks that a thread does one after the other.
+struct Chunks {
+  int64_t first, stop;
+};
+
 struct Stage {
-  void (*work)(const void* args, int64_t chunk, int64_t thread);
+  void (*work)(const void* args, Chunks chunks, int64_t thread);
   const void* args;
   int64_t chunks;  // fewer than 2^24
   bool is_even;    // whether one takes about as long as another
@@ -16,15 +21,15 @@ struct Stage {
 template <typename Args>
 constexpr bool IS_EVEN = true;
 
-template <typename Args, void (*kernel)(const Args&, int64_t chunk, int64_t thread)>
-void do_chunk(const void* args, int64_t chunk, int64_t thread) {
-  kernel(*(const Args*)args, chunk, thread);
+template <typename Args, void (*kernel)(const Args&, Chunks, int64_t thread)>
+void do_chunks(const void* args, Chunks chunks, int64_t thread) {
+  kernel(*(const Args*)args, chunks, thread);
 }
 
 // The stage of a kernel; arguments say how many chunks they make.
-template <typename Args, void (*kernel)(const Args&, int64_t, int64_t)>
+template <typename Args, void (*kernel)(const Args&, Chunks, int64_t)>
 Stage stage_of(const Args& args) {
-  return Stage{do_chunk<Args, kernel>, &args, args.chunks(), IS_EVEN<Args>};
+  return Stage{do_chunks<Args, kernel>, &args, args.chunks(), IS_EVEN<Args>};
 }
 
 // Rows of a chunk: some thousands of elements, which outweigh that it is handed out.
@@ -35,13 +40,13 @@ inline int64_t chunks_of(int64_t rows, int64_t width) {
   return (rows + step - 1) / step;
 }
 
-// Calls `body(row)` for the rows of a chunk.
+// Calls `body(row)` for the rows of chunks.
 template <typename Body>
-inline __attribute__((always_inline)) void for_rows(int64_t chunk, int64_t rows, int64_t width,
+inline __attribute__((always_inline)) void for_rows(Chunks chunks, int64_t rows, int64_t width,
                                                     Body body) {
-  const int64_t step = rows_of_chunk(width), first = chunk * step;
-  const int64_t stop = first + step < rows ? first + step : rows;
-  for (int64_t row = first; row < stop; row++) body(row);
+  const int64_t step = rows_of_chunk(width);
+  const int64_t stop = chunks.stop * step < rows ? chunks.stop * step : rows;
+  for (int64_t row = chunks.first * step; row < stop; row++) body(row);
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ class Alone : public Threads {
  public:
   void run(const Stage* first, const Stage* end) override {
     for (; first != end; first++)
-      for (int64_t chunk = 0; chunk < first->chunks; chunk++) first->work(first->args, chunk, 0);
+      first->work(first->args, Chunks{0, first->chunks}, 0);
   }
 };
 
@@ -64,7 +64,7 @@ class OpenMP : public Threads {
     const int64_t thread = shared.threads.fetch_add(1, std::memory_order_relaxed);
     for (int64_t chunk; (chunk = shared.chunks.fetch_add(1, std::memory_order_relaxed)) <
                         shared.stage.chunks;)
-      shared.stage.work(shared.stage.args, chunk, thread);
+      shared.stage.work(shared.stage.args, Chunks{chunk, chunk + 1}, thread);
   }
 
   Parallel* const parallel_;
@@ -178,8 +178,7 @@ class Team : public Threads {
       if (!tickets_.compare_exchange_weak(tickets, tickets - uint64_t(taken))) continue;
       const Stage& stage = *stage_;
       const int64_t first = stage.chunks - left;
-      for (int64_t chunk = first; chunk < first + taken; chunk++)
-        stage.work(stage.args, chunk, thread);
+      stage.work(stage.args, Chunks{first, first + taken}, thread);
       done += taken;
       if (is_interrupted()) break;
       tickets = tickets_.load(std::memory_order_acquire);

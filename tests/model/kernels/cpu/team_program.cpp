@@ -26,15 +26,17 @@ struct Work {
   int64_t chunks() const { return count; }
 };
 
-void work(const Work& args, int64_t chunk, int64_t thread) {
+void work(const Work& args, Chunks chunks, int64_t thread) {
   if (thread < 0 || thread >= args.threads) failures++;
   if (thread > 0) helped++;
   if (args.before) {
     for (auto& times : args.before->times) failures += times.load(std::memory_order_relaxed) != 1;
     failures += args.before->plain != 1;
   }
-  if (chunk == 0) const_cast<Work&>(args).plain = 1;
-  const_cast<Work&>(args).times[chunk].fetch_add(1, std::memory_order_relaxed);
+  Work& changed = const_cast<Work&>(args);
+  if (chunks.first == 0) changed.plain = 1;
+  for (int64_t chunk = chunks.first; chunk < chunks.stop; chunk++)
+    changed.times[chunk].fetch_add(1, std::memory_order_relaxed);
 }
 
 }  // namespace
