@@ -2,11 +2,15 @@
 
 Rules: what has been learned takes effect at once for all, when it has changed by enough: then the
 `version` counts up, and whoever keeps something made from it makes that anew. In between, equal
-questions have equal answers, but for those that were dropped for new ones to be kept.
+questions have equal answers, but for those that MAX_ANSWERS others have been asked after.
 Must not know: requests, orders.
 """
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Generic, TypeVar
 
 from fastserve.core.gittins import AnswerLength
 from fastserve.core.lengths import HALF_LIFE, SHRINKAGE, Labels, LengthModel
@@ -15,8 +19,38 @@ from fastserve.core.messages import Forecasts
 ARRIVALS = 64  # that the mean work in the system is taken over
 MAX_DRIFT = 0.1  # of that mean, before the version counts up
 MIN_NEWS = 0.05  # answers since then over those that are remembered
-MAX_ANSWERS = 4096  # distributions that are kept: who asks and hangs up ends no answer
+MAX_ANSWERS = 4096  # distributions that are kept, those asked for last: of clients who hang up too
 NUM_DECILES = 10
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class _Recent(Generic[Key, Value]):
+    """The values that were asked for last, MAX_ANSWERS at most."""
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: Key) -> Value | None:
+        """Return a value as the one asked for last; None if it is not kept."""
+        found = self._values.get(key)
+        if found is not None:
+            self._values.move_to_end(key)
+        return found
+
+    def put(self, key: Key, value: Value) -> None:
+        """Keep a new value, in place of the one that was asked for longest ago."""
+        if len(self._values) == MAX_ANSWERS:
+            self._values.popitem(last=False)
+        self._values[key] = value
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._values.clear()
 
 
 class Outlook:
@@ -32,8 +66,8 @@ class Outlook:
         self._latency_objective = latency_objective
         self.num_made = 0  # distributions, which cost some time each
         self._num_ended = model.num_ended
-        self._answers: dict[tuple[Labels, int | None], AnswerLength] = {}
-        self._distributions: dict[Labels, list[float]] = {}
+        self._answers: _Recent[tuple[Labels, int | None], AnswerLength] = _Recent()
+        self._distributions: _Recent[Labels, list[float]] = _Recent()
         self._num_arrivals = 0
         self._work_s = 0.0
         self._moving_work_s = 0.0
@@ -65,17 +99,16 @@ class Outlook:
         """Return the distribution of the length of an answer."""
         found = self._answers.get((labels, max_tokens))
         if found is None:
-            if len(self._answers) == MAX_ANSWERS:
-                self._drop_answers()
             self.num_made += 1
             # Of few answers one cannot tell which will be short.
             evidence = self._num_ended / (self._num_ended + SHRINKAGE)
-            found = self._answers[labels, max_tokens] = AnswerLength(
+            found = AnswerLength(
                 self._distribution(labels),
                 max_tokens,
                 mean_tokens=self.mean_tokens,
                 exponent=self._latency_objective * evidence,
             )
+            self._answers.put((labels, max_tokens), found)
         return found
 
     @property
@@ -98,9 +131,6 @@ class Outlook:
         self.mean_tokens = self.model.mean_tokens
         self.mean_prompt_tokens = self._moving_prompt_tokens
         self._num_ended = self.model.num_ended
-        self._drop_answers()
-
-    def _drop_answers(self) -> None:
         self._answers.clear()
         self._distributions.clear()
 
@@ -112,7 +142,7 @@ class Outlook:
                 found = self.model.refined(self._distribution(labels[:-1]), labels[-1])
             else:
                 found = self.model.common_distribution()
-            self._distributions[labels] = found
+            self._distributions.put(labels, found)
         return found
 
     def forecasts(self) -> Forecasts:
