@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,11 +107,18 @@ def test_an_engine_with_a_host_tier_swaps_and_is_replayed(
     assert replay(path) == 0
 
 
-def test_a_journal_that_cannot_be_begun_is_refused() -> None:
-    """A full disk is an error of the setting while the engine is loaded."""
-    config = EngineConfig(model="demo", num_device_blocks=32, num_threads=1, journal="/dev/full")
-    with pytest.raises(ConfigError, match="--journal /dev/full: No space left"):
-        open_engine(config)
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"journal": "/dev/full"}, "--journal /dev/full: No space left"),
+        ({"journal": "/no/such/journal"}, "--journal /no/such/journal: No such file"),
+        ({"profile": "/no/such/profile"}, "profile /no/such/profile: No such file"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused(settings: dict[str, Any], says: str) -> None:
+    """A full disk or a path that is none: an error of the setting while the engine is loaded."""
+    with pytest.raises(ConfigError, match=f"^{says}"):
+        open_engine(dataclasses.replace(SMALL, **settings))
 
 
 def test_a_restarted_engine_goes_on_without_a_journal(caplog: pytest.LogCaptureFixture) -> None:
