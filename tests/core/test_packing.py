@@ -272,6 +272,7 @@ def test_who_leaves_room_takes_no_kv_unless_it_leads(spare_share: float, takes: 
     assert harness.scheduler.stats().num_recomputed_tokens > 0
 
 
+@pytest.mark.no_cover
 def test_a_recomputing_request_keeps_its_blocks_until_it_is_past_where_it_was() -> None:
     """Neither the head nor anybody else takes KV that would have to be computed a third time."""
     num_protected = 0
@@ -327,6 +328,7 @@ def crowded(seed: int, **changes: object) -> Harness:
     return harness
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("batch", range(3))
 def test_the_head_of_the_order_runs_within_the_bound(batch: int) -> None:
     """Bounded waiting of the first in the order.

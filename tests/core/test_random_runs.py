@@ -194,6 +194,7 @@ def tight_run(seed: int, policy: str, *, is_chunked: bool = True) -> Harness:
     return harness
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("is_chunked", [True, False])
 @pytest.mark.parametrize("policy", ["learned", "skip-join-mlfq", "fcfs"])
 def test_priorities_and_policies_swap_what_they_preempt(policy: str, is_chunked: bool) -> None:

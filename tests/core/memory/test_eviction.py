@@ -125,6 +125,7 @@ def test_the_budget_earns_a_share_and_works_off_its_debt() -> None:
     assert not budget.is_spent
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("seed", range(30))
 def test_recomputation_stays_within_its_share(seed: int) -> None:
     """Where everybody starves all the time, the budget spares at least half the recomputation."""

@@ -75,6 +75,7 @@ def alike(rng: Random, num_prompt: int, num_output: int, cap: int | None) -> Wor
     )
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("mode", ["ideal", "recompute"])
 @pytest.mark.parametrize("is_chunked", [True, False])
 @pytest.mark.parametrize("num_output", [1, 2, 30, 38])
@@ -103,6 +104,7 @@ def test_requests_that_are_all_alike_run_as_under_fcfs(
         assert as_sets(learned) == as_sets(plans(config, AMPLE, workload, "fcfs"))
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("mode", ["ideal", "recompute", "defer"])
 @pytest.mark.parametrize(("slots", "lookahead"), [(1, 0), (1, 1), (2, 0), (4, 0)])
 def test_without_a_boost_every_plan_is_that_of_fcfs(slots: int, lookahead: int, mode: str) -> None:
@@ -339,6 +341,7 @@ STATES: dict[str, Callable[[Learned, Request], bool]] = {
 }
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("ends", ["abort", "finish", "fail"])
 def test_a_request_may_end_in_any_state(state: str, ends: str) -> None:
