@@ -40,10 +40,10 @@ struct ProjectArgs {
   int64_t chunks() const { return (rows + ROWS_OF_TASK - 1) / ROWS_OF_TASK * parts(); }
 };
 
-// What is called for from memory while a block is computed: so many bytes with each step.
+// What is called for from memory while a block is computed.
 struct Ahead {
-  const char* from;
-  int64_t step;
+  const char* from;  // null: nothing
+  int64_t step;      // bytes with each step, one or two lines
 };
 
 // A call of its own, so that every block rounds alike before it adds something.
@@ -85,9 +85,11 @@ struct Project {
         for (int c = 0; c < C; c++)
           sums[r][c] = Product::multiply_add(lane, columns[c], sums[r][c]);
       }
-      __builtin_prefetch(ahead.from, 0, 2);
-      __builtin_prefetch(ahead.from + ahead.step - LINE, 0, 2);
-      ahead.from += ahead.step;
+      if (ahead.from) {
+        __builtin_prefetch(ahead.from, 0, 2);
+        __builtin_prefetch(ahead.from + ahead.step - LINE, 0, 2);
+        ahead.from += ahead.step;
+      }
       panel += STEP;
     }
     if constexpr (sizeof(W) == 1)
@@ -136,13 +138,10 @@ struct Project {
     const bool calls = next && num > 1;
     // As even as they can be: a block of few rows does not hide how long a sum takes.
     for (; num > 0; num--) {
-      Ahead ahead{(const char*)panel, LINE};  // which is here
-      if (calls && called < panel_bytes) {
-        ahead = Ahead{next + called, share};
-        called += steps * share;
-      }
       const int64_t rows = (stop - first + num - 1) / num;
       const T* x = (const T*)args.x + first * args.depth;
+      const Ahead ahead{calls && called < panel_bytes ? next + called : nullptr, share};
+      called += steps * share;
       switch (rows) {
         case 1: block<1, C>(x, panel, first, column, ahead); break;
         case 2: block<2, C>(x, panel, first, column, ahead); break;
