@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from fastserve.model.attention.cpu import CpuAttention
 from fastserve.model.attention.interfaces import Attention, PagedKV
 from fastserve.model.decoder_parts import PreNormLayer
-from fastserve.model.input_batch import InputBatch, IntArray
+from fastserve.model.input_batch import InputBatch
 from fastserve.model.kernels.cpu.attention_work import attention_work
 from fastserve.model.kernels.cpu.kernels import CpuKernels, Slots
 from fastserve.model.kernels.cpu.layer_program import LayerProgram, LayerShape, LayersStep
@@ -98,7 +98,7 @@ class FusedLayers:
         )
         self._program = LayerProgram(kernels, shape)
         self._packed_for: tuple[int, int] | None = None
-        self._packed: IntArray = np.empty(0, dtype=np.int64)
+        self._packed = torch.empty(0, dtype=torch.int64)
 
     def __call__(
         self,
@@ -119,14 +119,14 @@ class FusedLayers:
         )
         return self._program(self._pack(kv), step)
 
-    def _pack(self, kv: PagedKV) -> IntArray:
+    def _pack(self, kv: PagedKV) -> Tensor:
         """Return the layers as kernels read them."""
         threads = self._team.size
         key = (kv.tensor.data_ptr(), threads)
         if key != self._packed_for:
             pairs = zip(self._layers, kv.layers, strict=True)
             rows = [layer.values(layer_kv.both.data_ptr(), threads) for layer, layer_kv in pairs]
-            self._packed, self._packed_for = np.array(rows, dtype=np.int64), key
+            self._packed, self._packed_for = torch.tensor(rows, dtype=torch.int64), key
         return self._packed
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastserve.model.attention.interfaces import LayerKV
 from fastserve.model.attention.shape import AttentionShape
-from fastserve.model.input_batch import IntArray
 from fastserve.model.kernels.cpu.attention_work import AttentionWork
 from fastserve.model.kernels.cpu.kernels import ATTEND_LAYOUT, WRITE_LAYOUT, Call, CpuKernels, Slots
 
@@ -54,7 +53,7 @@ class LayerProgram:
         self._call = Call(kernels.run_layers, f"=14q3d{WRITE_LAYOUT}{ATTEND_LAYOUT}")
         self._buffer = torch.empty(0, dtype=kernels.dtype)
 
-    def __call__(self, layers: IntArray, step: LayersStep) -> Tensor:
+    def __call__(self, layers: Tensor, step: LayersStep) -> Tensor:
         """Run layers, each a row of what the struct `Layer` of layers.h holds.
 
         Returns the stream, or the rows of it that are scored.
@@ -68,7 +67,7 @@ class LayerProgram:
         heads = shape.attention.num_heads, shape.attention.num_kv_heads, shape.attention.head_dim
         self._call(
             kernels.team.own(),
-            layers.ctypes.data,
+            layers.data_ptr(),
             len(layers),
             kernels.pointer(step.hidden),
             0 if scored is None else scored.data_ptr(),
