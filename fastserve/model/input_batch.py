@@ -48,7 +48,8 @@ def order_rows(
     starts: Sequence[int] | IntArray, counts: Sequence[int] | IntArray
 ) -> list[int]:  # [num_rows]
     """Return the order in which rows enter a batch: single tokens by context, then chunks."""
-    return sorted(range(len(starts)), key=lambda row: (counts[row] > 1, starts[row]))
+    by_context = sorted(range(len(starts)), key=starts.__getitem__)
+    return sorted(by_context, key=lambda row: counts[row] > 1)  # which leaves equals in order
 
 
 def build_input_batch(
