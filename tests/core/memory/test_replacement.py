@@ -80,3 +80,20 @@ def test_what_the_prefix_cache_has_on_both_tiers_stays_findable_on_the_host() ->
     taken(pool)
     assert pool.find(b"x") is block
     assert block.state is State.HOST
+
+
+def test_where_kv_moves_for_nothing_what_is_displaced_is_on_the_host_at_once() -> None:
+    """While there is room, and found there; then it is lost, as it is elsewhere."""
+    pool = BlockPool(1, 1, saves_evicted=True)
+    blocks = []
+    for block_hash in (b"x", b"y"):
+        block = pool.take()
+        pool.publish(block, block_hash)
+        pool.unwant(block)
+        pool.release(block)
+        blocks.append(block)
+    assert [block.state for block in blocks] == [State.HOST, State.DIRTY]
+    used = pool.take()
+    assert pool.find(b"x") is blocks[0]
+    assert pool.find(b"y") is None
+    pool.check({used}, ())
