@@ -36,14 +36,14 @@ class Run(NamedTuple):
     kv: Tensor  # [blocks, layers, 2, block_size, kv_heads, head_dim]
 
 
-def make_wide_checkpoint(path, name, **changes):
+def make_wide_checkpoint(path, name, *, inner_width=82, **changes):
     """Make a checkpoint for up to eight ranks: fewer key-value heads, uneven widths and rows."""
     heads = {"n_head": 8} if name == "gpt2" else {"num_attention_heads": 8}
     if name == "llama-mha-biased":
         heads["num_key_value_heads"] = 8
     width = {"gpt2": "n_inner"}.get(name, "ffn_dim" if "opt" in name else "intermediate_size")
     experts = {"moe_intermediate_size": 41} if "moe" in name else {}
-    return make_checkpoint(path, name, **{**heads, width: 82, **experts, **changes})
+    return make_checkpoint(path, name, **{**heads, width: inner_width, **experts, **changes})
 
 
 @torch.inference_mode()

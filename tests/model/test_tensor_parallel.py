@@ -81,7 +81,7 @@ def test_half_types_lose_no_more_than_on_one_rank(name, quantization, tmp_path):
 
     So they are with weights of int8, of which a rank scales the part that it has.
     """
-    make_wide_checkpoint(tmp_path, name)
+    make_wide_checkpoint(tmp_path, name, inner_width=88)  # even for each of four ranks
     exact = run(tmp_path, ALONE, plain()).logits
     make_ops = partial(chosen, torch.bfloat16, is_deterministic=False, quantization=quantization)
     one = run(tmp_path, ALONE, make_ops(), dtype=torch.bfloat16).logits
