@@ -1,8 +1,8 @@
 // Paged attention.
 //
-// Keys and values are read in tiles of fixed positions. A tile is brought into the layout that the
+// Keys and values are read in spans of fixed positions. A span is brought into the layout that the
 // products below want (keys: one position per lane), once for all queries that share it; the
-// softmax is carried from tile to tile.
+// softmax is carried from span to span.
 
 #pragma once
 
@@ -14,8 +14,8 @@
 
 namespace {
 
-constexpr int64_t TILE = 32;  // positions
-constexpr int64_t FEW = 4;    // queries, for which a tile is read as it is multiplied
+constexpr int64_t SPAN = 32;  // positions
+constexpr int64_t FEW = 4;    // queries, for which a span is read as it is multiplied
 
 struct AttendArgs {
   const void* qkv;
@@ -38,7 +38,7 @@ struct AttendArgs {
 template <>
 constexpr bool IS_EVEN<AttendArgs> = false;
 
-// The queries of a piece for one key-value head, and their state from tile to tile.
+// The queries of a piece for one key-value head, and their state from span to span.
 struct Queries {
   float* lanes;     // [rows, padded / PER_LANE]
   float* sums;      // [rows, padded] weighted values so far
@@ -46,12 +46,12 @@ struct Queries {
   float* totals;    // [rows, 16] weights so far, by lane
 };
 
-// What a tile needs while it is worked on.
-struct TileScratch {
-  float* keys;      // [padded / PER_LANE, TILE]
-  float* values;    // [TILE / PER_LANE, padded]
-  float* scores;    // [rows, TILE]
-  float* weights;   // [rows, TILE / PER_LANE]
+// What a span needs while it is worked on.
+struct SpanScratch {
+  float* keys;      // [padded / PER_LANE, SPAN]
+  float* values;    // [SPAN / PER_LANE, padded]
+  float* scores;    // [rows, SPAN]
+  float* weights;   // [rows, SPAN / PER_LANE]
   float* factors;   // [rows]
 };
 
@@ -90,7 +90,7 @@ struct Attend {
   void locate(const int64_t* table, int64_t first, int64_t last, int64_t* offsets) const {
     const int64_t size = args.block_size;
     int64_t block = first / size, inside = first % size;
-    for (int64_t i = 0; i < TILE; i++) {
+    for (int64_t i = 0; i < SPAN; i++) {
       if (first + i > last) {
         offsets[i] = offsets[i - 1];
         continue;
@@ -117,20 +117,20 @@ struct Attend {
       for (int64_t i = 0; i < lanes; i += 16) {
         F16 part[16];
         load_part(rows + first, jumps + first, i, part);
-        for (int r = 0; r < 16; r++) store(to + (i + r) * TILE + first, part[r]);
+        for (int r = 0; r < 16; r++) store(to + (i + r) * SPAN + first, part[r]);
       }
   }
 
-  // One tile for the queries [from, rows) of one head, which reach into it. `jumps` lead to the
-  // rows of the next tile: blocks lie anywhere, so that only we can tell the cache in time.
-  void tile(const Queries& queries, const TileScratch& scratch, const T* const* keys,
+  // One span for the queries [from, rows) of one head, which reach into it. `jumps` lead to the
+  // rows of the next span: blocks lie anywhere, so that only we can tell the cache in time.
+  void span(const Queries& queries, const SpanScratch& scratch, const T* const* keys,
             const T* const* values, const int64_t* jumps, int64_t from, int64_t rows,
-            int64_t start, int64_t position) const {
+            int64_t start, int64_t position, const Tiles* tiles) const {
     const int64_t last = position + (rows - 1) / group;
-    const int64_t count = last - start + 1 < TILE ? last - start + 1 : TILE;
+    const int64_t count = last - start + 1 < SPAN ? last - start + 1 : SPAN;
     const int64_t depth = (count + Product::PER_LANE - 1) / Product::PER_LANE;
-    constexpr int64_t WIDTH = TILE / Product::PER_LANE;
-    const bool in_tiles = is_for_tiles(rows - from), is_few = !in_tiles && rows - from <= FEW;
+    constexpr int64_t WIDTH = SPAN / Product::PER_LANE;
+    const bool in_tiles = tiles && is_for_tiles(rows - from), is_few = !in_tiles && rows - from <= FEW;
     const float* lanes_from = queries.lanes + from * lanes;
     float* sums = queries.sums + from * padded;
     if (is_few) {
@@ -141,18 +141,18 @@ struct Attend {
         default: score_few<4>(lanes_from, keys, jumps, count, scratch.scores);
       }
     } else if (in_tiles) {  // which are always full
-      pack_keys(keys, jumps, TILE, scratch.keys);
-      Product::pack_values(values, jumps, scratch.values, TILE, dim, padded);
-      tile_multiply(lanes_from, lanes, scratch.keys, TILE, rows - from, lanes, TILE, nullptr,
-                    scratch.scores, TILE);
+      pack_keys(keys, jumps, SPAN, scratch.keys);
+      Product::pack_values(values, jumps, scratch.values, SPAN, dim, padded);
+      multiply_in(*tiles, lanes_from, lanes, scratch.keys, SPAN, rows - from, lanes, SPAN, nullptr,
+                    scratch.scores, SPAN);
     } else {
       pack_keys(keys, jumps, count, scratch.keys);
       Product::pack_values(values, jumps, scratch.values, count, dim, padded);
-      multiply<Product>(lanes_from, lanes, scratch.keys, TILE, rows - from, lanes, TILE, nullptr,
-                        scratch.scores, TILE);
+      multiply<Product>(lanes_from, lanes, scratch.keys, SPAN, rows - from, lanes, SPAN, nullptr,
+                        scratch.scores, SPAN);
     }
     for (int64_t r = from; r < rows; r++)
-      weigh(queries, r, scratch.scores + (r - from) * TILE, position + r / group - start,
+      weigh(queries, r, scratch.scores + (r - from) * SPAN, position + r / group - start,
             scratch.weights + (r - from) * WIDTH, scratch.factors + r - from);
     if (is_few) {
       switch (rows - from) {
@@ -162,7 +162,7 @@ struct Attend {
         default: add_few<4>(scratch, values, jumps, depth, sums);
       }
     } else if (in_tiles) {
-      tile_multiply(scratch.weights, WIDTH, scratch.values, padded, rows - from, WIDTH, padded,
+      multiply_in(*tiles, scratch.weights, WIDTH, scratch.values, padded, rows - from, WIDTH, padded,
                     scratch.factors, sums, padded);
     } else {
       multiply<Product>(scratch.weights, WIDTH, scratch.values, padded, rows - from, depth, padded,
@@ -170,12 +170,14 @@ struct Attend {
     }
   }
 
+  // A few queries read a span as they multiply it, unless all are to be computed alike.
   bool is_for_tiles(int64_t rows) const {
-    return HAS_TILES && Product::PER_LANE == 2 && args.tile_rows > 0 && rows >= args.tile_rows;
+    return HAS_TILES && Product::PER_LANE == 2 && args.tile_rows > 0 && rows >= args.tile_rows &&
+           (args.tile_rows == 1 || rows > FEW);
   }
 
-  // As `multiply`, in the tiles that are open, all sixteen rows of the last ones.
-  void tile_multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+  // As `multiply`, in tiles, all sixteen rows of the last ones.
+  void multiply_in(const Tiles& tiles, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
                      int64_t rows, int64_t depth, int64_t columns, const float* factors, float* out,
                      int64_t out_stride) const {
     if (factors)
@@ -189,9 +191,9 @@ struct Attend {
         const float* lanes = a + row * a_stride;
         float* to = out + row * out_stride + i;
         if (rows - row > TILE_ROWS)
-          Tiles::multiply<2, 2>(lanes, a_bytes, b + i, b_bytes, steps, to, out_bytes, factors);
+          tiles.multiply<2, 2>(lanes, a_bytes, b + i, b_bytes, steps, to, out_bytes, factors);
         else
-          Tiles::multiply<1, 2>(lanes, a_bytes, b + i, b_bytes, steps, to, out_bytes, factors);
+          tiles.multiply<1, 2>(lanes, a_bytes, b + i, b_bytes, steps, to, out_bytes, factors);
       }
   }
 
@@ -211,13 +213,13 @@ struct Attend {
           for (int q = 0; q < R; q++)
             sums[q] = Product::multiply_add(queries[q * lanes + i + r], part[r], sums[q]);
       }
-      for (int q = 0; q < R; q++) store(scores + q * TILE + first, sums[q]);
+      for (int q = 0; q < R; q++) store(scores + q * SPAN + first, sums[q]);
     }
   }
 
-  // Adds the weighted values of a tile to the sums of R queries.
+  // Adds the weighted values of a span to the sums of R queries.
   template <int R>
-  INLINE void add_few(const TileScratch& scratch, const T* const* values, const int64_t* jumps,
+  INLINE void add_few(const SpanScratch& scratch, const T* const* values, const int64_t* jumps,
                       int64_t depth, float* sums) const {
     int64_t i = 0;
     for (; i + 64 <= padded; i += 64) add_columns<R, 2>(scratch, values, jumps, depth, i, sums + i);
@@ -225,9 +227,9 @@ struct Attend {
   }
 
   template <int R, int C>
-  INLINE void add_columns(const TileScratch& scratch, const T* const* values, const int64_t* jumps,
+  INLINE void add_columns(const SpanScratch& scratch, const T* const* values, const int64_t* jumps,
                           int64_t depth, int64_t column, float* out) const {
-    constexpr int64_t WIDTH = TILE / Product::PER_LANE;
+    constexpr int64_t WIDTH = SPAN / Product::PER_LANE;
     F16 sums[R][2 * C];
     for (int q = 0; q < R; q++)
       for (int c = 0; c < 2 * C; c++)
@@ -251,10 +253,10 @@ struct Attend {
   // Turns the scores of a query, which sees positions up to `reach`, into weights.
   INLINE void weigh(const Queries& queries, int64_t r, const float* scores, int64_t reach,
                     float* weights, float* factor) const {
-    constexpr int64_t NUM = TILE / 16;
+    constexpr int64_t NUM = SPAN / 16;
     F16 parts[NUM];
     for (int64_t i = 0; i < NUM; i++) parts[i] = load(scores + 16 * i) * scale;
-    if (reach < TILE - 1) {
+    if (reach < SPAN - 1) {
       const I16 index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
       const F16 hidden = splat(-INFINITY);
       for (int64_t i = 0; i < NUM; i++)
@@ -294,13 +296,13 @@ struct Attend {
     const int64_t token = piece[0], tokens = piece[1], position = piece[3];
     const int64_t* table = args.tables + piece[2] * args.table_stride;
     const int64_t rows = tokens * group, last = position + tokens - 1;
-    TileScratch buffers;
+    SpanScratch buffers;
     auto carve = [&](int64_t size) { return scratch += size, scratch - size; };
-    buffers.keys = carve(lanes * TILE);
-    buffers.values = carve(TILE / Product::PER_LANE * padded);
+    buffers.keys = carve(lanes * SPAN);
+    buffers.values = carve(SPAN / Product::PER_LANE * padded);
     const int64_t held = rows + spare;
-    buffers.scores = carve(held * TILE);
-    buffers.weights = carve(held * TILE);
+    buffers.scores = carve(held * SPAN);
+    buffers.weights = carve(held * SPAN);
     buffers.factors = carve((rows + 15) / 16 * 16);
     Queries queries{scratch, scratch + num * held * padded, scratch + 2 * num * held * padded,
                     scratch + 2 * num * held * padded + (num * held + 15) / 16 * 16};
@@ -311,20 +313,21 @@ struct Attend {
     std::optional<Tiles> tiles;
     if (is_for_tiles(rows)) tiles.emplace(rows < 2 * TILE_ROWS ? rows : 2 * TILE_ROWS);
     for (int64_t h = 0; h < num; h++) start(of(h), token, tokens, head + h);
-    int64_t offsets[TILE], following[TILE];
+    int64_t offsets[SPAN], following[SPAN];
     locate(table, 0, last, following);
-    for (int64_t first = 0; first <= last; first += TILE) {
-      int64_t jumps[TILE];
+    for (int64_t first = 0; first <= last; first += SPAN) {
+      int64_t jumps[SPAN];
       std::memcpy(offsets, following, sizeof offsets);
-      if (first + TILE <= last) locate(table, first + TILE, last, following);
-      for (int64_t i = 0; i < TILE; i++) jumps[i] = following[i] - offsets[i];
+      if (first + SPAN <= last) locate(table, first + SPAN, last, following);
+      for (int64_t i = 0; i < SPAN; i++) jumps[i] = following[i] - offsets[i];
       const int64_t from = first > position ? (first - position) * group : 0;
       for (int64_t h = 0; h < num; h++) {
-        const T *keys[TILE], *values[TILE];
+        const T *keys[SPAN], *values[SPAN];
         const T* base = (const T*)args.kv + (head + h) * dim;
-        for (int64_t i = 0; i < TILE; i++)
+        for (int64_t i = 0; i < SPAN; i++)
           keys[i] = base + offsets[i], values[i] = keys[i] + args.value_offset;
-        tile(of(h), buffers, keys, values, jumps, from, rows, first, position);
+        span(of(h), buffers, keys, values, jumps, from, rows, first, position,
+             tiles ? &*tiles : nullptr);
       }
     }
     for (int64_t h = 0; h < num; h++) finish(of(h), token, tokens, head + h);

@@ -15,7 +15,7 @@ import torch
 
 from fastserve.model.kernels.cpu.kernels import ENTRIES, CpuKernels, Entry
 from fastserve.model.kernels.cpu.native import BuildError, load_native
-from fastserve.model.kernels.cpu.product_trial import try_products
+from fastserve.model.kernels.cpu.product_trial import try_onednn, try_tiles
 from fastserve.model.kernels.cpu.thread_team import ThreadTeam
 
 logger = logging.getLogger(__name__)
@@ -56,14 +56,27 @@ def choose_kernels(
     entries = {entry: _entry(library, f"{entry}_{name}") for entry in ENTRIES}
     per_lane = getattr(library, f"per_lane_{name}")()
     make = partial(CpuKernels, dtype, entries, ThreadTeam(library), per_lane=per_lane)
-    if per_lane == 1 or not library.has_tiles():
+    if per_lane == 1 or not _opens_tiles(library):
         return make(max_rows=own_product_rows(per_lane) if max_rows is None else max_rows)
-    if is_rowwise:
-        return make(max_rows=math.inf, tile_rows=1)
     vectors, tiles = make(max_rows=math.inf), make(max_rows=math.inf, tile_rows=1)
-    tile_rows, best_rows = try_products(vectors, tiles)
-    logger.info("CPU products: AMX from %d rows on, our own up to %s rows", tile_rows, best_rows)
-    return make(max_rows=best_rows if max_rows is None else max_rows, tile_rows=tile_rows)
+    if is_rowwise:
+        return tiles
+    tile_rows = try_tiles(vectors, tiles)
+    if max_rows is None:
+        max_rows = try_onednn(tiles)
+    kernels = make(max_rows=max_rows, tile_rows=tile_rows)
+    logger.info("products of a CPU with AMX: %s", kernels.name)
+    return kernels
+
+
+def _opens_tiles(library: ctypes.CDLL) -> bool:
+    """Whether the kernels have AMX's tiles, for which the system is asked."""
+    if not library.knows_tiles():
+        return False
+    is_granted = bool(library.has_tiles())
+    if not is_granted:
+        logger.warning("this processor has AMX, but the system grants no tiles of it")
+    return is_granted
 
 
 def own_product_rows(per_lane: int) -> float:

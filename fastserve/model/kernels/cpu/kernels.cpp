@@ -37,7 +37,8 @@ void run_stage(Threads& threads, const Args& args) {
 ENTRIES(float32, float)
 ENTRIES(bfloat16, BFloat16)
 
-extern "C" int64_t has_tiles() { return open_tiles(); }
+extern "C" bool knows_tiles() { return HAS_TILES; }
+extern "C" bool has_tiles() { return open_tiles(); }
 
 extern "C" Threads* alone() { return new Alone; }
 extern "C" Threads* own_team(int64_t size) { return new Team(size); }

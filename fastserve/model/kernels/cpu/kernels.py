@@ -12,6 +12,7 @@ Must not know: networks, requests, how entries come about.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from struct import Struct
@@ -50,7 +51,7 @@ PIECES_PER_THREAD = 4
 """With fewer, pieces are cut by heads, for balance: no further than that, for heads that are read
 together lie side by side."""
 
-TILE = 32  # positions that compiled attention works on at a time
+SPAN = 32  # positions that compiled attention works on at a time
 TILE_ROWS = 16  # of AMX's tiles, which may reach behind the queries of a key-value head
 
 WRITE_LAYOUT = "11q"
@@ -105,10 +106,15 @@ class Slots:
         )
 
 
+def _name(max_rows: float, tile_rows: int) -> str:
+    """Return what tells kernels apart that take other times for the same."""
+    if tile_rows == 0:
+        return "native"
+    return f"native-amx{tile_rows}" + ("" if math.isinf(max_rows) else f"-{max_rows:.0f}")
+
+
 class CpuKernels:
     """The kernels for one dtype."""
-
-    name = "native"
 
     def __init__(
         self,
@@ -128,6 +134,7 @@ class CpuKernels:
         self.dtype = dtype
         self.max_rows = max_rows
         self.tile_rows = tile_rows
+        self.name = _name(max_rows, tile_rows)
         self.per_lane = per_lane
         self.team = team
         self.weights = WeightMemory()
@@ -271,7 +278,7 @@ class CpuKernels:
         rows = max(PIECE_QUERIES, shape.num_heads)
         if self.tile_rows:
             rows += TILE_ROWS * shape.num_kv_heads
-        stride = rows * (2 * padded + 2 * TILE + 32) + 2 * TILE * padded + 256
+        stride = rows * (2 * padded + 2 * SPAN + 32) + 2 * SPAN * padded + 256
         stride = -(-stride // 16) * 16
         if self._scratch.numel() < stride * threads + 16:
             self._scratch = torch.empty(stride * threads + 16)

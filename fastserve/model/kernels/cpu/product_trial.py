@@ -2,7 +2,8 @@
 
 From how many rows on tiles are faster depends on how fast a processor reads weights, and whether
 oneDNN's product of many rows is faster still was known of none: so it is measured where it matters,
-in a fraction of a second. Rules: contenders take turns, the best of some rounds counts.
+in a fraction of a second. Rules: contenders take turns, each with so many weights that they come
+from memory, or from a cache that all cores share; the best of some rounds counts.
 Must not know: networks, how products are computed.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -20,17 +21,18 @@ from torch import Tensor
 from fastserve.model.kernels.cpu import onednn
 from fastserve.model.kernels.cpu.panels import Panels, pack_panels
 
-WIDTH, DEPTH = 4096, 1024
-"""Of the weight: larger than a core's own cache."""
+WIDTH, DEPTH, NUM_WEIGHTS = 4096, 1024, 8
+"""8 MB each."""
 
 FEW_ROWS = (4, 8, 16)
-MANY_ROWS = (32, 128)
-ROUNDS = 5
+MANY_ROWS = (32, 512)
+ROUNDS = 3
 
 MARGIN = 1.1
 """How much slower tiles may be than oneDNN: layers are one program then, which gains more."""
 
 Clock = Callable[[], float]
+Product = Callable[[Tensor], Tensor]
 
 
 class Projections(Protocol):
@@ -45,43 +47,51 @@ class Projections(Protocol):
     def project(self, x: Tensor, weight: Panels) -> Tensor: ...
 
 
-def try_products(
-    vectors: Projections, tiles: Projections, clock: Clock = time.perf_counter
-) -> tuple[int, float]:
-    """Return from how many rows on tiles pay, and up to how many rows our own products do."""
-    weight = torch.ones(WIDTH, DEPTH, dtype=tiles.dtype)
-    tensor = pack_panels(weight, tiles.per_lane)
-    panels = Panels(tensor, tensor.data_ptr(), None, WIDTH, DEPTH, tensor[0].numel())
-    last = max(FEW_ROWS)
-    tile_rows = last + 1
+def try_tiles(vectors: Projections, tiles: Projections, clock: Clock = time.perf_counter) -> int:
+    """Return from how many rows on tiles are faster than vectors."""
+    weights = _make_panels(tiles)
+    contenders = [
+        [partial(kernels.project, weight=w) for w in weights] for kernels in (tiles, vectors)
+    ]
     for rows in FEW_ROWS:
-        x = torch.ones(rows, DEPTH, dtype=tiles.dtype)
-        contenders = [partial(kernels.project, x, panels) for kernels in (tiles, vectors)]
-        in_tiles, in_vectors = best_seconds(contenders, clock)
+        in_tiles, in_vectors = best_seconds(contenders, rows, tiles.dtype, clock)
         if in_tiles < in_vectors:
-            tile_rows = rows
-            break
+            return rows
+    return max(FEW_ROWS) + 1
+
+
+def try_onednn(tiles: Projections, clock: Clock = time.perf_counter) -> float:
+    """Return up to how many rows products are to be ours."""
+    weight = torch.ones(WIDTH, DEPTH, dtype=tiles.dtype)
     if not onednn.can_pack(weight):
-        return tile_rows, math.inf
-    packed = onednn.pack(weight)
+        return math.inf
+    own = [partial(tiles.project, weight=w) for w in _make_panels(tiles)]
+    packed = [partial(onednn.product, packed=onednn.pack(weight)) for _ in own]
     for rows in MANY_ROWS:
-        x = torch.ones(rows, DEPTH, dtype=tiles.dtype)
-        contenders = [partial(tiles.project, x, panels), partial(onednn.product, x, packed)]
-        in_tiles, by_onednn = best_seconds(contenders, clock)
+        in_tiles, by_onednn = best_seconds([own, packed], rows, tiles.dtype, clock)
         if in_tiles > MARGIN * by_onednn:
-            return tile_rows, last
-    return tile_rows, math.inf
+            return max(FEW_ROWS)
+    return math.inf
 
 
-def best_seconds(products: list[partial[Tensor]], clock: Clock) -> list[float]:
-    """Return the seconds that each product takes."""
-    rounds = []
+def best_seconds(
+    contenders: Sequence[Sequence[Product]], rows: int, dtype: torch.dtype, clock: Clock
+) -> list[float]:
+    """Return the seconds that each contender takes for a product with each of its weights."""
+    x, rounds = torch.ones(rows, DEPTH, dtype=dtype), []
     for _ in range(ROUNDS):
         seconds = []
-        for product in products:
-            product()  # what another one has left in the cache, or awake
+        for first, *others in contenders:
+            first(x)  # threads of another contender may still be awake
             started = clock()
-            product()
+            for product in others:
+                product(x)
             seconds.append(clock() - started)
         rounds.append(seconds)
     return [min(times) for times in zip(*rounds, strict=True)]
+
+
+def _make_panels(kernels: Projections) -> list[Panels]:
+    weight = torch.ones(WIDTH, DEPTH, dtype=kernels.dtype)
+    tensors = [pack_panels(weight, kernels.per_lane) for _ in range(NUM_WEIGHTS)]
+    return [Panels(t, t.data_ptr(), None, WIDTH, DEPTH, t[0].numel()) for t in tensors]

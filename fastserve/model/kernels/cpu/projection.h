@@ -32,12 +32,20 @@ struct ProjectArgs {
   void* out;            // [rows, width]
   int64_t rows, depth, width;
   int64_t panel_stride;  // elements
-  int64_t columns;       // of a chunk: 16, 32 or 64
+  int64_t columns;       // of a chunk, where one holds all rows: 16, 32 or 64
   int64_t adds;          // whether to what lies in `out`
   int64_t tile_rows;     // of a chunk, from which on they are multiplied in tiles; 0: never
 
-  int64_t parts() const { return (width + columns - 1) / columns; }
-  int64_t chunks() const { return (rows + ROWS_OF_TASK - 1) / ROWS_OF_TASK * parts(); }
+  int64_t row_chunks() const { return (rows + ROWS_OF_TASK - 1) / ROWS_OF_TASK; }
+  int64_t parts() const { return (width + chunk_columns() - 1) / chunk_columns(); }
+  int64_t chunks() const { return row_chunks() * parts(); }
+
+  // Of a chunk: more rows make more chunks, and need no narrow ones for balance.
+  int64_t chunk_columns() const {
+    int64_t taken = columns;
+    for (int64_t num = row_chunks(); num > 1 && taken < PANEL; num /= 2) taken *= 2;
+    return taken;
+  }
 };
 
 // What is called for from memory while a block is computed.
@@ -64,6 +72,7 @@ struct Project {
 #endif
   static constexpr int64_t STEP = PANEL * Product::PER_LANE;  // numbers of a panel
   const ProjectArgs& args;
+  const int64_t chunk_width = args.chunk_columns();
   const char* next = nullptr;  // the panel of the thread's next chunk, where it is to be called for
 
   // R rows times 16 * C columns of a panel.
@@ -156,7 +165,7 @@ struct Project {
 
   template <typename W>
   void columns(const W* panel, int64_t first, int64_t stop, int64_t column) const {
-    for (int64_t left = args.columns / 16; left > 0;) {
+    for (int64_t left = chunk_width / 16; left > 0;) {
       const int64_t sixteens = left < MOST_COLUMNS ? left : MOST_COLUMNS;
       if (sixteens == 4)
         blocks<MOST_COLUMNS < 4 ? 1 : 4>(panel, first, stop, column);
@@ -170,16 +179,19 @@ struct Project {
     }
   }
 
+  // To widen a panel in memory pays for some rows only, unless all are to be computed alike.
   bool is_for_tiles(int64_t rows) const {
     return HAS_TILES && Product::PER_LANE == 2 && args.tile_rows > 0 && rows >= args.tile_rows &&
+           (args.tile_rows == 1 || !args.scales || rows >= WIDENED_ROWS) &&
            args.depth % (2 * TILE_LANES) == 0;
   }
 
   // The first `rows` of R times 16 rows, and 16 * C columns of a panel.
   template <int R, int C>
-  void tile_block(const T* panel, int64_t row, int64_t rows, int64_t column) const {
+  void tile_block(const Tiles& tiles, const T* panel, int64_t row, int64_t rows,
+                  int64_t column) const {
     F16 sums[R * TILE_ROWS][C];
-    Tiles::multiply<R, C>((const T*)args.x + row * args.depth, args.depth * sizeof(T), panel,
+    tiles.multiply<R, C>((const T*)args.x + row * args.depth, args.depth * sizeof(T), panel,
                          STEP * sizeof(T), args.depth / (2 * TILE_LANES), sums, sizeof sums[0],
                          false);
     if (args.scales) scale_sums(sums[0], rows, C, args.scales + column, args.width - column);
@@ -191,16 +203,20 @@ struct Project {
     for (int64_t rows; first < stop; first += rows) {
       rows = stop - first < 2 * TILE_ROWS ? stop - first : 2 * TILE_ROWS;
       const Tiles tiles(rows);
-      for (int64_t i = 0; i < args.columns; i += 32) {
+      if (rows <= TILE_ROWS && chunk_width == PANEL) {
+        tile_block<1, 4>(tiles, panel, first, rows, column);
+        continue;
+      }
+      for (int64_t i = 0; i < chunk_width; i += 32) {
         const T* columns = panel + i * Product::PER_LANE;
-        if (rows > TILE_ROWS && args.columns > 16)
-          tile_block<2, 2>(columns, first, rows, column + i);
+        if (rows > TILE_ROWS && chunk_width > 16)
+          tile_block<2, 2>(tiles, columns, first, rows, column + i);
         else if (rows > TILE_ROWS)
-          tile_block<2, 1>(columns, first, rows, column + i);
-        else if (args.columns > 16)
-          tile_block<1, 2>(columns, first, rows, column + i);
+          tile_block<2, 1>(tiles, columns, first, rows, column + i);
+        else if (chunk_width > 16)
+          tile_block<1, 2>(tiles, columns, first, rows, column + i);
         else
-          tile_block<1, 1>(columns, first, rows, column + i);
+          tile_block<1, 1>(tiles, columns, first, rows, column + i);
       }
     }
   }
@@ -208,13 +224,14 @@ struct Project {
   // The numbers of a chunk's columns at the same places of this thread's memory.
   const T* widen(const int8_t* panel) const {
     static thread_local std::vector<T> memory;
-    if (int64_t(memory.size()) < args.depth * PANEL) memory.resize(args.depth * PANEL);
-    T* widened = memory.data();
-    const int64_t taken = args.columns * Product::PER_LANE;
+    const size_t size = args.depth * PANEL + LINE / sizeof(T);
+    if (memory.size() < size) memory.resize(size);
+    T* widened = (T*)((uintptr_t(memory.data()) + LINE - 1) / LINE * LINE);
+    const int64_t numbers = chunk_width * Product::PER_LANE;
     for (int64_t step = 0; step < args.depth * PANEL; step += STEP) {
-      for (int64_t i = step; i < step + taken; i += 64)
+      for (int64_t i = step; i < step + numbers; i += 64)
         __builtin_prefetch(panel + AHEAD + i, 0, 2);
-      for (int64_t i = step; i < step + taken; i += 16 * Product::PER_LANE)
+      for (int64_t i = step; i < step + numbers; i += 16 * Product::PER_LANE)
         Product::store_columns(widened + i, Product::load_columns(panel + i));
     }
     return widened;
@@ -224,14 +241,14 @@ struct Project {
 
   // Where the columns of a chunk begin, in numbers of the weight.
   int64_t start_of(int64_t chunk) const {
-    const int64_t column = chunk % args.parts() * args.columns;
+    const int64_t column = chunk % args.parts() * chunk_width;
     return column / PANEL * args.panel_stride + column % PANEL * Product::PER_LANE;
   }
 
   void chunk(int64_t chunk) const {
     const int64_t first = chunk / args.parts() * ROWS_OF_TASK;
     const int64_t stop = first + ROWS_OF_TASK < args.rows ? first + ROWS_OF_TASK : args.rows;
-    const int64_t column = chunk % args.parts() * args.columns;
+    const int64_t column = chunk % args.parts() * chunk_width;
     const int64_t start = start_of(chunk);
     const int8_t* numbers = (const int8_t*)args.panels + start;
     const T* weights = (const T*)args.panels + start;
@@ -251,7 +268,7 @@ void project(const ProjectArgs& args, Chunks chunks, int64_t) {
   Project<T> kernel{args};
   // Several threads take turns by themselves: one reads while another computes.
   const bool is_alone = chunks.stop - chunks.first == args.chunks();
-  const bool calls = is_alone && 16 * kernel.MOST_COLUMNS == PANEL && args.columns == PANEL;
+  const bool calls = is_alone && 16 * kernel.MOST_COLUMNS == PANEL && kernel.chunk_width == PANEL;
   for (int64_t chunk = chunks.first; chunk < chunks.stop; chunk++) {
     const char* next = (const char*)args.panels + kernel.start_of(chunk + 1) * kernel.number_bytes();
     kernel.next = calls && chunk + 1 < chunks.stop ? next : nullptr;

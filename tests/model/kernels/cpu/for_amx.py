@@ -12,4 +12,4 @@ from fastserve.model.kernels.cpu import kernel_choice, native
 FLAGS = ("-mamx-tile", "-mamx-bf16")
 
 native.FLAGS = (*native.FLAGS, *FLAGS)  # type: ignore[assignment] # there are as many
-vars(kernel_choice)["try_products"] = lambda *_: (1, math.inf)
+vars(kernel_choice).update(try_tiles=lambda *_: 1, try_onednn=lambda *_: math.inf)
