@@ -255,7 +255,7 @@ struct Attend {
                     float* weights, float* factor) const {
     constexpr int64_t NUM = SPAN / 16;
     F16 parts[NUM];
-    for (int64_t i = 0; i < NUM; i++) parts[i] = load(scores + 16 * i) * scale;
+    for (int64_t i = 0; i < NUM; i++) parts[i] = load(scores + 16 * i);
     if (reach < SPAN - 1) {
       const I16 index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
       const F16 hidden = splat(-INFINITY);
@@ -266,13 +266,13 @@ struct Attend {
     for (int64_t i = 1; i < NUM; i++) most = larger(most, parts[i]);
     const float peak = queries.peaks[r], here = largest(most);
     const float top = here > peak ? here : peak;
-    const float kept = here > peak ? exp2(splat(peak - top))[0] : 1.0f;
+    const float kept = here > peak ? exp2(splat((peak - top) * scale))[0] : 1.0f;
     float* totals = queries.totals + r * 16;
     F16 total = load(totals) * kept;
     for (int64_t i = 0; i < NUM; i += 2) {
-      F16 first = exp2(parts[i] - top), second = exp2(parts[i + 1] - top);
-      Product::pack_weights(first, second, weights + 16 * i / Product::PER_LANE);
-      total += first + second;
+      const F16 first = exp2(parts[i] * scale - top * scale);
+      const F16 second = exp2(parts[i + 1] * scale - top * scale);
+      total = Product::pack_weights(first, second, weights + 16 * i / Product::PER_LANE, total);
     }
     store(totals, total);
     *factor = kept;

@@ -71,9 +71,11 @@ struct Singles {
     columns[0] = load_some(rows[k] + i, dim - i);
     columns[1] = dim - i > 16 ? load_some(rows[k] + i + 16, dim - i - 16) : F16{};
   }
-  static INLINE void pack_weights(F16& first, F16& second, float* to) {
+  // Adds up the weights as they will be multiplied, 32 of them by lane.
+  static INLINE F16 pack_weights(F16 first, F16 second, float* to, F16 total) {
     store(to, first);
     store(to + 16, second);
+    return total + (first + second);
   }
   static INLINE void unpack(float*, int64_t) {}
 };
@@ -146,9 +148,6 @@ struct Pairs {
   static INLINE F16 multiply_add(float a, F16 b, F16 sum) {
     return (F16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat_bits(a), (__m512bh)b);
   }
-  static INLINE F16 widen(__m256i half) {
-    return (F16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
-  }
   static INLINE F16 splat_bits(float a) { return (F16)_mm512_set1_ps(a); }
   // Two rows become one of pairs; within 32 columns these come in the order of `unpack`.
   static INLINE void pack_values(const BFloat16* const* rows, const int64_t* jumps, float* to,
@@ -172,12 +171,11 @@ struct Pairs {
     columns[0] = (F16)_mm512_unpacklo_epi16(a, b);
     columns[1] = (F16)_mm512_unpackhi_epi16(a, b);
   }
-  // Rounds the weights as they will be multiplied, so that they are also summed like that.
-  static INLINE void pack_weights(F16& first, F16& second, float* to) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  static INLINE F16 pack_weights(F16 first, F16 second, float* to, F16 total) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
     store(to, (F16)both);
-    first = widen(_mm512_castsi512_si256(both));
-    second = widen(_mm512_extracti64x4_epi64(both, 1));
+    const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+    return (F16)_mm512_dpbf16_ps((__m512)total, both, ones);
   }
   static INLINE void unpack(float* sums, int64_t padded) {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);

@@ -122,7 +122,14 @@ INLINE F16 splat(float x) { return x - F16{}; }
 INLINE F16 choose(I16 condition, F16 yes, F16 no) {
   return (F16)((condition & (I16)yes) | (~condition & (I16)no));
 }
-INLINE F16 larger(F16 a, F16 b) { return choose(a > b, a, b); }
+// The second where one of them is no number.
+INLINE F16 larger(F16 a, F16 b) {
+#ifdef __AVX512F__
+  return (F16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return choose(a > b, a, b);
+#endif
+}
 
 INLINE float sum(F16 x) {
 #ifdef __AVX512F__
