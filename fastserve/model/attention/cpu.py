@@ -1,7 +1,7 @@
 """CpuAttention: paged attention by compiled CPU kernels.
 
 Rules: keys and values are read in place, by block table; a token's result has the same bits in any
-batch and any chunking. Must not know: requests, weights.
+batch and any chunking wherever the kernels are rowwise. Must not know: requests, weights.
 """
 
 from __future__ import annotations

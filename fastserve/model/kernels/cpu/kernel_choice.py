@@ -15,7 +15,7 @@ import torch
 
 from fastserve.model.kernels.cpu.kernels import ENTRIES, CpuKernels, Entry
 from fastserve.model.kernels.cpu.native import BuildError, load_native
-from fastserve.model.kernels.cpu.product_trial import try_onednn, try_tiles
+from fastserve.model.kernels.cpu.product_trial import AMX_ROWS, try_onednn, try_tiles
 from fastserve.model.kernels.cpu.thread_team import ThreadTeam
 
 logger = logging.getLogger(__name__)
@@ -24,10 +24,6 @@ KernelChoice = Literal["auto", "native", "torch"]
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Dtypes that have kernels, and how their entries are called."""
-
-AMX_ROWS = 16
-"""A tile of AMX has as many rows; from there on, oneDNN's products in tiles are faster than ours in
-vectors."""
 
 
 def choose_kernels(

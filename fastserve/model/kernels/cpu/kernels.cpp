@@ -2,7 +2,8 @@
 //
 // Rules: an entry takes the threads that it runs in and one pointer to its packed arguments
 // (kernels.py lays them out). What is computed for a row or token is one fixed sequence of
-// operations, so that its bits depend neither on its neighbours nor on the number of threads.
+// operations, so that its bits depend neither on its neighbours nor on the number of threads; where
+// tiles take over from some number of rows on, on which side of it that number is.
 
 #include "layers.h"
 

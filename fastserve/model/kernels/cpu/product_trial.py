@@ -24,7 +24,10 @@ from fastserve.model.kernels.cpu.panels import Panels, pack_panels
 WIDTH, DEPTH, NUM_WEIGHTS = 4096, 1024, 8
 """8 MB each."""
 
-FEW_ROWS = (4, 8, 16)
+AMX_ROWS = 16
+"""A tile has as many rows; beyond, oneDNN's products in tiles are faster than ours in vectors."""
+
+FEW_ROWS = (4, 8, AMX_ROWS)
 MANY_ROWS = (32, 512)
 ROUNDS = 3
 
@@ -57,7 +60,7 @@ def try_tiles(vectors: Projections, tiles: Projections, clock: Clock = time.perf
         in_tiles, in_vectors = best_seconds(contenders, rows, tiles.dtype, clock)
         if in_tiles < in_vectors:
             return rows
-    return max(FEW_ROWS) + 1
+    return AMX_ROWS + 1
 
 
 def try_onednn(tiles: Projections, clock: Clock = time.perf_counter) -> float:
@@ -70,7 +73,7 @@ def try_onednn(tiles: Projections, clock: Clock = time.perf_counter) -> float:
     for rows in MANY_ROWS:
         in_tiles, by_onednn = best_seconds([own, packed], rows, tiles.dtype, clock)
         if in_tiles > MARGIN * by_onednn:
-            return max(FEW_ROWS)
+            return AMX_ROWS
     return math.inf
 
 
